@@ -1,0 +1,212 @@
+"""Read checkpoints, and convert a Hugging Face one into ours.
+
+    python convert_hf.py HF_DIR OUT_DIR [--dtype bf16|fp16|fp32]
+
+Ours is a folder with config.json (Hugging Face's, and a key "gpt_stream"), safetensors files with
+q/k/v and gate/up stacked into one tensor each, and the tokenizer's files as they were. Rotary
+positions use Hugging Face's layout, so no row moves. Tensors are memory-mapped: reading one costs
+nothing until it is used, and converting holds about one output file in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model import ModelConfig, Transformer
+from tokenizer import read_json
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FILE_BYTES = 1 << 30  # size of an output file, and so about the memory that converting takes
+COPIED = ("generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+          "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+
+# ------------------------------------------------------------------------------ reading
+
+
+def read_config(folder: Path) -> tuple[dict, ModelConfig]:
+    """The raw config.json and what it means. generation_config.json may add more EOS ids.
+    Raises ValueError naming the folder or the file."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such checkpoint folder")
+    if not path.exists():
+        raise ValueError(f"{folder}: no config.json; a checkpoint folder has one")
+    raw = read_json(path)
+    eos = [read_json(folder / name).get("eos_token_id") for name in
+           ("config.json", "generation_config.json")]
+    ids = [i for e in eos if e is not None for i in (e if isinstance(e, list) else [e])]
+    try:
+        return raw, ModelConfig.from_hf({**raw, "eos_token_id": sorted(set(ids))})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def open_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint by name, memory-mapped. Raises ValueError naming a bad file."""
+    for stem, ending in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+        single, index = folder / (stem + ending), folder / f"{stem}{ending}.index.json"
+        if index.exists():
+            files = sorted(set(read_json(index).get("weight_map", {}).values()))
+            if outside := [name for name in files if Path(name).name != name]:
+                raise ValueError(f"{index}: {outside[0]!r} is not a file name inside the folder")
+        elif single.exists():
+            files = [single.name]
+        else:
+            continue
+        tensors = {}
+        for name in files:
+            tensors.update(open_file(folder / name))
+        return tensors
+    raise ValueError(f"{folder}: no weights; it needs model.safetensors or pytorch_model.bin, "
+                     "or the index of several")
+
+
+def open_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file. Nothing is ever unpickled into code."""
+    if not path.exists():
+        raise ValueError(f"{path}: named by the index, but missing")
+    try:
+        if path.suffix == ".bin":
+            return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path}: damaged or not a weights file: {reason}") from None
+
+
+def hf_parts(config: ModelConfig) -> dict[str, dict[str, int]]:
+    """For each tensor of ours, the Hugging Face tensors that it stacks and the rows of each."""
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    dim, ffn, vocab = config.dim, config.ffn_dim, config.vocab_size
+    parts = {"embed.weight": {"model.embed_tokens.weight": vocab}}
+    for i in range(config.n_layers):
+        ours, hf = f"layers.{i}.", f"model.layers.{i}."
+        linears = {
+            "attention.qkv": (config.qkv_bias, {"self_attn.q_proj": q, "self_attn.k_proj": kv,
+                                                "self_attn.v_proj": kv}),
+            "attention.out": (config.out_bias, {"self_attn.o_proj": dim}),
+            "feed_forward.gate_up": (config.ffn_bias, {"mlp.gate_proj": ffn, "mlp.up_proj": ffn}),
+            "feed_forward.down": (config.ffn_bias, {"mlp.down_proj": dim}),
+        }
+        for name, (bias, stacked) in linears.items():
+            for kind in ("weight", "bias") if bias else ("weight",):
+                parts[f"{ours}{name}.{kind}"] = {f"{hf}{n}.{kind}": r for n, r in stacked.items()}
+        parts[ours + "attention_norm.weight"] = {hf + "input_layernorm.weight": dim}
+        parts[ours + "ffn_norm.weight"] = {hf + "post_attention_layernorm.weight": dim}
+        if config.qk_norm:
+            for n in "qk":
+                parts[f"{ours}attention.{n}_norm.weight"] = {
+                    f"{hf}self_attn.{n}_norm.weight": config.head_dim}
+    parts["norm.weight"] = {"model.norm.weight": dim}
+    if not config.tied_embeddings:
+        parts["output.weight"] = {"lm_head.weight": vocab}
+    return parts
+
+
+def read_weights(folder: Path, raw: dict, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Yield our tensors one after the other, from our folder or a Hugging Face one.
+    Raises ValueError naming a missing, extra or misshapen tensor, before the first is yielded."""
+    with torch.device("meta"):
+        shapes = {n: tuple(p.shape) for n, p in Transformer(config).named_parameters()}
+    if "gpt_stream" in raw:
+        parts = {name: {name: shape[0]} for name, shape in shapes.items()}
+    else:
+        parts = hf_parts(config)
+    tensors = open_tensors(folder)
+    for name, stacked in parts.items():
+        for part, rows in stacked.items():
+            expected = (rows, *shapes[name][1:])
+            if part not in tensors:
+                raise ValueError(f"{folder}: tensor {part} is missing")
+            if tuple(tensors[part].shape) != expected:
+                raise ValueError(f"{folder}: tensor {part} has shape {tuple(tensors[part].shape)}; "
+                                 f"the config asks for {expected}")
+    used = {part for stacked in parts.values() for part in stacked}
+    for extra in sorted(set(tensors) - used):
+        # Two that old files carry and no model reads: a table that is computed, and a tied copy.
+        if not (extra.endswith("rotary_emb.inv_freq")
+                or extra == "lm_head.weight" and config.tied_embeddings):
+            raise ValueError(f"{folder}: tensor {extra} does not belong to this architecture")
+    for name, stacked in parts.items():
+        rows = [tensors[part] for part in stacked]
+        yield name, rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+# ------------------------------------------------------------------------------ converting
+
+
+def convert(source: Path, out: Path, dtype: torch.dtype | None = None, progress=None) -> None:
+    """Write the checkpoint at `source` to the new folder `out`, whole or not at all.
+    dtype None keeps the checkpoint's own. Raises ValueError naming the file or the tensor."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: exists already and is not an empty folder")
+    raw, config = read_config(source)
+    weights = read_weights(source, raw, config)
+    total = len(hf_parts(config))
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        files, waiting = {}, {}  # file name -> its tensors' names; tensors not yet written
+        for count, (name, tensor) in enumerate(weights, 1):
+            waiting[name] = tensor.to(dtype or tensor.dtype).contiguous()
+            if sum(t.nbytes for t in waiting.values()) >= FILE_BYTES or count == total:
+                file = f"model-{len(files) + 1:05}.safetensors"
+                save_file(waiting, partial / file, metadata={"format": "pt"})
+                files[file], waiting = list(waiting), {}
+            if progress:
+                progress(count, total)
+        if len(files) == 1:
+            (partial / "model-00001.safetensors").rename(partial / "model.safetensors")
+        else:
+            weight_map = {name: file for file, names in files.items() for name in names}
+            write_json(partial / "model.safetensors.index.json", {"weight_map": weight_map})
+        if dtype:
+            raw["torch_dtype"] = str(dtype).removeprefix("torch.")
+        write_json(partial / "config.json", {**raw, "gpt_stream": {"format": 1}})
+        for name in COPIED:
+            if (source / name).exists():
+                shutil.copyfile(source / name, partial / name)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Convert a Hugging Face checkpoint.")
+    parser.add_argument("source", type=Path, metavar="HF_DIR")
+    parser.add_argument("out", type=Path, metavar="OUT_DIR")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    args = parser.parse_args()
+
+    def progress(count, total):
+        print(f"\rconverting: {count} of {total} tensors", end="", file=sys.stderr, flush=True)
+
+    try:
+        convert(args.source, args.out, DTYPES.get(args.dtype), progress)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"\n{parser.prog}: error: {error}\n")
+        sys.exit(2)
+    print(f"\nwrote {args.out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

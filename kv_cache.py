@@ -1,0 +1,132 @@
+"""The static sink+window cache: an endless stream in constant memory.
+
+A query at position p sees the first S tokens (the sinks) and the W most recent others, itself
+included: StreamingLLM (Xiao et al., 2023). The paper's section 3.2 numbers positions inside the
+cache, so the distance that RoPE must see is
+
+    to a recent key k:  p - k                        the true one
+    to a sink j:        min(p, S + W - 1) - j        it stops growing once the cache is full
+
+RoPE is relative, so nothing is ever rotated again: a key is stored rotated at its own position, and
+the query is rotated twice, at p for the recent keys and at min(p, S + W - 1) for the sinks.
+
+Storage is S sink slots followed by a ring of R = W + C - 1, C the most tokens that one call writes:
+position p lives in slot p if p < S, else in S + (p - S) mod R. The extra C - 1 slots are what lets
+the first query of a chunk still see its whole window after the chunk's last key was written, and
+they are also what makes un-writing possible (see `rollback`). Which position a ring slot holds
+follows from the row's length alone, so there is no other state.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """K and V of every layer, (B, n_kv_heads, S + R, head_dim), and each row's `length`."""
+
+    def __init__(self, config, batch_size: int = 1, n_sink: int = 4, window: int = 252,
+                 max_chunk: int = 256, dtype: torch.dtype = torch.float32, device="cpu"):
+        """Allocates everything, once. Raises ValueError naming a size that cannot be."""
+        check_sizes(config, n_sink, window)
+        if batch_size < 1 or max_chunk < 1:
+            raise ValueError(f"batch size {batch_size} and chunk {max_chunk} must be at least 1")
+        self.batch_size, self.n_sink, self.window, self.max_chunk = (
+            batch_size, n_sink, window, max_chunk)
+        self.ring = window + max_chunk - 1
+        shape = (batch_size, config.n_kv_heads, n_sink + self.ring, config.head_dim)
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
+        self.length = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        # The high-water mark (the most tokens a row ever held, padding and rejected ones counted),
+        # kept as its distance above `length` and on the host: the host knows every write and
+        # every rollback, so checking the rule of `rollback` never waits for the device.
+        self.overhang = [0] * batch_size
+        # CUDA graphs replay on fixed addresses: unmarked, tensors written in place disable them.
+        for tensor in (*self.k, *self.v, self.length):
+            torch._dynamo.mark_static_address(tensor, guard=False)
+
+    # What a call of the model asks, in this order. Everything but `extend` is traced.
+
+    def extend(self, batch_size: int, n_tokens: int) -> None:
+        """Account for a write of n_tokens to each row, before it happens."""
+        if batch_size != self.batch_size:
+            raise ValueError(f"{batch_size} rows of tokens for a cache of {self.batch_size} rows")
+        if not 1 <= n_tokens <= self.max_chunk:
+            raise ValueError(f"{n_tokens} tokens in one call; this cache takes 1 to "
+                             f"{self.max_chunk} (max_chunk)")
+        self.overhang = [max(above - n_tokens, 0) for above in self.overhang]
+
+    def positions(self, n_tokens: int) -> Tensor:
+        """(B, T) int64: the positions that the next n_tokens will have."""
+        return self.length[:, None] + torch.arange(n_tokens, device=self.length.device)
+
+    def sink_positions(self, positions: Tensor) -> Tensor:
+        """(B, T): where a query stands as the sinks see it."""
+        return positions.clamp(max=self.n_sink + self.window - 1)
+
+    def slots(self, positions: Tensor) -> Tensor:
+        """(B, T): the slot of each position."""
+        ring_slot = self.n_sink + (positions - self.n_sink) % self.ring
+        return torch.where(positions < self.n_sink, positions, ring_slot)
+
+    def visible(self, positions: Tensor) -> Tensor:
+        """(B, T, S + R) bool: the slots that a query at each position sees, these positions being
+        the last that were written."""
+        S, W, R = self.n_sink, self.window, self.ring
+        slot = torch.arange(S + R, device=positions.device)
+        newest = positions[:, -1:]  # (B, 1)
+        # Slot r holds the largest k <= newest with slot(k) = r; a result below S is an empty slot.
+        held = torch.where(slot < S, slot, newest - (newest - slot) % R)[:, None]  # (B, 1, S + R)
+        query = positions[:, :, None]  # (B, T, 1)
+        recent = (held >= S) & (held > query - W)
+        return ((slot < S) | recent) & (held <= query)
+
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Store k and v (B, T, n_kv_heads, head_dim) in the slots (B, T)."""
+        row = torch.arange(self.batch_size, device=slots.device)[:, None]
+        self.k[layer][row, :, slots] = k.to(self.k[layer].dtype)
+        self.v[layer][row, :, slots] = v.to(self.v[layer].dtype)
+
+    # What a caller asks between calls.
+
+    def rollback(self, n: int | list[int]) -> None:
+        """Forget the last n tokens of every row (a list: of each row).
+
+        Padding that a chunk carried and rejected speculation are both this. Un-written slots still
+        hold the un-written keys, which the arithmetic above takes for keys R earlier; those are
+        outside every window only while the high-water mark is at most max_chunk above the length.
+        Raises ValueError, changing nothing, when that or the length itself is exceeded."""
+        rows = [n] * self.batch_size if isinstance(n, int) else list(n)
+        overhang = [above + n_row for above, n_row in zip(self.overhang, rows, strict=True)]
+        if min(rows) < 0 or max(overhang) > self.max_chunk:
+            raise ValueError(f"cannot roll back {n} tokens: at most {self.max_chunk} (max_chunk) "
+                             f"may be undone, and {max(self.overhang)} already are")
+        drop = torch.tensor(rows, device=self.length.device)
+        if bool((self.length < drop).any()):
+            raise ValueError(f"cannot roll back {n} tokens: the cache holds {self.length.tolist()}")
+        self.length -= drop
+        self.overhang = overhang
+
+    def reset(self) -> None:
+        """Forget everything. The slots keep their bytes: a length of 0 makes them empty."""
+        self.length.zero_()
+        self.overhang = [0] * self.batch_size
+
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self.k, *self.v))
+
+
+def check_sizes(config, n_sink: int, window: int) -> None:
+    """Raises ValueError unless S sinks and a window of W fit what the model was trained on."""
+    if n_sink < 0:
+        raise ValueError(f"sink {n_sink} is negative")
+    if window < 1:
+        raise ValueError(f"window {window} must be at least 1")
+    if n_sink + window > config.max_seq_len:
+        raise ValueError(f"sink {n_sink} + window {window} = {n_sink + window} tokens is above the "
+                         f"model's trained context of {config.max_seq_len}")
+    if config.sliding_window and window > config.sliding_window:
+        raise ValueError(f"window {window} is above the model's sliding window of "
+                         f"{config.sliding_window}")

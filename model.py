@@ -1,0 +1,299 @@
+"""A Llama-family transformer: Llama, Mistral, Qwen2 and Qwen3 checkpoints in one file.
+
+Everything about a model comes from its Hugging Face config.json, nothing from its name. Read from the
+top: the configuration, rotary positions, and then the modules from the smallest to the whole.
+
+Shapes: B rows, T tokens of this call, S sink slots, R ring slots of the cache (see kv_cache.py),
+D head_dim, G query heads that share one key-value head.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kv_cache import KVCache
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+# ------------------------------------------------------------------------------ configuration
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and switches of one model. Lengths are in tokens, sizes in elements."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    vocab_size: int
+    max_seq_len: int  # the context that the model was trained on
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # rope_type "linear" or "llama3" and its factors
+    qkv_bias: bool = False
+    out_bias: bool = False
+    ffn_bias: bool = False
+    qk_norm: bool = False
+    tied_embeddings: bool = False
+    sliding_window: int | None = None  # the widest window that the model was trained with
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_hf(cls, hf: dict) -> ModelConfig:
+        """Read a Hugging Face config.json. Raises ValueError naming what is not supported."""
+        architecture = (hf.get("architectures") or ["none given"])[0]
+        if architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture {architecture!r} is not supported; "
+                             f"known: {', '.join(ARCHITECTURES)}")
+        if (activation := hf.get("hidden_act", "silu")) not in ("silu", "swish"):
+            raise ValueError(f"hidden_act {activation!r} is not supported; known: silu")
+        if hf.get("quantization_config"):
+            method = hf["quantization_config"].get("quant_method", "unknown")
+            raise ValueError(f"quantization_config ({method}) is not supported; "
+                             "use the unquantized checkpoint")
+        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+                 "vocab_size", "max_position_embeddings")
+        for key in sizes + tuple(k for k in ("num_key_value_heads", "head_dim") if hf.get(k)):
+            if type(hf.get(key)) is not int or hf[key] < 1:
+                raise ValueError(f"{key} is {hf.get(key)!r}; it must be a positive integer")
+
+        mistral, qwen2, qwen3 = (architecture.startswith(a) for a in ("Mistral", "Qwen2", "Qwen3"))
+        dim, n_heads = hf["hidden_size"], hf["num_attention_heads"]
+        n_kv_heads = hf.get("num_key_value_heads") or n_heads
+        head_dim = hf.get("head_dim") or (128 if qwen3 else dim // n_heads)
+        if n_heads % n_kv_heads or head_dim % 2:
+            raise ValueError(f"{n_heads} heads of size {head_dim} cannot share {n_kv_heads} "
+                             "key-value heads: the heads must divide evenly and have an even size")
+        bias = bool(hf.get("attention_bias", False)) and not mistral
+        windowed = mistral or hf.get("use_sliding_window", False)
+        eos = hf.get("eos_token_id")
+        theta, scaling = read_rope(hf)
+        return cls(
+            dim=dim, n_layers=hf["num_hidden_layers"], n_heads=n_heads, n_kv_heads=n_kv_heads,
+            head_dim=head_dim, ffn_dim=hf["intermediate_size"], vocab_size=hf["vocab_size"],
+            max_seq_len=hf["max_position_embeddings"], norm_eps=hf.get("rms_norm_eps", 1e-6),
+            rope_theta=theta, rope_scaling=scaling, qkv_bias=bias or qwen2,
+            out_bias=bias and not qwen2, ffn_bias=bool(hf.get("mlp_bias", False)), qk_norm=qwen3,
+            tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            sliding_window=hf.get("sliding_window") if windowed else None,
+            bos_id=hf.get("bos_token_id"),
+            eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
+
+
+def read_rope(hf: dict) -> tuple[float, dict | None]:
+    """(theta, scaling) of a config.json: newer files keep both in rope_parameters, older ones keep
+    rope_theta at the top level and the rest, if any, in rope_scaling."""
+    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(f"rope type {rope_type!r} is not supported; known: {', '.join(ROPE_TYPES)}")
+    if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ValueError("partial_rotary_factor other than 1.0 is not supported")
+    needed = {"default": (), "linear": ("factor",),
+              "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+                         "original_max_position_embeddings")}[rope_type]
+    if missing := [key for key in needed if key not in rope]:
+        raise ValueError(f"rope type {rope_type!r} needs {', '.join(missing)}")
+    if rope_type == "default":
+        return theta, None
+    return theta, {"rope_type": rope_type, **{key: float(rope[key]) for key in needed}}
+
+
+# ------------------------------------------------------------------------------ rotary positions
+
+
+def rope_frequencies(config: ModelConfig, device=None) -> Tensor:
+    """(D / 2,) float64, radians a position: RoFormer's theta^(-2i/D), scaled as the config says."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device)
+    frequencies = config.rope_theta ** (-exponents / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    slowed = frequencies / scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return slowed
+    # llama3: fast pairs stay, slow ones are slowed, and between them a linear blend in the number
+    # of turns that a pair makes over the original context.
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return blend * frequencies + (1 - blend) * slowed
+
+
+def rope(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every angle, each (B, T, 1, D / 2) float32 for positions (B, T) int64.
+
+    The angle is made in float64: in float32 it would be wrong by 0.02 radians at position 10^6 and
+    by 2 at 10^8, and a stream has no last position."""
+    angles = positions[:, :, None, None].double() * frequencies
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate x (B, T, heads, D) by its position's angles, in Hugging Face's half-split layout."""
+    cos, sin = cos_sin
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+
+
+# ------------------------------------------------------------------------------ modules
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalization (Zhang and Sennrich), computed in float32."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        normal = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return normal.type_as(x) * self.weight
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: over a sink+window cache, or causal over the call's own tokens."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
+        self.head_dim = config.head_dim
+        q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.qkv = nn.Linear(config.dim, q_dim + 2 * kv_dim, bias=config.qkv_bias)
+        self.out = nn.Linear(q_dim, config.dim, bias=config.out_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, at: Step, cache: KVCache | None, layer: int) -> Tensor:
+        B, T, _ = x.shape
+        heads = self.qkv(x).view(B, T, -1, self.head_dim)
+        q, k, v = heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)
+        q, k = self.q_norm(q), self.k_norm(k)  # (B, T, heads, D)
+        q_recent, k = rotate(q, at.rope), rotate(k, at.rope)
+        if cache is None:
+            y = F.scaled_dot_product_attention(
+                q_recent.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                is_causal=True, enable_gqa=True).transpose(1, 2)
+        else:
+            cache.write(layer, at.slots, k, v)
+            q_sink = rotate(q, at.sink_rope)
+            y = attend(q_sink, q_recent, cache.k[layer], cache.v[layer], cache.n_sink, at.visible)
+        return self.out(y.reshape(B, T, -1))
+
+
+def attend(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, n_sink: int,
+           visible: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v over the cache. q_sink and q_recent are one query (B, T, heads, D)
+    rotated for the sinks and for the ring; k and v (B, kv_heads, S + R, D); visible (B, T, S + R).
+
+    Grouping the queries that share a key-value head makes them rows of one matmul, so the cache
+    is read once and never repeated. -> (B, T, heads, D)"""
+    B, T, n_heads, D = q_recent.shape
+    n_kv_heads = k.shape[1]
+
+    def grouped(q):  # (B, T, heads, D) -> (B, kv_heads, T * G, D)
+        return q.reshape(B, T, n_kv_heads, -1, D).transpose(1, 2).reshape(B, n_kv_heads, -1, D)
+
+    scores = grouped(q_recent) @ k[:, :, n_sink:].transpose(2, 3)
+    if n_sink:
+        sink_scores = grouped(q_sink) @ k[:, :, :n_sink].transpose(2, 3)
+        scores = torch.cat([sink_scores, scores], dim=-1)
+    scores = scores.view(B, n_kv_heads, T, n_heads // n_kv_heads, -1).float() / math.sqrt(D)
+    scores = scores.masked_fill(~visible[:, None, :, None], -math.inf)
+    weights = scores.softmax(dim=-1).type_as(v).view(B, n_kv_heads, -1, k.shape[2])
+    y = (weights @ v).view(B, n_kv_heads, T, -1, D)
+    return y.transpose(1, 2).reshape(B, T, n_heads, D)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer): down(silu(gate(x)) * up(x)), gate and up in one matmul."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_up = nn.Linear(config.dim, 2 * config.ffn_dim, bias=config.ffn_bias)
+        self.down = nn.Linear(config.ffn_dim, config.dim, bias=config.ffn_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x: Tensor, at: Step, cache: KVCache | None, layer: int) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), at, cache, layer)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+@dataclass
+class Step:
+    """Where a call's T tokens stand: the same for every layer, so made once a call."""
+
+    rope: tuple[Tensor, Tensor]  # angles at the true positions, for keys and the ring's queries
+    sink_rope: tuple[Tensor, Tensor] | None = None  # angles that queries to the sinks are seen at
+    slots: Tensor | None = None  # (B, T): where the new keys and values go
+    visible: Tensor | None = None  # (B, T, S + R) bool: which slots each query sees
+
+
+class Transformer(nn.Module):
+    """The whole model. `model(tokens, cache)` is the one call; `step` is the graph that it runs,
+    which `load(..., compile=True)` compiles."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tied_embeddings:
+            self.output.weight = self.embed.weight
+        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None,
+                last: Tensor | None = None) -> Tensor:
+        """Logits (B, T, vocab_size) float32 for tokens (B, T) int64.
+
+        With a cache the tokens continue its rows and each row's length grows by T; without one
+        they are whole sequences from position 0. `last` (B,) int64 asks for the logits of one
+        index of each row only: (B, 1, vocab_size). Raises ValueError when T is over max_chunk."""
+        if cache is not None:
+            cache.extend(*tokens.shape)
+        return self.step(tokens, cache, last)
+
+    def step(self, tokens: Tensor, cache: KVCache | None, last: Tensor | None) -> Tensor:
+        if cache is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+            at = Step(rope(positions, self.frequencies))
+        else:
+            positions = cache.positions(tokens.shape[1])  # (B, T)
+            at = Step(rope=rope(positions, self.frequencies),
+                      sink_rope=rope(cache.sink_positions(positions), self.frequencies),
+                      slots=cache.slots(positions), visible=cache.visible(positions))
+            cache.length += tokens.shape[1]
+        x = self.embed(tokens)  # (B, T, dim)
+        for layer, block in enumerate(self.layers):
+            x = block(x, at, cache, layer)
+        if last is not None:
+            x = x[torch.arange(len(x), device=x.device), last][:, None]  # (B, 1, dim)
+        return self.output(self.norm(x)).float()

@@ -1,0 +1,234 @@
+"""Text to token ids and back, and the turns of a conversation.
+
+A checkpoint's `tokenizer.model` is read by sentencepiece; one that only ships a `tokenizer.json`
+(Llama 3, Qwen) needs the optional package `tokenizers`. Its chat template runs in jinja2's sandbox.
+
+A conversation is never rendered twice: `first_turn` renders its opening, and `next_turn` only what
+the template puts between an answer and the next one. The cache holds the rest.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from pathlib import Path
+
+import sentencepiece
+
+# The form that Vicuna was trained on, for checkpoints without a template.
+VICUNA_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ m.content }} "
+    "{% elif m.role == 'user' %}USER: {{ m.content }} "
+    "{% else %}ASSISTANT: {{ m.content }}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}")
+# sentencepiece puts a space before a text; inside a conversation that is one too many, and the only
+# switch is in the model's file. Protocol buffers merge what is appended: field 3 (normalizer_spec)
+# with its field 3 (add_dummy_prefix) false.
+NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+USER_MARK, ANSWER_MARK = "\ue000user\ue001", "\ue000answer\ue001"  # private-use: no one types them
+
+
+class Tokenizer:
+    """The tokenizer in a checkpoint's folder. Raises ValueError naming the folder or the file."""
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        settings = read_json(folder / "tokenizer_config.json")
+        self.template = read_template(folder, settings)
+        self.specials = read_specials(folder, settings)  # text -> id of every special token
+        self.sentencepiece = self.tokenizers = None
+        if (folder / "tokenizer.model").exists():
+            self._open_sentencepiece(folder / "tokenizer.model", settings)
+        elif (folder / "tokenizer.json").exists():
+            self._open_tokenizers(folder / "tokenizer.json")
+        else:
+            raise ValueError(f"{folder}: no tokenizer; it needs tokenizer.model or tokenizer.json")
+        names = {token_id: text for text, token_id in self.specials.items()}
+        self.bos_token = token_text(settings, "bos_token", names.get(self.bos_id, ""))
+        self.eos_token = token_text(settings, "eos_token", names.get(self.eos_id, ""))
+        longest_first = sorted(map(re.escape, self.specials), key=len, reverse=True)
+        self.special_pattern = re.compile("(" + "|".join(longest_first) + ")")
+
+    def _open_sentencepiece(self, path: Path, settings: dict) -> None:
+        proto = path.read_bytes()
+        try:
+            self.sentencepiece = sentencepiece.SentencePieceProcessor(model_proto=proto)
+            self.inner = sentencepiece.SentencePieceProcessor(model_proto=proto + NO_DUMMY_PREFIX)
+        except RuntimeError:
+            raise ValueError(f"{path}: not a sentencepiece model") from None
+        sp = self.sentencepiece
+        for token_id in range(sp.get_piece_size()):
+            if sp.is_control(token_id):
+                self.specials.setdefault(sp.id_to_piece(token_id), token_id)
+        adds_bos = sp.bos_id() >= 0 and settings.get("add_bos_token") is not False
+        self.bos_id = sp.bos_id() if adds_bos else None
+        self.eos_id = sp.eos_id() if sp.eos_id() >= 0 else None
+
+    def _open_tokenizers(self, path: Path) -> None:
+        try:
+            import tokenizers
+        except ImportError:
+            raise ValueError(f"{path} needs the package tokenizers: pip install tokenizers") from None
+        try:
+            self.tokenizers = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(f"{path}: not a tokenizer: {error}") from None
+        added = self.tokenizers.get_added_tokens_decoder()
+        self.specials = {token.content: token_id for token_id, token in added.items()}
+        before_text = self.tokenizers.encode("").ids  # what its post-processor adds: BOS or nothing
+        self.bos_id = before_text[0] if before_text else None
+        self.eos_id = None
+
+    # -------------------------------------------------------------------------- text and ids
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """Ids of a text, BOS first where the checkpoint uses one. A special token written out in
+        the text becomes that token, as in transformers. `bos=False` is for text that goes on."""
+        if self.tokenizers:
+            ids = self.tokenizers.encode(text, add_special_tokens=False).ids
+        else:
+            ids, opening = [], bos
+            for part in self.special_pattern.split(text):
+                if part in self.specials:
+                    ids.append(self.specials[part])
+                    opening = ids[-1] == self.bos_id
+                elif part:
+                    ids += (self.sentencepiece if opening else self.inner).encode(part)
+                    opening = False
+        if self.bos_id is None:
+            return ids
+        return [self.bos_id] * bos + [i for i in ids if i != self.bos_id]  # BOS comes once
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids that go on from something: nothing is stripped."""
+        stream = self.stream()
+        return "".join(stream(token_id) for token_id in ids) + stream(None)
+
+    def stream(self):
+        """A function that takes one id after the other and returns the text that each completes,
+        never half a character; None ends the stream and returns what was still held back."""
+        return self._stream_tokenizers() if self.tokenizers else self._stream_sentencepiece()
+
+    def _stream_sentencepiece(self):
+        utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        special_ids, sp = set(self.specials.values()), self.sentencepiece
+
+        def add(token_id: int | None) -> str:
+            if token_id is None:
+                return utf8.decode(b"", final=True)
+            if token_id in special_ids or token_id >= sp.get_piece_size():
+                return ""
+            piece = sp.id_to_piece(token_id)
+            if sp.is_byte(token_id):  # "<0x0A>"
+                return utf8.decode(bytes([int(piece[3:-1], 16)]))
+            return utf8.decode(piece.replace("\u2581", " ").encode())
+
+        return add
+
+    def _stream_tokenizers(self):
+        from tokenizers.decoders import DecodeStream
+        stream, held = DecodeStream(skip_special_tokens=True), []
+
+        def add(token_id: int | None) -> str:
+            if token_id is None:
+                return self.tokenizers.decode(held)
+            held.append(token_id)
+            text = stream.step(self.tokenizers, token_id)
+            if text:
+                held.clear()
+            return text or ""
+
+        return add
+
+    # -------------------------------------------------------------------------- conversations
+
+    def first_turn(self, user: str, system: str | None = None) -> tuple[list[int], list[int]]:
+        """(ids of the system turn, ids of the user's turn up to where the answer begins). The first
+        list holds BOS and all that the template says before the user's turn; it is what
+        `--pin-system` pins."""
+        turns = [{"role": "system", "content": system}] if system else []
+        text = self._render(turns + [{"role": "user", "content": user}])
+        marked = self._render(turns + [{"role": "user", "content": USER_MARK}])
+        opening = marked[:marked.find(USER_MARK)]
+        if system and (alone := self._render_alone(turns)) and opening.startswith(alone):
+            opening = alone
+        if not system or not text.startswith(opening):
+            return [], self.encode(text)
+        return self.encode(opening), self.encode(text[len(opening):], bos=False)
+
+    def next_turn(self, user: str, last_id: int | None = None) -> list[int]:
+        """Ids from the end of an answer to where the next one begins. last_id is the answer's last
+        token: an end-of-turn token that the model said itself is not said twice."""
+        text = self._render([{"role": "user", "content": USER_MARK},
+                             {"role": "assistant", "content": ANSWER_MARK},
+                             {"role": "user", "content": user}])
+        _, mark, rest = text.partition(ANSWER_MARK)
+        if not mark:
+            raise ValueError("the chat template does not render the assistant's turns")
+        ids = self.encode(rest, bos=False)
+        return ids[1:] if ids[:1] == [last_id] else ids
+
+    def _render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+        import jinja2
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def raise_exception(message):
+            raise jinja2.TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
+        environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+        try:
+            return environment.from_string(self.template).render(
+                messages=messages, add_generation_prompt=add_generation_prompt,
+                bos_token=self.bos_token, eos_token=self.eos_token)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template cannot render this: {error}") from None
+
+    def _render_alone(self, turns: list[dict]) -> str | None:
+        try:
+            return self._render(turns, add_generation_prompt=False)
+        except ValueError:  # many templates insist on a user's turn
+            return None
+
+
+def strftime_now(form: str) -> str:
+    from datetime import datetime
+    return datetime.now().strftime(form)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object, {} when there is no such file. Raises ValueError naming a broken one."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a JSON object is needed, not {type(content).__name__}")
+    return content
+
+
+def read_template(folder: Path, settings: dict) -> str:
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    template = settings.get("chat_template") or VICUNA_TEMPLATE
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}["default"]
+    return template
+
+
+def read_specials(folder: Path, settings: dict) -> dict[str, int]:
+    """Tokens that were added beside a sentencepiece model, by their text."""
+    added = settings.get("added_tokens_decoder", {})
+    return {**read_json(folder / "added_tokens.json"),
+            **{token["content"]: int(token_id) for token_id, token in added.items()}}
+
+
+def token_text(settings: dict, key: str, default: str) -> str:
+    value = settings.get(key) or default
+    return value["content"] if isinstance(value, dict) else value
