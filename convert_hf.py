@@ -59,9 +59,7 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
     for stem, ending in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         single, index = folder / (stem + ending), folder / f"{stem}{ending}.index.json"
         if index.exists():
-            files = sorted(set(read_json(index).get("weight_map", {}).values()))
-            if outside := [name for name in files if Path(name).name != name]:
-                raise ValueError(f"{index}: {outside[0]!r} is not a file name inside the folder")
+            files = read_index(index, ending)
         elif single.exists():
             files = [single.name]
         else:
@@ -72,6 +70,17 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
         return tensors
     raise ValueError(f"{folder}: no weights; it needs model.safetensors or pytorch_model.bin, "
                      "or the index of several")
+
+
+def read_index(path: Path, ending: str) -> list[str]:
+    """The files that an index names: plain names, since it may not reach outside its folder."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f'{path}: needs a "weight_map" from tensors to files')
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(ending):
+            raise ValueError(f"{path}: {name!r} is not the name of a {ending} file in its folder")
+    return sorted(set(weight_map.values()))
 
 
 def open_file(path: Path) -> dict[str, Tensor]:

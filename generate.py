@@ -9,15 +9,10 @@ one of three shapes, a token or a chunk of one of two sizes, so nothing is ever 
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import json
-import math
 import os
 import secrets
 import shutil
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,13 +20,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cli import check_text, figures, hold_interrupt, make_parser, say, show, user_errors
 from convert_hf import DTYPES, read_config, read_weights
 from kv_cache import KVCache
-from model import ModelConfig, Transformer, rope_frequencies
-from tokenizer import Tokenizer
+from model import Transformer, rope_frequencies
+from tokenizer import Tokenizer, stop_at
 
 SMALL_CHUNK, LARGE_CHUNK = 32, 256  # tokens of a prefill step; the small one is for short turns
-DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "tiny"
 DEFAULT_PROMPT = "It was a dark and stormy night, and"
 MAX_DEFAULT_WINDOW = 4096  # sinks and window together, where nothing is asked for
 
@@ -56,6 +51,8 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
     if config.tied_embeddings:
         weights["output.weight"] = weights["embed.weight"]
     model.load_state_dict(weights, assign=True)
+    if config.tied_embeddings:
+        model.output.weight = model.embed.weight
     model.frequencies = rope_frequencies(config, device)
     model.requires_grad_(False).eval()
     if compile:
@@ -93,19 +90,19 @@ def compile_step(model: Transformer, device: torch.device) -> None:
     model.step = torch.compile(model.step, fullgraph=True, dynamic=False)
 
 
-def make_cache(model: Transformer, n_sink: int = 4, window: int | None = None,
-               batch_size: int = 1) -> KVCache:
-    """A cache for a loaded model. window None is all of the trained context that the sinks leave,
-    at most MAX_DEFAULT_WINDOW. Raises ValueError naming a size that cannot be."""
+def make_cache(model: Transformer, n_sink: int | None = None,
+               window: int | None = None) -> KVCache:
+    """A cache of one row for a loaded model. None is 4 sinks, and as window all of the trained
+    context that the sinks leave, at most MAX_DEFAULT_WINDOW. Raises ValueError naming a size that
+    cannot be."""
+    config, n_sink = model.config, 4 if n_sink is None else n_sink
     if window is None:
-        window = default_window(model.config, n_sink)
-    return KVCache(model.config, batch_size, n_sink, window, LARGE_CHUNK,
-                   model.embed.weight.dtype, model.embed.weight.device)
-
-
-def default_window(config: ModelConfig, n_sink: int) -> int:
-    window = min(config.max_seq_len, MAX_DEFAULT_WINDOW) - n_sink
-    return min(window, config.sliding_window or window)
+        context = min(config.max_seq_len, MAX_DEFAULT_WINDOW)
+        if (window := context - n_sink) < 1:
+            raise ValueError(f"{n_sink} sinks leave no window in a context of {context} tokens")
+        window = min(window, config.sliding_window or window)
+    weight = model.embed.weight
+    return KVCache(config, 1, n_sink, window, LARGE_CHUNK, weight.dtype, weight.device)
 
 
 # ------------------------------------------------------------------------------ sample
@@ -213,207 +210,89 @@ def warm(model: Transformer, cache: KVCache, **sampling) -> float:
 # ------------------------------------------------------------------------------ one answer
 
 
-def stop_at(stops: list[str]) -> Callable[[str], tuple[str, bool]]:
-    """A filter for streamed text. It takes the next piece and returns what can be shown, and
-    whether a stop text was reached. What may yet become a stop text is held back; "" as the next
-    piece releases it."""
-    held = ""
+def answer(model: Transformer, cache: KVCache, tokenizer: Tokenizer, prompt_ids: list[int], args,
+           generator: torch.Generator, emit: Callable[[str], None]) -> dict:
+    """Continue the cache with prompt_ids and with what the model says, shown as it comes.
 
-    def add(piece: str) -> tuple[str, bool]:
-        nonlocal held
-        text = held + piece
-        if found := [at for stop in stops if (at := text.find(stop)) >= 0]:
-            held = ""
-            return text[:min(found)], True
-        keep = 0
-        if piece:
-            keep = max((n for stop in stops for n in range(1, len(stop)) if
-                        text.endswith(stop[:n])), default=0)
-        held = text[len(text) - keep:]
-        return text[:len(text) - keep], False
-
-    return add
-
-
-def answer(model: Transformer, cache: KVCache, tokenizer: Tokenizer, prompt_ids: list[int],
-           options: dict, show: Callable[[str], None]) -> dict:
-    """Continue the cache with prompt_ids and what the model says, showing text as it comes.
-
-    options are those of `read_options`. Returns the figures that --json prints (DESIGN: README,
-    "Output"); Ctrl-C ends the answer, and keeps what was said, as finish_reason interrupt."""
-    ids, text, reason = [], "", "length"
-    detokenize, stop = tokenizer.stream(), stop_at(options["stop"])
+    args are a program's (cli.make_parser). Returns the figures that --json prints. Ctrl-C ends the
+    answer, and what was said by then is kept, as finish_reason "interrupt"."""
+    ids, texts, reason = [], [], "length"
+    detokenize, stop = tokenizer.stream(), stop_at(args.stop)
     with hold_interrupt() as interrupted:
         start = time.perf_counter()
         logits = prefill(model, cache, prompt_ids)
         if logits.is_cuda:
             torch.cuda.synchronize()
         prefilled = first = last = time.perf_counter()
-        for token_id in decode(model, cache, logits, options["max_new_tokens"],
-                               options["ignore_eos"], **options["sampling"]):
+        for token_id in decode(model, cache, logits, args.max_new_tokens, args.ignore_eos,
+                               generator=generator, **sampling(args)):
             last = time.perf_counter()
             first = first if ids else last
             ids.append(token_id)
-            piece, stopped = stop(detokenize(token_id))
-            text += piece
-            show(piece)
+            text, stopped = stop(detokenize(token_id))
+            texts.append(text)
+            emit(text)
             if stopped or interrupted:
                 reason = "stop" if stopped else "interrupt"
                 break
+        else:
+            if token_id in model.config.eos_ids and not args.ignore_eos:
+                reason = "eos"
     if reason != "stop":
-        for rest in (detokenize(None), ""):
-            piece, stopped = stop(rest)
-            text += piece
-            show(piece)
-        if ids[-1] in model.config.eos_ids and not options["ignore_eos"]:
-            reason = "eos"
-    seen = int(cache.length)
+        text, stopped = stop(detokenize(None), final=True)
+        texts.append(text)
+        emit(text)
     return dict(
-        prompt_tokens=len(prompt_ids), new_tokens=len(ids), text=text, token_ids=ids,
+        prompt_tokens=len(prompt_ids), new_tokens=len(ids), text="".join(texts), token_ids=ids,
         ttft_s=first - start, prefill_tok_s=len(prompt_ids) / (prefilled - start),
         decode_tok_s=(len(ids) - 1) / (last - first) if len(ids) > 1 else None,
-        compile_s=options["compile_s"], evicted=max(0, seen - cache.n_sink - cache.window),
-        finish_reason=reason, seed=options["seed"], weight_bytes=weight_bytes(model),
+        compile_s=args.compile_s, evicted=max(0, int(cache.length) - cache.n_sink - cache.window),
+        finish_reason=reason, seed=args.seed, weight_bytes=weight_bytes(model),
         cache_bytes=cache.nbytes())
-
-
-@contextlib.contextmanager
-def hold_interrupt():
-    """Collect Ctrl-C instead of raising it: half a step would leave the cache's length and its
-    slots apart. A second one is raised as usual."""
-    caught = []
-
-    def note(number, frame):
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield caught
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def weight_bytes(model: Transformer) -> int:
     return sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
 
 
+def sampling(args) -> dict:
+    return dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+
+
 # ------------------------------------------------------------------------------ command line
 
 
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a finite number from low to high."""
-
-    def read(text: str):
-        value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
-            above = "" if high == math.inf else f" and at most {high}"
-            raise argparse.ArgumentTypeError(f"{text} must be at least {low}{above}")
-        return value
-
-    read.__name__ = kind.__name__
-    return read
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every program takes."""
-    add = parser.add_argument
-    add("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="DIR",
-        help="our folder or a Hugging Face one; default: the embedded one")
-    add("--max-new-tokens", type=number(int, 1), default=512, metavar="N")
-    add("--compile", action="store_true", help="compile the model for this machine first")
-    add("--temperature", type=number(float, 0), default=0.8, metavar="T", help="0 is greedy")
-    add("--top-k", type=number(int, 1), metavar="K")
-    add("--top-p", type=number(float, 0, 1), default=0.95, metavar="P")
-    add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="default: random, reported")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end here; may be repeated")
-    add("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
-    add("--sink", type=number(int, 0), metavar="S", help="first tokens never evicted; default 4")
-    add("--window", type=number(int, 1), metavar="W",
-        help="latest tokens seen; default: what the sinks leave of the trained context")
-    add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
-    add("--device", metavar="D", help="cpu, cuda or cuda:N; default: the GPU if there is one")
-    add("--json", action="store_true", help="one JSON object a generation on stdout")
-
-
-@contextlib.contextmanager
-def user_errors(parser: argparse.ArgumentParser):
-    """End the program with one line and status 2 for what the user gave."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"{parser.prog}: error: {error}\n")
-        sys.exit(2)
-
-
-def check_text(flag: str, text: str) -> str:
-    """The text of an argument. Raises ValueError when it is empty or not UTF-8."""
-    if not text:
-        raise ValueError(f"{flag} is empty; give it some text")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{flag} is not UTF-8 text") from None
-    return text
-
-
-def prepare(args, n_sink: int | None = None) -> tuple[Transformer, Tokenizer]:
-    for stop in args.stop:
-        check_text("--stop", stop)
+def open_model(args) -> tuple[Transformer, Tokenizer]:
+    """Load what the command line asks for."""
+    for text in args.stop:
+        check_text("--stop", text)
     say(f"loading {args.checkpoint}")
     return load(args.checkpoint, args.device, DTYPES.get(args.dtype), compile=args.compile)
 
 
-def read_options(args, model: Transformer, cache: KVCache) -> dict:
-    """How to answer, from the command line; compiles what is needed."""
-    seed = secrets.randbits(32) if args.seed is None else args.seed
-    generator = torch.Generator(cache.length.device).manual_seed(seed)
-    sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                    generator=generator)
-    compile_s = 0.0
+def get_ready(model: Transformer, cache: KVCache, args) -> torch.Generator:
+    """Compile what is to be compiled, and seed. Notes both in args, for the report."""
+    args.compile_s = 0.0
     if args.compile:
         say("compiling")
-        compile_s = warm(model, cache, **{**sampling, "generator": None})
-    return dict(max_new_tokens=args.max_new_tokens, ignore_eos=args.ignore_eos, stop=args.stop,
-                sampling=sampling, seed=seed, compile_s=compile_s)
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def show_text(piece: str) -> None:
-    print(piece, end="", flush=True)
-
-
-def figures(record: dict) -> str:
-    """A record of `answer` for people."""
-    speed = f"{record['decode_tok_s']:.1f}" if record["decode_tok_s"] else "-"
-    return (f"{record['prompt_tokens']} prompt + {record['new_tokens']} new tokens "
-            f"({record['finish_reason']}), first after {record['ttft_s']:.3f} s, "
-            f"decode {speed} tok/s, evicted {record['evicted']}, "
-            f"cache {record['cache_bytes'] / 1e6:.1f} MB")
+        args.compile_s = warm(model, cache, **sampling(args))
+    args.seed = secrets.randbits(32) if args.seed is None else args.seed
+    return torch.Generator(cache.length.device).manual_seed(args.seed)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, metavar="TEXT")
-    add_arguments(parser)
     args = parser.parse_args()
     with user_errors(parser):
         prompt = check_text("--prompt", args.prompt)
-        model, tokenizer = prepare(args)
-        cache = make_cache(model, 4 if args.sink is None else args.sink, args.window)
-        options = read_options(args, model, cache)
-        prompt_ids = tokenizer.encode(prompt)
-    if args.json:
-        record = answer(model, cache, tokenizer, prompt_ids, options, lambda piece: None)
-        print(json.dumps(record))
-    else:
+        model, tokenizer = open_model(args)
+        cache = make_cache(model, args.sink, args.window)
+        generator = get_ready(model, cache, args)
         say(prompt)
-        record = answer(model, cache, tokenizer, prompt_ids, options, show_text)
-        print()
+        record = answer(model, cache, tokenizer, tokenizer.encode(prompt), args, generator,
+                        (lambda text: None) if args.json else show)
+        print(json.dumps(record) if args.json else "")
     say(f"{figures(record)}, compiled in {record['compile_s']:.1f} s, seed {record['seed']}")
 
 

@@ -129,7 +129,9 @@ class Tokenizer:
 
     def _stream_tokenizers(self):
         from tokenizers.decoders import DecodeStream
-        stream, held = DecodeStream(skip_special_tokens=True), []
+        # Something must come before, or the first token would lose the space in front of it.
+        before = self.tokenizers.encode("a", add_special_tokens=False).ids
+        stream, held = DecodeStream(ids=before, skip_special_tokens=True), []
 
         def add(token_id: int | None) -> str:
             if token_id is None:
@@ -144,19 +146,28 @@ class Tokenizer:
 
     # -------------------------------------------------------------------------- conversations
 
-    def first_turn(self, user: str, system: str | None = None) -> tuple[list[int], list[int]]:
-        """(ids of the system turn, ids of the user's turn up to where the answer begins). The first
-        list holds BOS and all that the template says before the user's turn; it is what
-        `--pin-system` pins."""
+    def system_turn(self, system: str) -> str:
+        """The text that the template opens a conversation with, before the user's turn."""
+        turns = [{"role": "system", "content": system}]
+        opening, mark, _ = self._render(turns + [{"role": "user", "content": USER_MARK}]).partition(
+            USER_MARK)
+        if not mark or system not in opening:
+            raise ValueError("the chat template does not render a system turn")
+        try:
+            alone = self._render(turns, add_generation_prompt=False)
+        except ValueError:  # some templates insist on a user's turn: then its header is pinned too
+            return opening
+        return alone if alone and opening.startswith(alone) else opening
+
+    def first_turn(self, user: str, system: str | None = None) -> list[int]:
+        """Ids of a conversation's beginning, up to where the answer begins. They start with those
+        of system_turn(system), whatever the user says."""
+        opening = self.system_turn(system) if system else ""
         turns = [{"role": "system", "content": system}] if system else []
         text = self._render(turns + [{"role": "user", "content": user}])
-        marked = self._render(turns + [{"role": "user", "content": USER_MARK}])
-        opening = marked[:marked.find(USER_MARK)]
-        if system and (alone := self._render_alone(turns)) and opening.startswith(alone):
-            opening = alone
-        if not system or not text.startswith(opening):
-            return [], self.encode(text)
-        return self.encode(opening), self.encode(text[len(opening):], bos=False)
+        if not opening:
+            return self.encode(text)
+        return self.encode(opening) + self.encode(text.removeprefix(opening), bos=False)
 
     def next_turn(self, user: str, last_id: int | None = None) -> list[int]:
         """Ids from the end of an answer to where the next one begins. last_id is the answer's last
@@ -188,11 +199,23 @@ class Tokenizer:
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template cannot render this: {error}") from None
 
-    def _render_alone(self, turns: list[dict]) -> str | None:
-        try:
-            return self._render(turns, add_generation_prompt=False)
-        except ValueError:  # many templates insist on a user's turn
-            return None
+
+def stop_at(stops: list[str]):
+    """A filter for streamed text: it takes the next piece and returns what can be shown of it, and
+    whether a stop text was reached. What may yet become one is held back until the final piece."""
+    held = ""
+
+    def add(piece: str, final: bool = False) -> tuple[str, bool]:
+        nonlocal held
+        text = held + piece
+        if found := [at for stop in stops if (at := text.find(stop)) >= 0]:
+            return text[:min(found)], True
+        keep = 0 if final else max((n for stop in stops for n in range(1, len(stop))
+                                    if text.endswith(stop[:n])), default=0)
+        held = text[len(text) - keep:]
+        return text[:len(text) - keep], False
+
+    return add
 
 
 def strftime_now(form: str) -> str:

@@ -1,0 +1,141 @@
+"""What the programs' command lines share: arguments, one-line errors, prompt files, Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from convert_hf import DTYPES
+
+DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "tiny"
+
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a finite number from low to high."""
+
+    def read(text: str):
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            above = "" if high == math.inf else f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low}{above}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse names it in "invalid int value"
+    return read
+
+
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser with what every program takes; doc is the program's docstring."""
+    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
+    add = parser.add_argument
+    add("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="DIR",
+        help="our folder or a Hugging Face one; default: the embedded one")
+    add("--max-new-tokens", type=number(int, 1), default=512, metavar="N", help="default 512")
+    add("--compile", action="store_true", help="compile the model for this machine first")
+    add("--temperature", type=number(float, 0), default=0.8, metavar="T",
+        help="0 is greedy; default 0.8")
+    add("--top-k", type=number(int, 1), metavar="K")
+    add("--top-p", type=number(float, 0, 1), default=0.95, metavar="P", help="default 0.95")
+    add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="default: random, reported")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end here; may be repeated")
+    add("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
+    add("--sink", type=number(int, 0), metavar="S", help="first tokens, never evicted; default 4")
+    add("--window", type=number(int, 1), metavar="W",
+        help="latest tokens seen; default: what the sinks leave of the trained context")
+    add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    add("--device", metavar="D", help="cpu, cuda or cuda:N; default: the GPU if there is one")
+    add("--json", action="store_true", help="one JSON object a generation on stdout")
+    return parser
+
+
+@contextlib.contextmanager
+def user_errors(parser: argparse.ArgumentParser):
+    """End the program with one line and status 2 for what the user gave, and quietly when nobody
+    reads its output any more."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"{parser.prog}: error: {error}\n")
+        sys.exit(2)
+
+
+def check_text(source: str, text: str) -> str:
+    """The text itself. Raises ValueError, naming the source, when it is empty or not UTF-8."""
+    if not text:
+        raise ValueError(f"{source} is empty; give it some text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # how Python keeps undecodable bytes of a command line
+        raise ValueError(f"{source} is not UTF-8 text") from None
+    return text
+
+
+def read_prompts(path: str, limit: int | None = None) -> list[dict]:
+    """The lines of a JSON Lines file: each {"prompt": text} or {"turns": [text, ...]}, as in
+    MT-Bench's question.jsonl. Raises ValueError naming the file and the line."""
+    with open(path, "rb") as file:
+        lines = [(n, line) for n, line in enumerate(file, 1) if line.strip()]
+    entries = []
+    for n, line in lines[:limit]:
+        try:
+            entry = json.loads(line)
+        except ValueError:  # not UTF-8 is one too
+            raise ValueError(f"{path}, line {n}: not a line of JSON in UTF-8") from None
+        try:
+            texts = [entry["prompt"]] if "prompt" in entry else entry["turns"]
+            well_formed = bool(texts) and all(isinstance(text, str) for text in texts)
+        except (TypeError, KeyError):
+            well_formed = False
+        if not well_formed:
+            raise ValueError(f'{path}, line {n}: needs {{"prompt": text}} or {{"turns": [text, ...]}}')
+        for text in texts:
+            check_text(f"{path}, line {n}: the prompt", text)
+        entries.append(entry)
+    if not entries:
+        raise ValueError(f"{path}: no prompts in it")
+    return entries
+
+
+@contextlib.contextmanager
+def hold_interrupt():
+    """Collect Ctrl-C in the list that this yields instead of raising it: half a step would leave
+    the cache's length and its slots apart. A second one is raised as usual."""
+    caught = []
+
+    def note(signal_number, frame):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(signal_number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def figures(record: dict) -> str:
+    """A record of generate.answer, for people."""
+    speed = f"{record['decode_tok_s']:.1f}" if record["decode_tok_s"] else "-"
+    return (f"{record['prompt_tokens']} prompt + {record['new_tokens']} new tokens "
+            f"({record['finish_reason']}), first after {record['ttft_s']:.3f} s, "
+            f"decode {speed} tok/s, {record['evicted']} evicted, "
+            f"cache {record['cache_bytes'] / 1e6:.1f} MB")

@@ -1,0 +1,44 @@
+"""Small random models and in-process runs of the programs, for every test file."""
+
+import contextlib
+import importlib
+import io
+import sys
+from pathlib import Path
+
+import torch
+
+from model import ModelConfig, Transformer
+
+TINY = Path(__file__).parent.parent / "checkpoints" / "tiny"
+
+
+def random_model(seed=0, **changes):
+    """A small Transformer whose logits are of order 1 to 10."""
+    sizes = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, ffn_dim=48,
+                 vocab_size=64, max_seq_len=4096)
+    torch.manual_seed(seed)
+    model = Transformer(ModelConfig(**{**sizes, **changes})).requires_grad_(False)
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2:
+            weight.normal_(std=weight.shape[1] ** -0.5 if "embed" not in name else 1.0)
+        else:
+            weight.add_(0.2 * torch.randn(weight.shape))
+    return model
+
+
+def run(program, *argv, stdin=""):
+    """(exit status, stdout, stderr) of a program's main, in this process."""
+    module = importlib.import_module(program)
+    out, err = io.StringIO(), io.StringIO()
+    before = sys.argv, sys.stdin
+    sys.argv, sys.stdin = [f"{program}.py", *map(str, argv)], io.StringIO(stdin)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            module.main()
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    finally:
+        sys.argv, sys.stdin = before
+    return status, out.getvalue(), err.getvalue()

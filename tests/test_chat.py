@@ -1,0 +1,95 @@
+"""One conversation through a small window, and what is typed."""
+
+import json
+
+import pytest
+import torch
+
+from generate import load, make_cache
+from helpers import TINY, run
+from test_generate import records
+
+
+def write_turns(path, n):
+    lines = [json.dumps({"turns": [f"Tell me of cat {i}.", f"And of dog {i}?"]}) for i in range(n // 2)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def forty(tmp_path_factory):
+    """The records of forty turns, greedy, through 4 sinks and a window of 60."""
+    prompts = write_turns(tmp_path_factory.mktemp("chat") / "turns.jsonl", 44)
+    return records("--prompts", prompts, "--limit", 40, "--window", 60, "--max-new-tokens", 12,
+                   "--temperature", 0, program="chat")
+
+
+def test_each_of_forty_turns_prefills_only_its_own_tokens(forty):
+    assert [r["turn"] for r in forty] == list(range(40))
+    _, tokenizer = load(TINY, device="cpu")
+    for turn, record in enumerate(forty[1:], 1):
+        text = f"And of dog {turn // 2}?" if turn % 2 else f"Tell me of cat {turn // 2}."
+        assert record["prompt_tokens"] == len(tokenizer.next_turn(text, -1))
+
+
+def test_memory_does_not_grow(forty):
+    assert len({r["cache_bytes"] for r in forty}) == 1
+    assert forty[-1]["evicted"] > 10 * 64
+
+
+def test_the_conversation_is_one_uninterrupted_stream(forty):
+    """Replaying every id of it, one by one, gives the same greedy answers; nothing was lost."""
+    model, tokenizer = load(TINY, device="cpu")
+    cache = make_cache(model, 4, 60)
+    seen, last_id = 0, None
+    for turn, record in enumerate(forty[:12]):
+        text = f"And of dog {turn // 2}?" if turn % 2 else f"Tell me of cat {turn // 2}."
+        ids = tokenizer.next_turn(text, last_id) if turn else tokenizer.first_turn(text)
+        for token_id in ids:
+            logits = model(torch.tensor([[token_id]]), cache)
+        for token_id in record["token_ids"]:
+            best = logits[0, 0].topk(2).values
+            # bf16: chunks and single tokens round differently, so near ties may fall either way
+            assert logits[0, 0, token_id] > best[0] - 0.15
+            logits = model(torch.tensor([[token_id]]), cache)
+        seen += len(ids) + len(record["token_ids"])
+        last_id = record["token_ids"][-1]
+        assert record["evicted"] == max(0, seen - 64)
+
+
+def test_a_pinned_system_turn_becomes_the_sinks(tmp_path):
+    prompts = write_turns(tmp_path / "turns.jsonl", 4)
+    system = "You are a cat, and you speak of fish."
+    pinned = records("--prompts", prompts, "--pin-system", system, "--window", 60,
+                     "--max-new-tokens", 30, program="chat")
+    model, tokenizer = load(TINY, device="cpu")
+    n_sink = len(tokenizer.encode(tokenizer.system_turn(system)))
+    assert pinned[0]["cache_bytes"] == make_cache(model, n_sink, 60).nbytes()
+    assert pinned[0]["prompt_tokens"] == len(tokenizer.first_turn("Tell me of cat 0.", system))
+    total = sum(r["prompt_tokens"] + r["new_tokens"] for r in pinned)
+    assert pinned[-1]["evicted"] == total - n_sink - 60
+
+
+def test_typed_turns_reset_and_quit():
+    status, out, err = run("chat", "--json", "--temperature", 0, "--max-new-tokens", 6,
+                           stdin="Hello\n\nHello\n/reset\nHello\n/quit\nnever said\n")
+    first, second, fresh = map(json.loads, out.splitlines())
+    assert status == 0 and "3 turns" in err
+    assert fresh["token_ids"] == first["token_ids"]
+    assert fresh["prompt_tokens"] == first["prompt_tokens"] and fresh["turn"] == 2
+
+
+def test_raw_prompts_go_on_without_a_template(tmp_path):
+    (tmp_path / "raw.jsonl").write_text('{"prompt": "The cat"}\n{"prompt": " and the dog"}\n')
+    first, second = records("--prompts", tmp_path / "raw.jsonl", "--max-new-tokens", 5, program="chat")
+    _, tokenizer = load(TINY, device="cpu")
+    assert first["prompt_tokens"] == len(tokenizer.encode("The cat"))
+    assert second["prompt_tokens"] == len(tokenizer.encode(" and the dog", bos=False))
+
+
+def test_text_and_figures_are_kept_apart(tmp_path):
+    prompts = write_turns(tmp_path / "turns.jsonl", 2)
+    argv = ("--prompts", prompts, "--max-new-tokens", 8)
+    _, out, err = run("chat", *argv, "--seed", 5)
+    assert out == "".join(r["text"] + "\n" for r in records(*argv, program="chat"))
+    assert "turn 1:" in err and "2 turns" in err and "first token after" in err

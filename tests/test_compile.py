@@ -1,0 +1,68 @@
+"""The compiled path: the same answers, whole graphs, and nothing compiled after warming."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from generate import generate, load, make_cache, prefill, warm
+from helpers import TINY, run
+
+WINDOW = 28
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    torch._dynamo.reset()
+    counters.clear()
+    model, _ = load(TINY.parent / "tiny-draft", device="cpu", dtype=torch.float32, compile=True)
+    cache = make_cache(model, 4, WINDOW)
+    assert warm(model, cache) > 0
+    return model, cache
+
+
+def test_nothing_is_compiled_after_warming_for_any_prompt_or_length(compiled):
+    model, cache = compiled
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs == 3  # a token and two sizes of chunk
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in (1, 17, 300, 5000):
+            cache.reset()
+            for _ in generate(model, cache, [7] * length, max_new_tokens=3, ignore_eos=True):
+                pass
+        for _ in generate(model, cache, [9] * 40, max_new_tokens=20 * WINDOW, ignore_eos=True):
+            pass
+        another = make_cache(model, 4, WINDOW)  # the same sizes at other addresses
+        prefill(model, another, [5] * 40)
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+
+
+def test_compiled_equals_eager(compiled):
+    model, cache = compiled
+    eager, _ = load(TINY.parent / "tiny-draft", device="cpu", dtype=torch.float32)
+    prompt = list(range(50, 350))
+    cache.reset()
+    plain = make_cache(eager, 4, WINDOW)
+    assert (prefill(model, cache, prompt) - prefill(eager, plain, prompt)).abs().max() < 1e-4
+    cache.reset()
+    plain.reset()
+    options = dict(max_new_tokens=100, ignore_eos=True)
+    assert list(generate(model, cache, prompt, **options)) == list(
+        generate(eager, plain, prompt, **options))
+
+
+def test_a_rollback_between_compiled_calls(compiled):
+    model, cache = compiled
+    cache.reset()
+    prefill(model, cache, list(range(90)))
+    expected = model(torch.tensor([[3]]), cache)
+    model(torch.tensor([[4]]), cache)
+    cache.rollback(2)
+    assert torch.equal(model(torch.tensor([[3]]), cache), expected)
+
+
+def test_without_a_compiler_it_is_one_line(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    status, out, err = run("generate", "--compile", "--device", "cpu")
+    assert status == 2 and "C++ compiler" in err and "Traceback" not in err

@@ -1,0 +1,115 @@
+"""What a converted folder holds. That its logits are right is in test_model.py."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import convert_hf
+from convert_hf import convert, hf_parts, read_config
+from generate import load
+from helpers import TINY, random_model, run
+from model import ModelConfig
+
+LLAMA = dict(architectures=["LlamaForCausalLM"], hidden_size=32, intermediate_size=48, vocab_size=64,
+             num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             max_position_embeddings=128)
+
+
+@pytest.fixture
+def hf_folder(tmp_path):
+    """A Hugging Face folder of random weights, in two files."""
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+    shutil.copy(TINY / "tokenizer.model", folder)
+    config = ModelConfig.from_hf(LLAMA)
+    ours = random_model().state_dict()
+    weights = {}
+    for name, parts in hf_parts(config).items():
+        rows = torch.randn(sum(parts.values()), *ours[name].shape[1:]).split(list(parts.values()))
+        weights.update(dict(zip(parts, (r.contiguous() for r in rows))))
+    names = sorted(weights)
+    files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}  # q, k, v apart
+    for file, held in files.items():
+        save_file({n: weights[n] for n in held}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": {n: file for file, held in files.items() for n in held}}))
+    return folder
+
+
+def weights_of(folder):
+    return {n: t for f in sorted(folder.glob("*.safetensors")) for n, t in load_file(f).items()}
+
+
+def test_rows_are_stacked_in_order_and_files_come_along(hf_folder, tmp_path):
+    status, out, err = run("convert_hf", hf_folder, tmp_path / "out")
+    assert status == 0 and "of 15 tensors" in err
+    theirs, ours = weights_of(hf_folder), weights_of(tmp_path / "out")
+    layer = "model.layers.1.self_attn."
+    assert torch.equal(ours["layers.1.attention.qkv.weight"], torch.cat(
+        [theirs[f"{layer}{n}_proj.weight"] for n in "qkv"]))
+    assert torch.equal(ours["layers.0.feed_forward.gate_up.weight"], torch.cat(
+        [theirs[f"model.layers.0.mlp.{n}_proj.weight"] for n in ("gate", "up")]))
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "config.json", "generation_config.json", "tokenizer.model", "model.safetensors"}
+    assert read_config(tmp_path / "out")[1] == read_config(hf_folder)[1]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_several_files_are_written_one_after_the_other(hf_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert_hf, "FILE_BYTES", 10_000)
+    convert(hf_folder, tmp_path / "out")
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    model, _ = load(tmp_path / "out", device="cpu")
+    direct, _ = load(hf_folder, device="cpu")
+    for name, tensor in direct.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_dtype_is_converted_and_recorded(hf_folder, tmp_path):
+    run("convert_hf", hf_folder, tmp_path / "out", "--dtype", "bf16")
+    assert {t.dtype for t in weights_of(tmp_path / "out").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert load(tmp_path / "out", device="cpu")[0].embed.weight.dtype == torch.bfloat16
+
+
+def test_old_files_extra_tables_and_tied_copies_are_no_obstacle(hf_folder, tmp_path):
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(extra, hf_folder / "c.safetensors")
+    index = hf_folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"][next(iter(extra))] = "c.safetensors"
+    index.write_text(json.dumps(content))
+    (hf_folder / "config.json").write_text(json.dumps({**LLAMA, "tie_word_embeddings": True}))
+    convert(hf_folder, tmp_path / "out")
+    assert "output.weight" not in weights_of(tmp_path / "out")
+
+
+def test_loading_maps_the_file_instead_of_copying_it(tmp_path):
+    """Resident anonymous memory stays far below the size of the weights."""
+    config = {**LLAMA, "hidden_size": 512, "intermediate_size": 4096, "vocab_size": 40_000,
+              "gpt_stream": {"format": 1}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    with torch.device("meta"):
+        shapes = {n: p.shape for n, p in convert_hf.Transformer(
+            ModelConfig.from_hf(config)).named_parameters()}
+    weights = {n: torch.zeros(s) for n, s in shapes.items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    script = ("import sys; from generate import load\n"
+              "anonymous = lambda: next(int(line.split()[1]) for line in open('/proc/self/status')"
+              " if line.startswith('RssAnon'))\n"
+              "load('checkpoints/tiny', device='cpu')\n"  # brings in the libraries
+              "before = anonymous(); model, _ = load(sys.argv[1], device='cpu')\n"
+              "model.embed.weight.sum(); print(anonymous() - before)")
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=TINY.parent.parent,
+                          capture_output=True, text=True, check=True)
+    size = sum(w.nbytes for w in weights.values())
+    assert size > 200e6 and int(done.stdout) * 1024 < 0.1 * size

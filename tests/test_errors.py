@@ -1,0 +1,196 @@
+"""What a user can get wrong: one line that names it, exit status 2, no traceback."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers import TINY, run
+
+ROOT = TINY.parent.parent
+
+
+def refused(program, *argv, naming, **kwargs):
+    status, out, err = run(program, *argv, **kwargs)
+    last = err.strip().splitlines()[-1]
+    assert status == 2, err
+    assert out == "" and "Traceback" not in err
+    assert last.startswith(f"{program}.py: error: ")
+    for name in naming:
+        assert str(name) in last, last
+    return last
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("--window", "-1"), ("--window", "0"), ("--window", "many"), ("--sink", "-1"), ("--top-k", "-5"),
+    ("--top-k", "0"), ("--temperature", "-0.1"), ("--temperature", "nan"), ("--temperature", "inf"),
+    ("--top-p", "1.01"), ("--top-p", "-0.1"), ("--top-p", "nan"), ("--max-new-tokens", "-1"),
+    ("--max-new-tokens", "0"), ("--max-new-tokens", "1.5"), ("--seed", "-1"), ("--dtype", "int7"),
+    ("--dtype", "float64")])
+def test_numbers_out_of_range(flag, value):
+    refused("generate", f"{flag}={value}", naming=[flag, value])
+
+
+@pytest.mark.parametrize("argv, naming", [
+    (["--device", "tpu"], ["tpu"]), (["--device", "cuda:77"], ["cuda:77"]),
+    (["--device", "meta"], ["meta"]), (["--window", "253"], ["253", "257", "256"]),
+    (["--sink", "256"], ["256"]), (["--sink", "300", "--window", "5"], ["305", "256"]),
+    (["--prompt", ""], ["--prompt", "empty"]), (["--stop", ""], ["--stop", "empty"]),
+    (["--prompt", b"caf\xe9".decode("utf-8", "surrogateescape")], ["--prompt", "UTF-8"]),
+    (["--checkpoint", "/no/such/folder"], ["/no/such/folder"])])
+def test_arguments(argv, naming):
+    refused("generate", *argv, naming=naming)
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A copy of the embedded checkpoint, to break."""
+    return shutil.copytree(TINY, tmp_path / "broken")
+
+
+def test_an_empty_folder(tmp_path):
+    refused("generate", "--checkpoint", tmp_path, naming=[tmp_path, "config.json"])
+
+
+def test_a_file_instead_of_a_folder():
+    refused("generate", "--checkpoint", __file__, naming=[__file__])
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '"x"', "{}", b"\xff\xfe", '{"architectures": 5}'])
+def test_a_broken_config(broken, content):
+    path = broken / "config.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused("generate", "--checkpoint", broken, naming=[path])
+
+
+def test_an_unknown_architecture(broken):
+    (broken / "config.json").write_text('{"architectures": ["FalconForCausalLM"]}')
+    refused("generate", "--checkpoint", broken, naming=["FalconForCausalLM", "LlamaForCausalLM"])
+
+
+def test_no_weights(broken):
+    (broken / "model.safetensors").unlink()
+    refused("generate", "--checkpoint", broken, naming=[broken, "model.safetensors"])
+
+
+@pytest.mark.parametrize("kept", [0, 5, 200, 100_000])
+def test_truncated_weights(broken, kept):
+    path = broken / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    refused("generate", "--checkpoint", broken, naming=[path])
+
+
+@pytest.mark.parametrize("change, naming", [
+    (lambda w: w.pop("norm.weight"), ["norm.weight", "missing"]),
+    (lambda w: w.update({"layers.0.extra": torch.ones(2)}), ["layers.0.extra"]),
+    (lambda w: w.update({"norm.weight": torch.ones(7)}), ["norm.weight", "(7,)", "(256,)"])])
+def test_tensors_that_do_not_fit(broken, change, naming):
+    weights = load_file(broken / "model.safetensors")
+    change(weights)
+    save_file(weights, broken / "model.safetensors")
+    refused("generate", "--checkpoint", broken, naming=naming)
+
+
+@pytest.mark.parametrize("outside", ["../model.safetensors", "/etc/passwd", "sub/x.safetensors", ".."])
+def test_an_index_that_points_outside(broken, outside):
+    index = broken / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"norm.weight": outside}}))
+    refused("generate", "--checkpoint", broken, naming=[index, outside])
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "[1"])
+def test_a_broken_index(broken, content):
+    index = broken / "model.safetensors.index.json"
+    index.write_text(content)
+    refused("generate", "--checkpoint", broken, naming=[index])
+
+
+def test_an_index_that_names_a_missing_file(broken):
+    (broken / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}')
+    refused("generate", "--checkpoint", broken, naming=["b.safetensors", "missing"])
+
+
+def test_a_pickle_with_code_in_it_is_not_run(broken, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    (broken / "model.safetensors").unlink()
+    torch.save({"norm.weight": Evil()}, broken / "pytorch_model.bin")
+    refused("generate", "--checkpoint", broken, naming=[broken / "pytorch_model.bin"])
+    assert not (tmp_path / "ran").exists()
+
+
+def test_no_tokenizer(broken):
+    (broken / "tokenizer.model").unlink()
+    refused("generate", "--checkpoint", broken, naming=[broken, "tokenizer.model"])
+
+
+@pytest.mark.parametrize("name, content", [
+    ("tokenizer.model", "nonsense"), ("tokenizer_config.json", "{"), ("tokenizer_config.json", "[]")])
+def test_a_broken_tokenizer(broken, name, content):
+    (broken / name).write_text(content)
+    refused("generate", "--checkpoint", broken, naming=[broken / name])
+
+
+def test_a_missing_optional_package(broken, monkeypatch):
+    (broken / "tokenizer.model").unlink()
+    (broken / "tokenizer.json").write_text("{}")
+    refused("generate", "--checkpoint", broken, naming=[broken / "tokenizer.json"])
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    refused("generate", "--checkpoint", broken, naming=["pip install tokenizers"])
+
+
+@pytest.mark.parametrize("content, naming", [
+    (b'{"prompt": "a"}\n{"prompt": \n', ["line 2"]), (b'{"prompt": "a"}\n\n[]\n', ["line 3"]),
+    (b'{"turns": []}\n', ["line 1"]), (b'{"turns": ["a", 5]}\n', ["line 1"]),
+    (b'{"prompt": ""}\n', ["line 1", "empty"]), (b'{"prompt": "caf\xe9"}\n', ["line 1", "UTF-8"]),
+    (b'{"prompt": "\\ud800"}\n', ["line 1", "UTF-8"]), (b"", ["no prompts"]), (b"5\n", ["line 1"])])
+def test_a_broken_prompts_file(tmp_path, content, naming):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(content)
+    refused("chat", "--prompts", path, naming=[path, *naming])
+
+
+@pytest.mark.parametrize("argv, naming", [
+    (["--prompts", "/no/such.jsonl"], ["/no/such.jsonl"]), (["--limit", "0"], ["--limit", "0"]),
+    (["--pin-system", "Be kind.", "--sink", "4"], ["--pin-system", "--sink"]),
+    (["--pin-system", ""], ["--pin-system", "empty"]),
+    (["--pin-system", "very long " * 200], ["sinks", "256"])])
+def test_chat_arguments(argv, naming):
+    refused("chat", *argv, naming=naming)
+
+
+def test_a_real_process_says_one_line_and_exits_2():
+    done = subprocess.run([sys.executable, "generate.py", "--checkpoint", "/no/such"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines()[-1] == "generate.py: error: /no/such: no such checkpoint folder"
+
+
+def test_bytes_that_are_not_utf8_on_the_command_line():
+    done = subprocess.run([sys.executable, "generate.py", "--prompt", b"caf\xe9"], cwd=ROOT,
+                          capture_output=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith(b"--prompt is not UTF-8 text")
+
+
+# ------------------------------------------------------------------------------ convert_hf
+
+
+def test_converting_refuses_a_folder_with_something_in_it(tmp_path):
+    (tmp_path / "kept").write_text("x")
+    refused("convert_hf", TINY, tmp_path, naming=[tmp_path])
+    assert os.listdir(tmp_path) == ["kept"]
+
+
+def test_a_failed_conversion_leaves_nothing(broken, tmp_path):
+    weights = load_file(broken / "model.safetensors")
+    weights.pop("layers.4.ffn_norm.weight")
+    save_file(weights, broken / "model.safetensors")
+    refused("convert_hf", broken, tmp_path / "out", naming=["layers.4.ffn_norm.weight"])
+    assert os.listdir(tmp_path) == ["broken"]

@@ -1,0 +1,171 @@
+"""The cache against the paper, read slowly: tests/oracle.py."""
+
+import pytest
+import torch
+
+from helpers import random_model
+from kv_cache import KVCache
+from oracle import Stream
+
+WINDOW, CHUNK = 12, 16  # a ring of 27 slots
+
+
+def tokens_of(n, seed=0, rows=1):
+    return torch.randint(0, 64, (rows, n), generator=torch.Generator().manual_seed(seed))
+
+
+def largest_difference(logits, expected):
+    return (logits.double() - torch.stack(expected)).abs().max().item()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16, 20])
+@pytest.mark.parametrize("n_sink", [0, 1, 4])
+def test_stream_equals_the_paper_at_every_step_over_three_wraps(n_sink, chunk):
+    model, tokens = random_model(), tokens_of(n_sink + 3 * (WINDOW + 20) + 5)
+    oracle = Stream(model, n_sink, WINDOW)
+    expected = [oracle.feed(t) for t in tokens[0]]
+    cache = KVCache(model.config, 1, n_sink, WINDOW, max_chunk=20)
+    logits = torch.cat([model(part, cache)[0] for part in tokens.split(chunk, dim=1)])
+    assert logits.abs().max() > 1
+    assert largest_difference(logits, expected) < 1e-4
+
+
+@pytest.mark.parametrize("changes", [dict(n_kv_heads=4), dict(n_kv_heads=1), dict(qk_norm=True),
+                                     dict(qkv_bias=True, out_bias=True, tied_embeddings=True)])
+def test_stream_equals_the_paper_for_every_kind_of_attention(changes):
+    model, tokens = random_model(**changes), tokens_of(70)
+    oracle = Stream(model, 2, WINDOW)
+    expected = [oracle.feed(t) for t in tokens[0]]
+    cache = KVCache(model.config, 1, 2, WINDOW, CHUNK)
+    logits = torch.cat([model(part, cache)[0] for part in tokens.split(7, dim=1)])
+    assert largest_difference(logits, expected) < 1e-4
+
+
+@pytest.mark.parametrize("n_sink", [0, 1, 4])
+@pytest.mark.parametrize("before", [-1, 0, 1])
+def test_edges_of_sinks_and_window(n_sink, before):
+    """One chunk that ends at S-1, S, S+1, S+W-1, S+W or S+W+1, then single tokens."""
+    model = random_model()
+    for length in (n_sink + before, n_sink + WINDOW + before):
+        if length < 1:
+            continue
+        tokens = tokens_of(length + 3)
+        oracle, cache = Stream(model, n_sink, WINDOW), KVCache(model.config, 1, n_sink, WINDOW, 20)
+        expected = [oracle.feed(t) for t in tokens[0]]
+        parts = tokens.split([length, 1, 1, 1], dim=1)
+        logits = torch.cat([model(part, cache)[0] for part in parts])
+        assert largest_difference(logits, expected) < 1e-4
+
+
+@pytest.mark.parametrize("n_sink", [0, 1, 4])
+def test_rollbacks_up_to_the_limit_leave_no_trace(n_sink):
+    model, tokens = random_model(), tokens_of(400)[0].tolist()
+    oracle, cache = Stream(model, n_sink, WINDOW), KVCache(model.config, 1, n_sink, WINDOW, CHUNK)
+    plan = [(16, 3), (5, 0), (16, 15), (16, 16), (1, 0), (16, 1), (1, 1), (9, 9), (16, 8)] * 3
+    for n_tokens, n_back in plan:
+        part, tokens = tokens[:n_tokens], tokens[n_tokens:]
+        expected = [oracle.feed(t) for t in part]
+        logits = model(torch.tensor([part]), cache)[0]
+        assert largest_difference(logits, expected) < 1e-4
+        cache.rollback(n_back)
+        oracle.rollback(n_back)
+    assert cache.length.item() > n_sink + WINDOW + CHUNK
+
+
+def test_rollback_deeper_than_the_ring_allows_is_refused_and_changes_nothing():
+    model = random_model()
+    cache = KVCache(model.config, 1, 1, WINDOW, CHUNK)
+    for part in tokens_of(64).split(CHUNK, dim=1):
+        model(part, cache)
+    with pytest.raises(ValueError, match="17"):
+        cache.rollback(CHUNK + 1)
+    cache.rollback(CHUNK - 1)
+    with pytest.raises(ValueError):  # 15 tokens are un-written already
+        cache.rollback(2)
+    model(tokens_of(5), cache)  # writes 5 of them anew: 10 still stand above
+    with pytest.raises(ValueError):
+        cache.rollback(7)
+    cache.rollback(6)
+    assert cache.length.item() == 64 - 15 + 5 - 6
+    with pytest.raises(ValueError):
+        cache.rollback(-1)
+    cache.reset()
+    model(tokens_of(3), cache)
+    with pytest.raises(ValueError, match="holds"):
+        cache.rollback(4)
+    assert cache.length.item() == 3
+
+
+def test_rows_of_different_lengths_do_not_touch_each_other():
+    """Row 0 runs ahead; row 1 is rolled back after every call, row 2 every second time."""
+    model, rows = random_model(), 3
+    cache = KVCache(model.config, rows, 2, WINDOW, CHUNK)
+    oracles = [Stream(model, 2, WINDOW) for _ in range(rows)]
+    for step in range(14):
+        tokens = tokens_of(9, seed=step, rows=rows)
+        logits = model(tokens, cache)
+        back = [0, 4, 7 * (step % 2)]
+        for row, oracle in enumerate(oracles):
+            expected = [oracle.feed(t) for t in tokens[row]]
+            assert largest_difference(logits[row], expected) < 1e-4
+            if back[row]:
+                oracle.rollback(back[row])
+        cache.rollback(back)
+    assert cache.length.tolist() == [126, 70, 77]
+
+
+@pytest.mark.parametrize("position", [10**3, 10**8])
+def test_the_stream_is_as_exact_at_a_far_position(position):
+    """The sinks are read at the start; then the stream stands at `position` at once. Its slots hold
+    nothing true until every layer has read a window of tokens."""
+    model, tokens = random_model(), tokens_of(4 + 2 * WINDOW + 60)
+    oracle, cache = Stream(model, 4, WINDOW), KVCache(model.config, 1, 4, WINDOW, CHUNK)
+    expected = [oracle.feed(t) for t in tokens[0]]
+    logits = [model(tokens[:, :4], cache)[0]]
+    cache.length.fill_(position)
+    logits += [model(part, cache)[0] for part in tokens[:, 4:].split(5, dim=1)]
+    settled = 4 + model.config.n_layers * WINDOW
+    assert largest_difference(torch.cat(logits)[settled:], expected[settled:]) < 1e-4
+    assert cache.length.item() == position + tokens.shape[1] - 4
+
+
+def test_a_pinned_prompt_is_exact_after_fifty_windows():
+    model, pinned = random_model(), 23
+    tokens = tokens_of(pinned + 50 * WINDOW)
+    oracle, cache = Stream(model, pinned, WINDOW), KVCache(model.config, 1, pinned, WINDOW, CHUNK)
+    expected = [oracle.feed(t) for t in tokens[0]]
+    logits = torch.cat([model(part, cache)[0] for part in tokens.split(CHUNK, dim=1)])
+    assert largest_difference(logits[-WINDOW:], expected[-WINDOW:]) < 1e-4
+
+
+def test_reset_forgets_everything():
+    model, tokens = random_model(), tokens_of(16)
+    cache = KVCache(model.config, 1, 4, WINDOW, CHUNK)
+    first = model(tokens, cache)
+    for seed in range(5):
+        model(tokens_of(16, seed=seed), cache)
+    cache.reset()
+    assert torch.equal(model(tokens, cache), first)
+
+
+@pytest.mark.parametrize("sizes, word", [
+    (dict(n_sink=-1), "negative"), (dict(window=0), "at least 1"), (dict(window=-5), "at least 1"),
+    (dict(n_sink=4, window=4093), "4097"), (dict(max_chunk=0), "at least 1")])
+def test_impossible_sizes_are_refused_by_number(sizes, word):
+    with pytest.raises(ValueError, match=word):
+        KVCache(random_model().config, **sizes)
+
+
+def test_calls_that_do_not_fit_the_cache_are_refused():
+    model = random_model()
+    cache = KVCache(model.config, 2, 4, WINDOW, CHUNK)
+    with pytest.raises(ValueError, match="17 tokens"):
+        model(tokens_of(17, rows=2), cache)
+    with pytest.raises(ValueError, match="1 rows"):
+        model(tokens_of(3), cache)
+    assert cache.length.tolist() == [0, 0]
+
+
+def test_the_window_stays_within_a_sliding_window():
+    with pytest.raises(ValueError, match="sliding window of 16"):
+        KVCache(random_model(sliding_window=16).config, 1, 4, 17)

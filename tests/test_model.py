@@ -1,0 +1,140 @@
+"""Logits and greedy tokens against transformers, for every architecture and every way that a
+config.json says the same thing."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+
+from convert_hf import convert
+from generate import generate, load
+from helpers import TINY
+from kv_cache import KVCache
+from model import ModelConfig
+
+SIZES = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+             initializer_range=0.15, eos_token_id=None, bos_token_id=1)
+LLAMA3 = dict(rope_type="llama3", rope_theta=50000.0, factor=8.0, low_freq_factor=1.0,
+              high_freq_factor=4.0, original_max_position_embeddings=64)
+MODELS = {
+    "llama": ("Llama", {}),
+    "llama-multi-head": ("Llama", dict(num_key_value_heads=4)),
+    "llama-biased": ("Llama", dict(attention_bias=True, mlp_bias=True, head_dim=32)),
+    "llama-tied": ("Llama", dict(tie_word_embeddings=True)),
+    "llama3-scaled": ("Llama", dict(rope_parameters=LLAMA3)),
+    "linear-scaled": ("Llama", dict(rope_parameters=dict(
+        rope_type="linear", factor=4.0, rope_theta=10000.0))),
+    "mistral": ("Mistral", dict(sliding_window=None, head_dim=24)),
+    "mistral-windowed": ("Mistral", dict(sliding_window=24)),
+    "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
+    "qwen3": ("Qwen3", dict(head_dim=32)),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def hf(request, tmp_path_factory):
+    """(transformers' model, its folder), with biases and norms that are not their initial values."""
+    family, changes = MODELS[request.param]
+    config = getattr(transformers, family + "Config")(**{**SIZES, **changes})
+    torch.manual_seed(0)
+    model = getattr(transformers, family + "ForCausalLM")._from_config(
+        config, attn_implementation="eager").eval().requires_grad_(False)
+    for name, weight in model.named_parameters():
+        if weight.ndim == 1:
+            weight.add_(0.3 * torch.randn(weight.shape))
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    shutil.copy(TINY / "tokenizer.model", folder)
+    return model, folder
+
+
+def our_logits(model, tokens, chunk=16):
+    config = model.config
+    windowed = config.sliding_window
+    cache = KVCache(config, len(tokens), 0 if windowed else 4, windowed or 200, chunk)
+    return torch.cat([model(part, cache) for part in tokens.split(chunk, dim=1)], dim=1)
+
+
+def test_logits_equal_transformers(hf):
+    theirs, folder = hf
+    model, _ = load(folder, device="cpu", dtype=torch.float32)
+    tokens = torch.randint(0, 512, (2, 90), generator=torch.Generator().manual_seed(1))
+    expected = theirs(tokens).logits
+    assert 1 < expected.abs().max() < 30
+    assert (our_logits(model, tokens) - expected).abs().max() < 1e-4
+    if not model.config.sliding_window:  # without a cache: how training reads a sequence
+        assert (model(tokens) - expected).abs().max() < 1e-4
+    last = torch.tensor([5, 2])
+    cache = KVCache(model.config, 2, 0, 24, 16)
+    picked = model(tokens[:, :9], cache, last)
+    assert (picked[:, 0] - expected[torch.arange(2), last]).abs().max() < 1e-4
+
+
+def test_two_hundred_greedy_tokens_equal_transformers(hf):
+    theirs, folder = hf
+    model, _ = load(folder, device="cpu")
+    prompt = list(range(7, 24))
+    expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=200, do_sample=False,
+                               pad_token_id=0)[0, len(prompt):].tolist()
+    windowed = model.config.sliding_window
+    cache = KVCache(model.config, 1, 0 if windowed else 4, windowed or 300)
+    assert list(generate(model, cache, prompt, max_new_tokens=200)) == expected
+
+
+def test_every_way_of_storing_a_checkpoint_gives_the_same_logits(hf, tmp_path):
+    theirs, folder = hf
+    tokens = torch.arange(40)[None]
+    expected = our_logits(load(folder, device="cpu")[0], tokens)
+    convert(folder, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "ours-again")
+    theirs.save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
+    pickled = tmp_path / "pickled"
+    shutil.copytree(folder, pickled, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(theirs.state_dict(), pickled / "pytorch_model.bin")
+    assert (tmp_path / "sharded" / "model.safetensors.index.json").exists()
+    shutil.copy(TINY / "tokenizer.model", tmp_path / "sharded")
+    for stored in ("ours", "ours-again", "sharded", "pickled"):
+        model, _ = load(tmp_path / stored, device="cpu")
+        assert torch.equal(our_logits(model, tokens), expected), stored
+
+
+# ------------------------------------------------------------------------------ configuration
+
+OLD = dict(architectures=["LlamaForCausalLM"], hidden_size=64, intermediate_size=96, vocab_size=512,
+           num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=512)
+
+
+def test_older_files_say_rope_at_the_top_level():
+    old = ModelConfig.from_hf({**OLD, "rope_theta": 5e5,
+                               "rope_scaling": {"type": "linear", "factor": 2}})
+    new = ModelConfig.from_hf({**OLD, "rope_parameters": {
+        "rope_type": "linear", "factor": 2, "rope_theta": 5e5}})
+    assert old == new and old.rope_theta == 5e5 and old.rope_scaling["factor"] == 2
+    assert old.n_kv_heads == 4 and old.head_dim == 16
+    assert ModelConfig.from_hf({**OLD, "rope_scaling": None}).rope_scaling is None
+
+
+@pytest.mark.parametrize("change, named", [
+    (dict(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel"), (dict(architectures=[]), "none"),
+    (dict(rope_scaling={"rope_type": "yarn", "factor": 4}), "yarn"),
+    (dict(rope_scaling={"rope_type": "llama3", "factor": 4}), "low_freq_factor"),
+    (dict(hidden_act="gelu"), "gelu"), (dict(hidden_size="64"), "hidden_size"),
+    (dict(num_hidden_layers=0), "num_hidden_layers"), (dict(num_key_value_heads=3), "3"),
+    (dict(quantization_config={"quant_method": "gptq"}), "gptq"),
+    (dict(partial_rotary_factor=0.5), "partial_rotary_factor")])
+def test_what_is_not_supported_is_named(change, named):
+    with pytest.raises(ValueError, match=named):
+        ModelConfig.from_hf({**OLD, **change})
+
+
+def test_eos_ids_come_from_both_files(tmp_path):
+    shutil.copytree(TINY, tmp_path / "model")
+    config = json.loads((TINY / "config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps({**config, "eos_token_id": [7, 9]}))
+    (tmp_path / "model/generation_config.json").write_text('{"eos_token_id": [9, 11]}')
+    assert load(tmp_path / "model", device="cpu")[0].config.eos_ids == (7, 9, 11)
+    (tmp_path / "model/generation_config.json").write_text('{"eos_token_id": 3}')
+    assert load(tmp_path / "model", device="cpu")[0].config.eos_ids == (3, 7, 9)

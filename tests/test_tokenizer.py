@@ -1,0 +1,210 @@
+"""Text, ids and turns: against the libraries, and against transformers' own rendering."""
+
+import json
+import random
+import shutil
+
+import pytest
+import tokenizers
+import transformers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from helpers import TINY
+from tokenizer import Tokenizer, stop_at
+
+TEXTS = ["Hello there, said the cat.", "  two  spaces\n\nand a line\n", "née 日本語 👩‍👩‍👧 ₿ \u200b.", "\n", " "]
+CORPUS = ["Hello there, said the cat. It sat on the mat, and the other cats sat too."] * 20
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+BRACKETS = (  # Llama 2: BOS a turn, the system turn inside the user's, and a check of the order
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+    "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('order') }}{% endif %}"
+    "{% if m.role == 'user' %}{{ bos_token + '[INST] ' }}"
+    "{% if loop.first and system %}<<SYS>>\n{{ system }}\n<</SYS>>\n\n{% endif %}"
+    "{{ m.content + ' [/INST]' }}{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}")
+HEADERS = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}<|im_end|>\n\n{{ m.content | trim }}"
+    "</s>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant<|im_end|>\n\n{% endif %}")
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory):
+    """A folder with only a tokenizer.json, of Llama 3's and Qwen's kind, with BOS."""
+    tok = tokenizers.Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    specials = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    tok.train_from_iterator(CORPUS, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tok.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tok.token_to_id("<s>"))])
+    folder = tmp_path_factory.mktemp("byte-level")
+    tok.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def metaspace(tmp_path_factory):
+    """A tokenizer.json of Llama 2's kind: spaces as a character, bytes for the rest."""
+    tok = tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True))
+    tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                     decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tok.train_from_iterator(CORPUS, trainers.BpeTrainer(
+        vocab_size=350, special_tokens=["<unk>"] + [f"<0x{i:02X}>" for i in range(256)]))
+    folder = tmp_path_factory.mktemp("metaspace")
+    saved = json.loads(tok.to_str())
+    saved["added_tokens"] = []  # the trainer only reserves byte tokens as special ones
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    return folder
+
+
+@pytest.fixture(params=["sentencepiece", "byte_level", "metaspace"])
+def tokenizer(request):
+    folder = TINY if request.param == "sentencepiece" else request.getfixturevalue(request.param)
+    return Tokenizer(folder)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_survives_the_round_trip(tokenizer, text):
+    ids = tokenizer.encode(text)
+    decoded = tokenizer.decode(ids)
+    assert decoded.removeprefix(" " if tokenizer.sentencepiece or not tokenizer.bos_id else "") \
+        == text or decoded == text
+    assert ids.count(tokenizer.bos_id) == (tokenizer.bos_id is not None)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_stream_shows_whole_characters_and_every_space(tokenizer, text):
+    """Feeding ids one by one shows the same text as all at once, with no broken character."""
+    ids = tokenizer.encode("The cat" + text, bos=False)
+    stream = tokenizer.stream()
+    pieces = [stream(token_id) for token_id in ids]
+    assert stream(None) == ""
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert "".join(pieces).lstrip(" ") == "The cat" + text
+
+
+def test_an_answer_keeps_the_space_of_its_first_token(tokenizer):
+    ids = tokenizer.encode("said the cat")
+    (cat,) = tokenizer.encode("said the cat")[-1:]
+    assert tokenizer.decode(ids[:-1]) + tokenizer.decode([cat]) == tokenizer.decode(ids)
+
+
+def test_bytes_that_are_no_character_are_shown_as_such_at_the_end(tokenizer):
+    half = tokenizer.encode("日", bos=False)[:-1]
+    stream = tokenizer.stream()
+    assert "".join(stream(i) for i in half).strip() == ""
+    assert set(stream(None)) == {"\ufffd"}
+
+
+def test_any_ids_stream_to_the_text_they_decode_to(byte_level):
+    library = tokenizers.Tokenizer.from_file(str(byte_level / "tokenizer.json"))
+    tokenizer, rng = Tokenizer(byte_level), random.Random(0)
+    for _ in range(200):
+        ids = [rng.randrange(library.get_vocab_size()) for _ in range(30)]
+        assert tokenizer.decode(ids) == library.decode(ids)
+
+
+def test_special_tokens_in_a_text_become_themselves():
+    tokenizer = Tokenizer(TINY)
+    assert tokenizer.encode("<s>Hello</s>") == tokenizer.encode("Hello") + [tokenizer.eos_id]
+
+
+def test_added_tokens_stand_beside_a_sentencepiece_model(tmp_path):
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+        "added_tokens_decoder": {"4096": {"content": "<|im_start|>"}}, "add_bos_token": False}))
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.encode("<|im_start|>user")[0] == 4096
+    assert tokenizer.decode([4096]) == ""
+
+
+# ------------------------------------------------------------------------------ conversations
+
+TURNS = ["Hi there, cat.", "Is it <late>?\n", "So  long"]
+ANSWERS = ["Hello.", "It sat on\nthe mat", "日本"]
+
+
+def conversation(system, n):
+    turns = [{"role": "system", "content": system}] if system else []
+    for user, said in zip(TURNS[:n], ANSWERS[:n]):
+        turns += [{"role": "user", "content": user}, {"role": "assistant", "content": said}]
+    return turns[:-1]
+
+
+@pytest.mark.parametrize("system", [None, "You are a cat."])
+@pytest.mark.parametrize("template", [CHATML, BRACKETS, HEADERS], ids=["chatml", "brackets", "headers"])
+def test_only_the_difference_is_encoded_and_it_is_what_transformers_renders(
+        byte_level, tmp_path, template, system):
+    shutil.copytree(byte_level, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    tokenizer = Tokenizer(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<s>", eos_token="</s>",
+        chat_template=template)
+    ids = tokenizer.first_turn(TURNS[0], system)
+    for turn in (1, 2, 3):
+        rendered = theirs.apply_chat_template(conversation(system, turn), tokenize=False,
+                                              add_generation_prompt=True)
+        expected = theirs(rendered, add_special_tokens=False)["input_ids"]
+        bos = theirs.bos_token_id
+        assert [i for i in ids if i != bos] == [i for i in expected if i != bos]
+        assert ids.count(bos) == 1 and ids[0] == bos
+        # how the template spaces an answer is its own affair: Llama 2's form puts a space around
+        space = " " if template is BRACKETS else ""
+        said = tokenizer.encode(space + ANSWERS[turn - 1], bos=False)
+        if turn < 3:
+            ids += said + tokenizer.next_turn(TURNS[turn], said[-1])
+    if system:
+        opening = tokenizer.encode(tokenizer.system_turn(system))
+        assert ids[:len(opening)] == opening and system in tokenizer.decode(opening)
+
+
+def test_an_end_of_turn_that_the_model_said_is_not_said_twice(byte_level, tmp_path):
+    shutil.copytree(byte_level, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text(CHATML)
+    tokenizer = Tokenizer(tmp_path)
+    end = tokenizer.specials["<|im_end|>"]
+    cut_off, ended = tokenizer.next_turn("Go on", 5), tokenizer.next_turn("Go on", end)
+    assert cut_off == [end] + ended and ended[0] != end
+
+
+def test_without_a_template_vicunas_form_is_used():
+    tokenizer = Tokenizer(TINY)
+    text = tokenizer.decode(tokenizer.first_turn("Who?", "Be kind."))
+    assert text.strip() == "Be kind. USER: Who? ASSISTANT:"
+    ids = tokenizer.next_turn("Why?", 99)
+    assert ids[0] == tokenizer.eos_id and tokenizer.decode(ids) == "USER: Why? ASSISTANT:"
+
+
+@pytest.mark.parametrize("template", [
+    "{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{% for %}", "{{ raise_exception('no') }}"])
+def test_a_template_that_breaks_out_or_breaks_is_one_clear_error(tmp_path, template):
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(ValueError, match="chat template"):
+        Tokenizer(tmp_path).first_turn("Hi")
+
+
+# ------------------------------------------------------------------------------ stop texts
+
+
+@pytest.mark.parametrize("pieces, shown, stopped", [
+    (["one ", "two STOP three"], "one two ", True), (["one ST", "OP two"], "one ", True),
+    (["one ST", "AR"], "one STAR", False), (["SSTOP"], "S", True), (["ST"], "ST", False),
+    (["a\n", "\nb"], "a", True)])
+def test_stop_texts_are_cut_and_what_may_become_one_is_held_back(pieces, shown, stopped):
+    stop, text = stop_at(["STOP", "\n\n"]), ""
+    for piece in pieces:
+        more, reached = stop(piece)
+        text += more
+        assert "ST" not in text or "STA" in text
+        if reached:
+            break
+    else:
+        text += stop("", final=True)[0]
+    assert (text, reached) == (shown, stopped)
