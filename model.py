@@ -165,6 +165,35 @@ class RMSNorm(nn.Module):
         return normal.type_as(x) * self.weight
 
 
+class Linear(nn.Linear):
+    """y = x W^T + b, in the form that reads W at the speed of the memory for one token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        one_token = x.numel() == self.in_features
+        if one_token and not x.is_cuda and torch.compiler.is_compiling():
+            y = row_times_matrix(x, self.weight)
+            return y if self.bias is None else y + self.bias
+        return F.linear(x, self.weight, self.bias)
+
+
+def row_times_matrix(x: Tensor, weight: Tensor) -> Tensor:
+    """x (1, 1, K) times weight (N, K) transposed, -> (1, 1, N), for inductor on a CPU: it makes one
+    pass over W of a product and a sum, twice as fast as the library's matmul of one row.
+
+    x has to be in memory, or what computes it would be fused in and computed again for every row.
+    Sums over more than 4096 get a slower, more exact loop: long rows are cut."""
+    K = weight.shape[1]
+    cuts = next(n for n in range(1, K + 1) if K % n == 0 and K // n <= 4096)
+    x = in_memory(x.reshape(-1))
+    y = (weight.float() * x.float()).view(-1, cuts, K // cuts).sum(-1).sum(-1)
+    return y.type_as(weight)[None, None]
+
+
+def in_memory(x: Tensor) -> Tensor:
+    """x itself; inductor stores it here instead of computing it again wherever it is used."""
+    return x.as_strided(x.shape, x.stride())
+
+
 class Attention(nn.Module):
     """Grouped-query attention: over a sink+window cache, or causal over the call's own tokens."""
 
@@ -173,8 +202,8 @@ class Attention(nn.Module):
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads
         self.head_dim = config.head_dim
         q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.qkv = nn.Linear(config.dim, q_dim + 2 * kv_dim, bias=config.qkv_bias)
-        self.out = nn.Linear(q_dim, config.dim, bias=config.out_bias)
+        self.qkv = Linear(config.dim, q_dim + 2 * kv_dim, bias=config.qkv_bias)
+        self.out = Linear(q_dim, config.dim, bias=config.out_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
@@ -206,13 +235,15 @@ def attend(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, n_sink: int,
     n_kv_heads = k.shape[1]
 
     def grouped(q):  # (B, T, heads, D) -> (B, kv_heads, T * G, D)
+        q = q * (1 / math.sqrt(D))
         return q.reshape(B, T, n_kv_heads, -1, D).transpose(1, 2).reshape(B, n_kv_heads, -1, D)
 
-    scores = grouped(q_recent) @ k[:, :, n_sink:].transpose(2, 3)
+    # All slots, then the sinks again: a matmul over a part of k would first copy that part.
+    scores = grouped(q_recent) @ k.transpose(2, 3)
     if n_sink:
         sink_scores = grouped(q_sink) @ k[:, :, :n_sink].transpose(2, 3)
-        scores = torch.cat([sink_scores, scores], dim=-1)
-    scores = scores.view(B, n_kv_heads, T, n_heads // n_kv_heads, -1).float() / math.sqrt(D)
+        scores = torch.cat([sink_scores, scores[..., n_sink:]], dim=-1)
+    scores = scores.view(B, n_kv_heads, T, n_heads // n_kv_heads, -1).float()
     scores = scores.masked_fill(~visible[:, None, :, None], -math.inf)
     weights = scores.softmax(dim=-1).type_as(v).view(B, n_kv_heads, -1, k.shape[2])
     y = (weights @ v).view(B, n_kv_heads, T, -1, D)
@@ -224,8 +255,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_up = nn.Linear(config.dim, 2 * config.ffn_dim, bias=config.ffn_bias)
-        self.down = nn.Linear(config.ffn_dim, config.dim, bias=config.ffn_bias)
+        self.gate_up = Linear(config.dim, 2 * config.ffn_dim, bias=config.ffn_bias)
+        self.down = Linear(config.ffn_dim, config.dim, bias=config.ffn_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -265,7 +296,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = Linear(config.dim, config.vocab_size, bias=False)
         if config.tied_embeddings:
             self.output.weight = self.embed.weight
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
@@ -289,7 +320,7 @@ class Transformer(nn.Module):
             positions = cache.positions(tokens.shape[1])  # (B, T)
             at = Step(rope=rope(positions, self.frequencies),
                       sink_rope=rope(cache.sink_positions(positions), self.frequencies),
-                      slots=cache.slots(positions), visible=cache.visible(positions))
+                      slots=cache.slots(positions), visible=in_memory(cache.visible(positions)))
             cache.length += tokens.shape[1]
         x = self.embed(tokens)  # (B, T, dim)
         for layer, block in enumerate(self.layers):

@@ -1,0 +1,156 @@
+"""Perplexity along one long text, in one uninterrupted stream, for each way of keeping the past.
+
+    python eval.py --text valid.txt.xz --mode stream window recompute dense --plot stream.png
+
+    stream     sinks and a window: StreamingLLM, this engine's cache
+    window     the window alone (no sinks), of the same total size
+    recompute  the latest S + W tokens read anew for every token: the paper's slow gold standard
+    dense      every token seen, and so only up to the trained context
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import lzma
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cli import DEFAULT_CHECKPOINT, number, say, user_errors
+from convert_hf import DTYPES
+from generate import LARGE_CHUNK, load, make_cache
+from model import Transformer
+
+MODES = ("stream", "window", "recompute", "dense")
+RECOMPUTED_ROWS = 16  # windows read side by side
+SMOOTH = 1000  # tokens that a point of the plot is the mean of
+
+
+def read_text(path: str) -> str:
+    """A UTF-8 text file, plain or .xz."""
+    opener = lzma.open if path.endswith(".xz") else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            return file.read()
+    except (UnicodeDecodeError, lzma.LZMAError, EOFError):
+        raise ValueError(f"{path}: not UTF-8 text, plain or .xz") from None
+
+
+def nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Nats (T,) float32 that each target (T,) cost under logits (T, V)."""
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+@torch.no_grad()
+def streamed(model: Transformer, ids: Tensor, n_sink: int, window: int | None) -> Iterator[Tensor]:
+    """Nats a token, a chunk at a time, through the cache; how it is cut changes nothing."""
+    cache = make_cache(model, n_sink, window)
+    for inputs, targets in zip(ids[:-1].split(LARGE_CHUNK), ids[1:].split(LARGE_CHUNK)):
+        yield nll(model(inputs[None], cache)[0], targets)
+
+
+@torch.no_grad()
+def recomputed(model: Transformer, ids: Tensor, context: int) -> Iterator[Tensor]:
+    """Nats a token, each token predicted from the latest `context` tokens alone, read anew."""
+    yield nll(model(ids[None, :context])[0], ids[1:context + 1])
+    windows = ids[1:-1].unfold(0, context, 1)  # (n, context): the tokens that end before a target
+    for rows, targets in zip(windows.split(RECOMPUTED_ROWS),
+                             ids[context + 1:].split(RECOMPUTED_ROWS)):
+        last = torch.full((len(rows),), context - 1, device=ids.device)
+        yield nll(model(rows, None, last)[:, 0], targets)
+
+
+def measure(model: Transformer, ids: Tensor, mode: str, n_sink: int, window: int | None) -> Tensor:
+    """Nats (N,) of every token of ids (N + 1,) but the first, with a progress line."""
+    context = model.config.max_seq_len
+    if window is None:
+        window = make_cache(model, n_sink).window
+    if mode == "dense":
+        parts = streamed(model, ids[:context + 1], 0, context)
+    elif mode == "recompute":
+        parts = recomputed(model, ids, n_sink + window)
+    else:
+        parts = streamed(model, ids, *((n_sink, window) if mode == "stream" else (0, n_sink + window)))
+    done, total = [], 0.0
+    for part in parts:
+        done.append(part)
+        total += part.sum().item()
+        count = sum(map(len, done))
+        print(f"\r{mode}: {count} of {len(ids) - 1} tokens, perplexity "
+              f"{math.exp(total / count):.3f}", end="", file=__import__("sys").stderr)
+    say("")
+    return torch.cat(done)
+
+
+def draw(path: str, curves: dict[str, Tensor], context: int) -> None:
+    """Perplexity of the latest SMOOTH tokens along the text, a curve a mode."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--plot needs the package matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4))
+    for name, nats in curves.items():
+        total = nats.double().cumsum(0)
+        start = torch.cat([torch.zeros(min(SMOOTH, len(nats)), dtype=torch.float64), total[:-SMOOTH]])
+        seen = torch.arange(1, len(nats) + 1).clamp(max=SMOOTH)
+        axes.plot(range(1, len(nats) + 1), ((total - start) / seen).exp(), label=name, linewidth=1)
+    axes.axvline(context, color="gray", linestyle=":", label=f"trained context, {context}")
+    axes.set(xlabel="tokens", ylabel=f"perplexity of the latest {SMOOTH} tokens", xscale="log",
+             yscale="log")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="DIR")
+    add("--text", required=True, metavar="FILE", help="UTF-8 text, plain or .xz")
+    add("--mode", nargs="+", choices=MODES, default=["stream"])
+    add("--sink", nargs="+", type=number(int, 0), default=[4], metavar="S", help="one run for each")
+    add("--window", type=number(int, 1), metavar="W")
+    add("--max-tokens", type=number(int, 2), default=20_000, metavar="N", help="default 20000")
+    add("--dtype", choices=DTYPES)
+    add("--device", metavar="D")
+    add("--compile", action="store_true")
+    add("--plot", metavar="FILE.png")
+    add("--json", action="store_true")
+    args = parser.parse_args()
+    with user_errors(parser):
+        text = read_text(args.text)
+        model, tokenizer = load(args.checkpoint, args.device, DTYPES.get(args.dtype),
+                                compile=args.compile)
+        ids = torch.tensor(tokenizer.encode(text)[:args.max_tokens + 1],
+                           device=model.embed.weight.device)
+        if len(ids) < 2:
+            raise ValueError(f"{args.text}: no text in it")
+        curves = {}
+        for mode in args.mode:
+            for n_sink in args.sink:
+                start = time.perf_counter()
+                nats = measure(model, ids, mode, n_sink, args.window).cpu()
+                name = f"{mode}, {n_sink} sinks" if mode == "stream" else mode
+                curves[name] = nats
+                record = dict(mode=mode, sink=n_sink, window=args.window, tokens=len(nats),
+                              nats=nats.mean().item(), perplexity=nats.mean().exp().item(),
+                              seconds=time.perf_counter() - start)
+                print(json.dumps(record) if args.json else
+                      f"{name:20} {record['tokens']} tokens  perplexity {record['perplexity']:.3f}")
+                if mode != "stream":
+                    break  # the number of sinks changes only the stream
+        if args.plot:
+            draw(args.plot, curves, model.config.max_seq_len)
+
+
+if __name__ == "__main__":
+    main()
