@@ -14,9 +14,9 @@ import argparse
 import json
 import lzma
 import math
+import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +83,7 @@ def measure(model: Transformer, ids: Tensor, mode: str, n_sink: int, window: int
         total += part.sum().item()
         count = sum(map(len, done))
         print(f"\r{mode}: {count} of {len(ids) - 1} tokens, perplexity "
-              f"{math.exp(total / count):.3f}", end="", file=__import__("sys").stderr)
+              f"{math.exp(total / count):.3f}", end="", file=sys.stderr)
     say("")
     return torch.cat(done)
 

@@ -1,11 +1,13 @@
 """One conversation through a small window, and what is typed."""
 
 import json
+import signal
 
 import pytest
 import torch
 
-from generate import load, make_cache
+from cli import make_parser
+from generate import answer, generate, load, make_cache
 from helpers import TINY, run
 from test_generate import records
 
@@ -93,3 +95,24 @@ def test_text_and_figures_are_kept_apart(tmp_path):
     _, out, err = run("chat", *argv, "--seed", 5)
     assert out == "".join(r["text"] + "\n" for r in records(*argv, program="chat"))
     assert "turn 1:" in err and "2 turns" in err and "first token after" in err
+
+
+def test_an_interrupt_keeps_what_was_said_and_the_conversation_goes_on():
+    model, tokenizer = load(TINY, device="cpu")
+    args = make_parser("x").parse_args(["--temperature", "0", "--max-new-tokens", "30"])
+    args.compile_s, args.seed = 0.0, 0
+    cache, pieces = make_cache(model, 4, 60), []
+
+    def emit(piece):
+        pieces.append(piece)
+        if len(pieces) == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    ids = tokenizer.first_turn("Hello.")
+    record = answer(model, cache, tokenizer, ids, args, None, emit)
+    assert record["finish_reason"] == "interrupt"
+    assert record["new_tokens"] == 5 and record["text"] == "".join(pieces)
+    assert cache.length.item() == len(ids) + 5
+    uninterrupted = make_cache(model, 4, 60)
+    assert list(generate(model, uninterrupted, ids, max_new_tokens=5)) == record["token_ids"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

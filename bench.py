@@ -1,0 +1,282 @@
+"""Speed and memory against the machine's measured limits, and against a peer, in one run.
+
+    python bench.py --shape 1.1b
+    python bench.py --shape 1.1b --peer transformers
+
+Reading every weight once a token, a step can take no less than bytes / bandwidth. Shared machines
+drift, so the limits and every figure are measured in turns, round after round; what is printed is
+the median of the rounds, and the share of the limit is the median of each round's own share.
+A --shape has random weights, made on the device: speed does not depend on their values.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+
+import torch
+
+from cli import make_parser, number, say, user_errors
+from convert_hf import DTYPES
+from generate import (LARGE_CHUNK, check_device, compile_step, load, make_cache,
+                      prefill, warm, weight_bytes)
+from kv_cache import KVCache
+from model import ModelConfig, Transformer, rope_frequencies
+
+SHAPES = {  # dim, layers, heads, KV heads, ffn, vocabulary, context, tied
+    "135m": (576, 30, 9, 3, 1536, 49152, 8192, True),  # SmolLM2
+    "1.1b": (2048, 22, 32, 4, 5632, 32000, 2048, False),  # TinyLlama
+    "7b": (4096, 32, 32, 32, 11008, 32000, 4096, False),  # Llama 2
+    "8b": (4096, 32, 32, 8, 14336, 128256, 131072, False),  # Llama 3.1
+}
+STEPS, ROUNDS = 16, 9  # decode steps a round; rounds a figure
+
+
+def shape_config(shape: str) -> dict:
+    dim, layers, heads, kv_heads, ffn, vocab, context, tied = SHAPES[shape]
+    return dict(architectures=["LlamaForCausalLM"], hidden_size=dim, num_hidden_layers=layers,
+                num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=ffn,
+                vocab_size=vocab, max_position_embeddings=context, tie_word_embeddings=tied)
+
+
+def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+    model = model.to_empty(device=device).requires_grad_(False)
+    if config.tied_embeddings:
+        model.output.weight = model.embed.weight
+    for weight in model.parameters():
+        weight.fill_(1) if weight.ndim == 1 else weight.normal_(std=0.02)
+    model.frequencies = rope_frequencies(config, device)
+    return model
+
+
+def open_model(args) -> tuple[Transformer, KVCache, float]:
+    """The model, not yet compiled, its cache, and the seconds that loading took."""
+    start = time.perf_counter()
+    dtype = DTYPES.get(args.dtype)
+    if args.shape:
+        config = ModelConfig.from_hf(shape_config(args.shape))
+        model = random_model(config, check_device(args.device), dtype or torch.bfloat16)
+    else:
+        model, _ = load(args.checkpoint, args.device, dtype)
+    seconds = time.perf_counter() - start
+    single = make_cache(model, args.sink, args.window)
+    if args.batch == 1:
+        return model, single, seconds
+    weight = model.embed.weight
+    return model, KVCache(model.config, args.batch, single.n_sink, single.window, LARGE_CHUNK,
+                          weight.dtype, weight.device), seconds
+
+
+def compile_all(model: Transformer, cache: KVCache) -> float:
+    """Compile and run every graph once; seconds."""
+    start = time.perf_counter()
+    compile_step(model, cache.length.device)
+    if cache.batch_size == 1:
+        warm(model, cache)
+    else:
+        step(model, cache)
+    return time.perf_counter() - start
+
+
+def compile_cold(args, results) -> None:
+    """In a process of its own, with an empty compile cache."""
+    model, cache, _ = open_model(args)
+    results.put(compile_all(model, cache))
+
+
+# ------------------------------------------------------------------------------ what is timed
+
+
+@torch.no_grad()
+def step(model: Transformer, cache: KVCache) -> None:
+    """One token for every row, greedy and read by the host, as in the decode loop."""
+    logits = model(torch.zeros_like(cache.length)[:, None], cache)
+    logits.argmax(-1).tolist()
+
+
+def median_step(run: Callable[[], None]) -> float:
+    times = []
+    for _ in range(STEPS):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def timed_prefill(model: Transformer, cache: KVCache, length: int) -> float:
+    cache.reset()
+    start = time.perf_counter()
+    prefill(model, cache, [7] * length)[0, 0, 0].item()
+    return time.perf_counter() - start
+
+
+def bandwidth(buffers: list[torch.Tensor]) -> float:
+    """GB/s: reading on a CPU, the best of three; reading and writing a copy on a GPU."""
+    best, source = 0.0, buffers[0]
+    for _ in range(3):
+        start = time.perf_counter()
+        if source.is_cuda:
+            buffers[1].copy_(source)
+            torch.cuda.synchronize()
+        else:
+            source.sum()
+        best = max(best, sum(b.nbytes for b in buffers) / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def matmul_rate(a: torch.Tensor) -> float:
+    """TFLOP/s of a square matmul in the model's dtype."""
+    start = time.perf_counter()
+    (a @ a)[0, 0].item()
+    return 2 * len(a) ** 3 / (time.perf_counter() - start) / 1e12
+
+
+def peer_transformers(args, config: dict, device, compiled: bool) -> tuple[Callable, Callable]:
+    """(seconds of a 128-token prefill, seconds of a step) of transformers on the same shape."""
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("--peer needs the package transformers: pip install transformers") from None
+    settings = {k: v for k, v in config.items() if k != "architectures"}
+    with torch.device(device):
+        model = transformers.LlamaForCausalLM._from_config(
+            transformers.LlamaConfig(**settings), dtype=DTYPES[args.dtype or "bf16"]).eval()
+    cache = (transformers.StaticCache(config=model.config, max_cache_len=512) if compiled
+             else transformers.DynamicCache(config=model.config))
+    mode = "reduce-overhead" if device.type == "cuda" else None
+    forward = torch.compile(model.forward, mode=mode) if compiled else model.forward
+    state = {"position": 128}
+
+    @torch.no_grad()
+    def time_prefill() -> float:
+        tokens = torch.full((1, 128), 7, device=device)
+        start = time.perf_counter()
+        model(tokens, use_cache=True, logits_to_keep=1).logits[0, 0, 0].item()
+        return time.perf_counter() - start
+
+    @torch.no_grad()
+    def one_step() -> None:
+        position = torch.tensor([state["position"]], device=device)
+        token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        forward(token, past_key_values=cache, use_cache=True, cache_position=position,
+                position_ids=position[None]).logits[0, -1].argmax().item()
+        state["position"] = 128 + (state["position"] - 127) % 256
+
+    if not compiled:
+        with torch.no_grad():
+            model(torch.full((1, 128), 7, device=device), past_key_values=cache, use_cache=True)
+    for _ in range(3):
+        one_step()
+    return time_prefill, lambda: median_step(one_step)
+
+
+# ------------------------------------------------------------------------------ in turns
+
+
+def measure(args, model: Transformer, cache: KVCache, config: dict | None) -> dict:
+    """Run everything in turns; {name: the rounds' values}, seconds but for the two limits."""
+    device, single = cache.length.device, cache.batch_size == 1
+    buffers = [torch.zeros(1 << 28, device=device) for _ in range(2 if cache.length.is_cuda else 1)]
+    square = torch.ones(2048, 2048, device=device, dtype=model.embed.weight.dtype)
+    runs = {"decode": lambda: median_step(lambda: step(model, cache))}
+    if single:
+        runs["prefill_128"] = lambda: timed_prefill(model, cache, 128)
+        if cache.n_sink + cache.window >= 256:
+            runs["prefill_2048"] = lambda: timed_prefill(model, cache, 2048)
+    if args.peer:
+        for name, compiled in (("eager", False), ("compiled", True)):
+            say(f"preparing transformers {name}")
+            time_prefill, time_step = peer_transformers(args, config, device, compiled)
+            runs[f"transformers_{name}_decode"] = time_step
+            if not compiled:
+                runs["transformers_prefill_128"] = time_prefill
+    rounds = {name: [] for name in ("bandwidth", "matmul", *runs)}
+    for n in range(ROUNDS):
+        say(f"round {n + 1} of {ROUNDS}")
+        for name, run in runs.items():
+            before = bandwidth(buffers)
+            rounds[name].append(run())
+            if name == "decode":
+                rounds["bandwidth"].append(max(before, bandwidth(buffers)))
+        rounds["matmul"].append(matmul_rate(square))
+    return rounds
+
+
+def report(args, model: Transformer, cache: KVCache, rounds: dict) -> dict:
+    """The figures: medians, and ratios round by round."""
+    def middle(name):
+        return statistics.median(rounds[name])
+
+    weights = weight_bytes(model)
+    table = 0 if model.config.tied_embeddings else model.embed.weight.nbytes
+    read = weights - table + cache.nbytes()  # of the embedding table a step reads one row
+    shares = [read / seconds / 1e9 / limit
+              for seconds, limit in zip(rounds["decode"], rounds["bandwidth"])]
+    out = dict(
+        decode_tok_s=cache.batch_size / middle("decode"), decode_GB_s=read / middle("decode") / 1e9,
+        decode_tok_s_spread=[cache.batch_size / max(rounds["decode"]),
+                             cache.batch_size / min(rounds["decode"])],
+        bandwidth_GB_s=middle("bandwidth"), share_of_bandwidth=statistics.median(shares),
+        matmul_TFLOP_s=middle("matmul"), weight_bytes=weights, cache_bytes=cache.nbytes())
+    for length in (128, 2048):
+        if f"prefill_{length}" in rounds:
+            out[f"prefill_{length}_tok_s"] = length / middle(f"prefill_{length}")
+    if "prefill_128" in rounds:
+        out["ttft_128_s"] = middle("prefill_128") + middle("decode")
+    for name, theirs in rounds.items():
+        if name.startswith("transformers"):
+            ours = rounds["prefill_128" if "prefill" in name else "decode"]
+            out[name + "_tok_s"] = (128 if "prefill" in name else 1) / statistics.median(theirs)
+            out["over_" + name] = statistics.median(t / o for t, o in zip(theirs, ours))
+    return out
+
+
+def main():
+    parser = make_parser(__doc__)
+    parser.add_argument("--shape", choices=SHAPES, help="random weights instead of a checkpoint")
+    parser.add_argument("--batch", type=number(int, 1), default=1, metavar="B")
+    parser.add_argument("--peer", choices=["transformers"], help="time it too, in turns with ours")
+    args = parser.parse_args()
+    with user_errors(parser):
+        if args.peer and (not args.shape or args.batch > 1):
+            raise ValueError("--peer goes with --shape and one row")
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+            say("compiling from nothing, in another process")
+            spawn = multiprocessing.get_context("spawn")
+            results = spawn.Queue()
+            process = spawn.Process(target=compile_cold, args=(args, results))
+            process.start()
+            process.join()
+            if process.exitcode:
+                raise ValueError("the compiling process failed, see above")
+            cold = results.get()
+            model, cache, load_s = open_model(args)
+            say("compiling again, from the compile cache")
+            compile_warm_s = compile_all(model, cache)
+            peak = (torch.cuda.max_memory_allocated() if cache.length.is_cuda
+                    else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+            config = shape_config(args.shape) if args.shape else None
+            figures = report(args, model, cache, measure(args, model, cache, config))
+    figures = dict(model=args.shape or str(args.checkpoint), device=str(cache.length.device),
+                   torch=torch.__version__, threads=torch.get_num_threads(),
+                   dtype=str(model.embed.weight.dtype), sink=cache.n_sink, window=cache.window,
+                   batch=args.batch, load_s=None if args.shape else load_s, compile_cold_s=cold,
+                   compile_warm_s=compile_warm_s, peak_bytes=peak, **figures)
+    if args.json:
+        print(json.dumps(figures))
+        return
+    for name, value in figures.items():
+        print(f"{name:36} {f'{value:,.3f}' if isinstance(value, float) else value}")
+
+
+if __name__ == "__main__":
+    main()
