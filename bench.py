@@ -210,7 +210,7 @@ def measure(args, model: Transformer, cache: KVCache, config: dict | None) -> di
     return rounds
 
 
-def report(args, model: Transformer, cache: KVCache, rounds: dict) -> dict:
+def report(model: Transformer, cache: KVCache, rounds: dict) -> dict:
     """The figures: medians, and ratios round by round."""
     def middle(name):
         return statistics.median(rounds[name])
@@ -241,6 +241,7 @@ def report(args, model: Transformer, cache: KVCache, rounds: dict) -> dict:
 
 def main():
     parser = make_parser(__doc__)
+    parser.add_argument("--sink", type=number(int, 0), metavar="S", help="default 4")
     parser.add_argument("--shape", choices=SHAPES, help="random weights instead of a checkpoint")
     parser.add_argument("--batch", type=number(int, 1), default=1, metavar="B")
     parser.add_argument("--peer", choices=["transformers"], help="time it too, in turns with ours")
@@ -248,6 +249,7 @@ def main():
     with user_errors(parser):
         if args.peer and (not args.shape or args.batch > 1):
             raise ValueError("--peer goes with --shape and one row")
+        model, cache, load_s = open_model(args)
         with tempfile.TemporaryDirectory() as folder:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
             say("compiling from nothing, in another process")
@@ -259,13 +261,12 @@ def main():
             if process.exitcode:
                 raise ValueError("the compiling process failed, see above")
             cold = results.get()
-            model, cache, load_s = open_model(args)
             say("compiling again, from the compile cache")
             compile_warm_s = compile_all(model, cache)
             peak = (torch.cuda.max_memory_allocated() if cache.length.is_cuda
                     else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
             config = shape_config(args.shape) if args.shape else None
-            figures = report(args, model, cache, measure(args, model, cache, config))
+            figures = report(model, cache, measure(args, model, cache, config))
     figures = dict(model=args.shape or str(args.checkpoint), device=str(cache.length.device),
                    torch=torch.__version__, threads=torch.get_num_threads(),
                    dtype=str(model.embed.weight.dtype), sink=cache.n_sink, window=cache.window,

@@ -9,13 +9,17 @@ keeps the sinks and the latest tokens, so memory and the time to a turn's first 
 
 from __future__ import annotations
 
+import contextlib
 import json
-import readline  # noqa: F401  (input() then edits lines and remembers them)
 import sys
 from collections.abc import Iterator
 
-from cli import check_text, figures, make_parser, number, read_prompts, say, show, user_errors
+from cli import (add_generation, check_text, figures, make_parser, number, read_prompts, say, show,
+                 user_errors)
 from generate import answer, get_ready, make_cache, open_model
+
+with contextlib.suppress(ImportError):
+    import readline  # noqa: F401  (input() then edits lines and remembers them)
 
 HELP = "/reset forgets everything, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
 
@@ -68,17 +72,21 @@ def totals(records: list[dict]) -> str:
 
 
 def main():
-    parser = make_parser(__doc__)
+    parser = add_generation(make_parser(__doc__))
     parser.add_argument("--prompts", metavar="FILE", help="turns to say, a JSON object a line")
     parser.add_argument("--limit", type=number(int, 1), metavar="N", help="first N turns only")
     parser.add_argument("--pin-system", metavar="TEXT", help="a system turn that is never evicted")
     args = parser.parse_args()
     with user_errors(parser):
+        if args.limit and not args.prompts:
+            raise ValueError("--limit goes with --prompts")
         turns = from_file(read_prompts(args.prompts), args.limit) if args.prompts else None
         model, tokenizer = open_model(args)
         if args.pin_system is not None:
             if args.sink is not None:
                 raise ValueError("--pin-system decides the number of sinks; leave --sink out")
+            if turns and any(raw for _, raw in turns):
+                raise ValueError('--pin-system needs a template: {"prompt": ...} lines have none')
             check_text("--pin-system", args.pin_system)
             args.sink = len(tokenizer.encode(tokenizer.system_turn(args.pin_system)))
         cache = make_cache(model, args.sink, args.window)

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from convert_hf import DTYPES
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "tiny"
@@ -37,6 +39,17 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="DIR",
         help="our folder or a Hugging Face one; default: the embedded one")
+    add("--window", type=number(int, 1), metavar="W",
+        help="latest tokens seen; default: what the sinks leave of the trained context")
+    add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    add("--device", metavar="D", help="cpu, cuda or cuda:N; default: the GPU if there is one")
+    add("--json", action="store_true", help="JSON on stdout")
+    return parser
+
+
+def add_generation(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """What every program takes that generates."""
+    add = parser.add_argument
     add("--max-new-tokens", type=number(int, 1), default=512, metavar="N", help="default 512")
     add("--compile", action="store_true", help="compile the model for this machine first")
     add("--temperature", type=number(float, 0), default=0.8, metavar="T",
@@ -47,11 +60,6 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     add("--stop", action="append", default=[], metavar="TEXT", help="end here; may be repeated")
     add("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
     add("--sink", type=number(int, 0), metavar="S", help="first tokens, never evicted; default 4")
-    add("--window", type=number(int, 1), metavar="W",
-        help="latest tokens seen; default: what the sinks leave of the trained context")
-    add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
-    add("--device", metavar="D", help="cpu, cuda or cuda:N; default: the GPU if there is one")
-    add("--json", action="store_true", help="one JSON object a generation on stdout")
     return parser
 
 
@@ -64,8 +72,10 @@ def user_errors(parser: argparse.ArgumentParser):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        sys.stderr.write(f"{parser.prog}: error: {str(error).splitlines()[0]}\n")
         sys.exit(2)
 
 
@@ -80,23 +90,22 @@ def check_text(source: str, text: str) -> str:
     return text
 
 
-def read_prompts(path: str, limit: int | None = None) -> list[dict]:
+def read_prompts(path: str) -> list[dict]:
     """The lines of a JSON Lines file: each {"prompt": text} or {"turns": [text, ...]}, as in
     MT-Bench's question.jsonl. Raises ValueError naming the file and the line."""
     with open(path, "rb") as file:
         lines = [(n, line) for n, line in enumerate(file, 1) if line.strip()]
     entries = []
-    for n, line in lines[:limit]:
+    for n, line in lines:
         try:
             entry = json.loads(line)
         except ValueError:  # not UTF-8 is one too
             raise ValueError(f"{path}, line {n}: not a line of JSON in UTF-8") from None
         try:
             texts = [entry["prompt"]] if "prompt" in entry else entry["turns"]
-            well_formed = bool(texts) and all(isinstance(text, str) for text in texts)
         except (TypeError, KeyError):
-            well_formed = False
-        if not well_formed:
+            texts = None
+        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
             raise ValueError(f'{path}, line {n}: needs {{"prompt": text}} or {{"turns": [text, ...]}}')
         for text in texts:
             check_text(f"{path}, line {n}: the prompt", text)

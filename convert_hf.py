@@ -16,6 +16,7 @@ import os
 import pickle
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,8 +46,7 @@ def read_config(folder: Path) -> tuple[dict, ModelConfig]:
     if not path.exists():
         raise ValueError(f"{folder}: no config.json; a checkpoint folder has one")
     raw = read_json(path)
-    eos = [read_json(folder / name).get("eos_token_id") for name in
-           ("config.json", "generation_config.json")]
+    eos = [file.get("eos_token_id") for file in (raw, read_json(folder / "generation_config.json"))]
     ids = [i for e in eos if e is not None for i in (e if isinstance(e, list) else [e])]
     try:
         return raw, ModelConfig.from_hf({**raw, "eos_token_id": sorted(set(ids))})
@@ -166,9 +166,8 @@ def convert(source: Path, out: Path, dtype: torch.dtype | None = None, progress=
     raw, config = read_config(source)
     weights = read_weights(source, raw, config)
     total = len(hf_parts(config))
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=out.name + ".partial-"))
     try:
         files, waiting = {}, {}  # file name -> its tensors' names; tensors not yet written
         for count, (name, tensor) in enumerate(weights, 1):
@@ -185,11 +184,14 @@ def convert(source: Path, out: Path, dtype: torch.dtype | None = None, progress=
             weight_map = {name: file for file, names in files.items() for name in names}
             write_json(partial / "model.safetensors.index.json", {"weight_map": weight_map})
         if dtype:
-            raw["torch_dtype"] = str(dtype).removeprefix("torch.")
+            raw.pop("torch_dtype", None)  # what older files call it
+            raw["dtype"] = str(dtype).removeprefix("torch.")
         write_json(partial / "config.json", {**raw, "gpt_stream": {"format": 1}})
         for name in COPIED:
             if (source / name).exists():
                 shutil.copyfile(source / name, partial / name)
+        for path in (partial, *partial.iterdir()):  # made for this user's eyes alone
+            path.chmod(path.stat().st_mode | 0o444 | (0o111 if path.is_dir() else 0))
         os.replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -211,7 +213,7 @@ def main():
 
     try:
         convert(args.source, args.out, DTYPES.get(args.dtype), progress)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, safetensors.SafetensorError) as error:
         sys.stderr.write(f"\n{parser.prog}: error: {error}\n")
         sys.exit(2)
     print(f"\nwrote {args.out}", file=sys.stderr)

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import lzma
 import math
@@ -22,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cli import DEFAULT_CHECKPOINT, number, say, user_errors
+from cli import make_parser, number, say, user_errors
 from convert_hf import DTYPES
-from generate import LARGE_CHUNK, load, make_cache
+from generate import LARGE_CHUNK, default_window, load, make_cache
 from model import Transformer
 
 MODES = ("stream", "window", "recompute", "dense")
@@ -58,7 +57,10 @@ def streamed(model: Transformer, ids: Tensor, n_sink: int, window: int | None) -
 @torch.no_grad()
 def recomputed(model: Transformer, ids: Tensor, context: int) -> Iterator[Tensor]:
     """Nats a token, each token predicted from the latest `context` tokens alone, read anew."""
-    yield nll(model(ids[None, :context])[0], ids[1:context + 1])
+    first = ids[:context + 1]
+    yield nll(model(first[None, :-1])[0], first[1:])
+    if len(ids) == len(first):
+        return
     windows = ids[1:-1].unfold(0, context, 1)  # (n, context): the tokens that end before a target
     for rows, targets in zip(windows.split(RECOMPUTED_ROWS),
                              ids[context + 1:].split(RECOMPUTED_ROWS)):
@@ -68,11 +70,11 @@ def recomputed(model: Transformer, ids: Tensor, context: int) -> Iterator[Tensor
 
 def measure(model: Transformer, ids: Tensor, mode: str, n_sink: int, window: int | None) -> Tensor:
     """Nats (N,) of every token of ids (N + 1,) but the first, with a progress line."""
-    context = model.config.max_seq_len
     if window is None:
-        window = make_cache(model, n_sink).window
+        window = default_window(model.config, n_sink)
     if mode == "dense":
-        parts = streamed(model, ids[:context + 1], 0, context)
+        ids = ids[:min(model.config.max_seq_len, model.config.sliding_window or math.inf) + 1]
+        parts = streamed(model, ids, 0, len(ids) - 1)
     elif mode == "recompute":
         parts = recomputed(model, ids, n_sink + window)
     else:
@@ -112,24 +114,17 @@ def draw(path: str, curves: dict[str, Tensor], context: int) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="DIR")
     add("--text", required=True, metavar="FILE", help="UTF-8 text, plain or .xz")
     add("--mode", nargs="+", choices=MODES, default=["stream"])
     add("--sink", nargs="+", type=number(int, 0), default=[4], metavar="S", help="one run for each")
-    add("--window", type=number(int, 1), metavar="W")
     add("--max-tokens", type=number(int, 2), default=20_000, metavar="N", help="default 20000")
-    add("--dtype", choices=DTYPES)
-    add("--device", metavar="D")
-    add("--compile", action="store_true")
     add("--plot", metavar="FILE.png")
-    add("--json", action="store_true")
     args = parser.parse_args()
     with user_errors(parser):
         text = read_text(args.text)
-        model, tokenizer = load(args.checkpoint, args.device, DTYPES.get(args.dtype),
-                                compile=args.compile)
+        model, tokenizer = load(args.checkpoint, args.device, DTYPES.get(args.dtype))
         ids = torch.tensor(tokenizer.encode(text)[:args.max_tokens + 1],
                            device=model.embed.weight.device)
         if len(ids) < 2:

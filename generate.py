@@ -10,9 +10,11 @@ one of three shapes, a token or a chunk of one of two sizes, so nothing is ever 
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
+import sys
 import time
 import types
 from collections.abc import Callable, Iterator
@@ -21,10 +23,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cli import check_text, figures, hold_interrupt, make_parser, say, show, user_errors
+from cli import (add_generation, check_text, figures, hold_interrupt, make_parser, say, show,
+                 user_errors)
 from convert_hf import DTYPES, read_config, read_weights
 from kv_cache import KVCache
-from model import Transformer, rope_frequencies
+from model import ModelConfig, Transformer, rope_frequencies
 from tokenizer import Tokenizer, stop_at
 
 SMALL_CHUNK, LARGE_CHUNK = 32, 128  # tokens of a prefill step; the small one is for short turns
@@ -48,7 +51,10 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
     tokenizer = Tokenizer(folder)
     with torch.device("meta"):
         model = Transformer(config)
-    weights = {name: tensor.to(device, dtype) for name, tensor in read_weights(folder, raw, config)}
+    weights = {}
+    for name, tensor in read_weights(folder, raw, config):
+        dtype = dtype or tensor.dtype  # the first is the embedding; a file may mix them
+        weights[name] = tensor.to(device, dtype)
     if config.tied_embeddings:
         weights["output.weight"] = weights["embed.weight"]
     model.load_state_dict(weights, assign=True)
@@ -73,15 +79,19 @@ def check_device(name: str | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} is not there: this PyTorch sees "
                          f"{torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
 def compile_step(model: Transformer, device: torch.device) -> None:
     """Compile the model's graph: with CUDA graphs on a GPU, with C++ on a CPU."""
     on_gpu = device.type == "cuda"
-    if not on_gpu and not any(shutil.which(c) for c in (os.environ.get("CXX", "g++"), "clang++")):
-        raise ValueError("compiling for a CPU needs a C++ compiler, and neither g++ nor clang++ was "
-                         "found; install one, or name it in the environment variable CXX")
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if not on_gpu and not shutil.which(compiler):
+        raise ValueError(f"compiling for a CPU needs a C++ compiler, and {compiler!r} was not found; "
+                         "install it, or name another in the environment variable CXX")
+    torch._dynamo.config.recompile_limit = 64  # three graphs for each cache size; 8 by default
     # Weights never change, so checking them before every step (0.7 ms for 22 layers) is left out.
     # Graphs are kept with the code they were made from: a copy for each model keeps them apart.
     code = Transformer.step.__code__.replace()
@@ -100,12 +110,17 @@ def make_cache(model: Transformer, n_sink: int | None = None,
     cannot be."""
     config, n_sink = model.config, 4 if n_sink is None else n_sink
     if window is None:
-        context = min(config.max_seq_len, MAX_DEFAULT_WINDOW)
-        if (window := context - n_sink) < 1:
-            raise ValueError(f"{n_sink} sinks leave no window in a context of {context} tokens")
-        window = min(window, config.sliding_window or window)
+        window = default_window(config, n_sink)
     weight = model.embed.weight
     return KVCache(config, 1, n_sink, window, LARGE_CHUNK, weight.dtype, weight.device)
+
+
+def default_window(config: ModelConfig, n_sink: int) -> int:
+    context = min(config.max_seq_len, MAX_DEFAULT_WINDOW)
+    if (window := context - n_sink) < 1:
+        raise ValueError(f"{n_sink} sinks leave no window in {context} tokens, the default in all; "
+                         "a model with a longer context takes an explicit window")
+    return min(window, config.sliding_window or window)
 
 
 # ------------------------------------------------------------------------------ sample
@@ -118,16 +133,29 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None = None,
     # The largest logit goes to 0 first: a tiny temperature then overflows only to -inf.
     logits = logits.float()
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    if not top_k and (top_p is None or top_p >= 1):
-        return logits.softmax(-1)
-    likely, ids = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))
-    probs = likely.softmax(-1)
-    if top_p is not None:
-        mass_before = probs.cumsum(-1) - probs
-        probs = probs.masked_fill(mass_before >= top_p, 0)
-        probs[..., 0] = likely.softmax(-1)[..., 0]  # rounding may not lose the likeliest
-        probs = probs / probs.sum(-1, keepdim=True)
-    return torch.zeros_like(logits).scatter_(-1, ids, probs)
+    if top_k:
+        likely, ids = logits.topk(min(top_k, logits.shape[-1]))
+        logits = torch.full_like(logits, -math.inf).scatter_(-1, ids, likely)
+    probs = logits.softmax(-1)
+    if top_p is None or top_p >= 1:
+        return probs
+    likely, ids = most_likely(probs, top_p)  # (..., n), the largest first
+    mass_before = likely.cumsum(-1) - likely
+    mass_before[..., 0] = -1  # the likeliest always stays
+    kept = likely.masked_fill(mass_before >= top_p, 0)
+    return torch.zeros_like(probs).scatter_(-1, ids, kept / kept.sum(-1, keepdim=True))
+
+
+def most_likely(probs: Tensor, mass: float) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens in order, (values, ids), at least those that reach the mass.
+
+    A CPU takes 10 ms to sort 128k of them and a tenth for the first thousand, which nearly always
+    do. A GPU sorts fast, and looking whether they do would make the host wait for it."""
+    if probs.device.type == "cpu":
+        few = probs.topk(min(1024, probs.shape[-1]))
+        if (few.values.sum(-1) >= mass).all():
+            return few.values, few.indices
+    return probs.sort(descending=True)
 
 
 def sample(logits: Tensor, temperature: float = 0.0, top_k: int | None = None,
@@ -171,17 +199,27 @@ def prefill(model: Transformer, cache: KVCache, prompt_ids: list[int]) -> Tensor
     return logits
 
 
+def start_reading(token: Tensor) -> Callable[[], int]:
+    """Copy a token to the host without waiting for what is queued after this; call to get it."""
+    if not token.is_cuda:
+        return token.item
+    host, arrived = token.to("cpu", non_blocking=True), torch.cuda.Event()
+    arrived.record()
+    return lambda: arrived.synchronize() or host.item()
+
+
 @torch.no_grad()
 def decode(model: Transformer, cache: KVCache, logits: Tensor, max_new_tokens: int,
            ignore_eos: bool = False, **sampling) -> Iterator[int]:
     """Yield token ids that continue `logits` (1, 1, V), up to an EOS id, which is yielded too.
 
     When a token is yielded, it is in the cache or queued for it: the host reads each token while
-    the GPU is at the next step already, and whoever stops here, at any token, loses none."""
+    a GPU is at the next step already, and whoever stops here, at any token, loses none."""
     token = sample(logits, **sampling)  # (1, 1)
     for _ in range(max_new_tokens):
+        read = start_reading(token)
         following = sample(model(token, cache), **sampling)
-        token_id = token.item()
+        token_id = read()
         yield token_id
         if token_id in model.config.eos_ids and not ignore_eos:
             return
@@ -284,7 +322,7 @@ def get_ready(model: Transformer, cache: KVCache, args) -> torch.Generator:
 
 
 def main():
-    parser = make_parser(__doc__)
+    parser = add_generation(make_parser(__doc__))
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, metavar="TEXT")
     args = parser.parse_args()
     with user_errors(parser):

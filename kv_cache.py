@@ -40,8 +40,7 @@ class KVCache:
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
         self.length = torch.zeros(batch_size, dtype=torch.int64, device=device)
         # The high-water mark (the most tokens a row ever held, padding and rejected ones counted),
-        # kept as its distance above `length` and on the host: the host knows every write and
-        # every rollback, so checking the rule of `rollback` never waits for the device.
+        # kept as its distance above `length`, on the host, which knows every write and rollback.
         self.overhang = [0] * batch_size
         # CUDA graphs replay on fixed addresses: unmarked, tensors written in place disable them.
         for tensor in (*self.k, *self.v, self.length):

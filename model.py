@@ -46,7 +46,6 @@ class ModelConfig:
     qk_norm: bool = False
     tied_embeddings: bool = False
     sliding_window: int | None = None  # the widest window that the model was trained with
-    bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
 
     @classmethod
@@ -87,7 +86,6 @@ class ModelConfig:
             out_bias=bias and not qwen2, ffn_bias=bool(hf.get("mlp_bias", False)), qk_norm=qwen3,
             tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
             sliding_window=hf.get("sliding_window") if windowed else None,
-            bos_id=hf.get("bos_token_id"),
             eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
 
 
@@ -324,7 +322,7 @@ class Transformer(nn.Module):
             cache.length += tokens.shape[1]
         x = self.embed(tokens)  # (B, T, dim)
         for layer, block in enumerate(self.layers):
-            x = block(x, at, cache, layer)
+            x = in_memory(block(x, at, cache, layer))
         if last is not None:
             x = x[torch.arange(len(x), device=x.device), last][:, None]  # (B, 1, dim)
         return self.output(self.norm(x)).float()

@@ -62,6 +62,9 @@ class Tokenizer:
         for token_id in range(sp.get_piece_size()):
             if sp.is_control(token_id):
                 self.specials.setdefault(sp.id_to_piece(token_id), token_id)
+        # A space in front is put to what follows a special token, too, unless the checkpoint says
+        # that it was trained the other way ("legacy": false); what follows BOS always gets it.
+        self.spaced = settings.get("legacy") is not False
         adds_bos = sp.bos_id() >= 0 and settings.get("add_bos_token") is not False
         self.bos_id = sp.bos_id() if adds_bos else None
         self.eos_id = sp.eos_id() if sp.eos_id() >= 0 else None
@@ -93,7 +96,7 @@ class Tokenizer:
             for part in self.special_pattern.split(text):
                 if part in self.specials:
                     ids.append(self.specials[part])
-                    opening = ids[-1] == self.bos_id
+                    opening = self.spaced or ids[-1] == self.bos_id
                 elif part:
                     ids += (self.sentencepiece if opening else self.inner).encode(part)
                     opening = False
@@ -131,13 +134,21 @@ class Tokenizer:
         from tokenizers.decoders import DecodeStream
         # Something must come before, or the first token would lose the space in front of it.
         before = self.tokenizers.encode("a", add_special_tokens=False).ids
-        stream, held = DecodeStream(ids=before, skip_special_tokens=True), []
+
+        def fresh():
+            return DecodeStream(ids=before, skip_special_tokens=True)
+
+        stream, held = fresh(), []
 
         def add(token_id: int | None) -> str:
+            nonlocal stream
             if token_id is None:
                 return self.tokenizers.decode(held)
             held.append(token_id)
-            text = stream.step(self.tokenizers, token_id)
+            try:
+                text = stream.step(self.tokenizers, token_id)
+            except Exception:  # bytes that can never become a character: show them, begin anew
+                text, stream = self.tokenizers.decode(held), fresh()
             if text:
                 held.clear()
             return text or ""
@@ -148,6 +159,7 @@ class Tokenizer:
 
     def system_turn(self, system: str) -> str:
         """The text that the template opens a conversation with, before the user's turn."""
+        system = system.strip()  # as many templates do
         turns = [{"role": "system", "content": system}]
         opening, mark, _ = self._render(turns + [{"role": "user", "content": USER_MARK}]).partition(
             USER_MARK)
@@ -157,13 +169,13 @@ class Tokenizer:
             alone = self._render(turns, add_generation_prompt=False)
         except ValueError:  # some templates insist on a user's turn: then its header is pinned too
             return opening
-        return alone if alone and opening.startswith(alone) else opening
+        return alone if system in alone and opening.startswith(alone) else opening
 
     def first_turn(self, user: str, system: str | None = None) -> list[int]:
         """Ids of a conversation's beginning, up to where the answer begins. They start with those
         of system_turn(system), whatever the user says."""
         opening = self.system_turn(system) if system else ""
-        turns = [{"role": "system", "content": system}] if system else []
+        turns = [{"role": "system", "content": system.strip()}] if system else []
         text = self._render(turns + [{"role": "user", "content": user}])
         if not opening:
             return self.encode(text)
@@ -179,7 +191,9 @@ class Tokenizer:
         if not mark:
             raise ValueError("the chat template does not render the assistant's turns")
         ids = self.encode(rest, bos=False)
-        return ids[1:] if ids[:1] == [last_id] else ids
+        if last_id in ids and not self.decode(ids[:ids.index(last_id)]).strip():
+            ids = ids[ids.index(last_id) + 1:]  # some templates put a space before it
+        return ids
 
     def _render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
         import jinja2
@@ -196,7 +210,7 @@ class Tokenizer:
             return environment.from_string(self.template).render(
                 messages=messages, add_generation_prompt=add_generation_prompt,
                 bos_token=self.bos_token, eos_token=self.eos_token)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program: anything may go wrong in it
             raise ValueError(f"the chat template cannot render this: {error}") from None
 
 
@@ -241,15 +255,20 @@ def read_template(folder: Path, settings: dict) -> str:
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     template = settings.get("chat_template") or VICUNA_TEMPLATE
     if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}["default"]
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if not isinstance(template, str):
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: no default chat_template in it")
     return template
 
 
 def read_specials(folder: Path, settings: dict) -> dict[str, int]:
     """Tokens that were added beside a sentencepiece model, by their text."""
-    added = settings.get("added_tokens_decoder", {})
-    return {**read_json(folder / "added_tokens.json"),
-            **{token["content"]: int(token_id) for token_id, token in added.items()}}
+    added, simple = settings.get("added_tokens_decoder", {}), read_json(folder / "added_tokens.json")
+    try:
+        return {text: int(token_id) for text, token_id in [
+            *simple.items(), *((token["content"], token_id) for token_id, token in added.items())]}
+    except (TypeError, KeyError, ValueError, AttributeError):
+        raise ValueError(f"{folder}: its added tokens are not a table of ids and texts") from None
 
 
 def token_text(settings: dict, key: str, default: str) -> str:

@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from cli import make_parser
+from cli import add_generation, make_parser
 from generate import answer, generate, load, make_cache
 from helpers import TINY, run
 from test_generate import records
@@ -99,7 +99,8 @@ def test_text_and_figures_are_kept_apart(tmp_path):
 
 def test_an_interrupt_keeps_what_was_said_and_the_conversation_goes_on():
     model, tokenizer = load(TINY, device="cpu")
-    args = make_parser("x").parse_args(["--temperature", "0", "--max-new-tokens", "30"])
+    parser = add_generation(make_parser("x"))
+    args = parser.parse_args(["--temperature", "0", "--max-new-tokens", "30"])
     args.compile_s, args.seed = 0.0, 0
     cache, pieces = make_cache(model, 4, 60), []
 

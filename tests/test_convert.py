@@ -76,8 +76,17 @@ def test_several_files_are_written_one_after_the_other(hf_folder, tmp_path, monk
 def test_dtype_is_converted_and_recorded(hf_folder, tmp_path):
     run("convert_hf", hf_folder, tmp_path / "out", "--dtype", "bf16")
     assert {t.dtype for t in weights_of(tmp_path / "out").values()} == {torch.bfloat16}
-    assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
     assert load(tmp_path / "out", device="cpu")[0].embed.weight.dtype == torch.bfloat16
+
+
+def test_a_checkpoint_of_mixed_dtypes_takes_its_embedding_s(hf_folder):
+    weights = load_file(hf_folder / "b.safetensors")
+    save_file({n: t.double() if "norm" in n else t for n, t in weights.items()},
+              hf_folder / "b.safetensors")
+    model, _ = load(hf_folder, device="cpu")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert load(hf_folder, device="cpu", dtype=torch.bfloat16)[0].norm.weight.dtype == torch.bfloat16
 
 
 def test_old_files_extra_tables_and_tied_copies_are_no_obstacle(hf_folder, tmp_path):

@@ -132,10 +132,18 @@ def test_no_tokenizer(broken):
 
 
 @pytest.mark.parametrize("name, content", [
-    ("tokenizer.model", "nonsense"), ("tokenizer_config.json", "{"), ("tokenizer_config.json", "[]")])
+    ("tokenizer.model", "nonsense"), ("tokenizer_config.json", "{"), ("tokenizer_config.json", "[]"),
+    ("tokenizer_config.json", '{"chat_template": [{"name": "tool_use", "template": "x"}]}'),
+    ("added_tokens.json", "5")])
 def test_a_broken_tokenizer(broken, name, content):
     (broken / name).write_text(content)
     refused("generate", "--checkpoint", broken, naming=[broken / name])
+
+
+@pytest.mark.parametrize("content", ['{"<a>": "q"}', '{"<a>": null}'])
+def test_added_tokens_without_numbers(broken, content):
+    (broken / "added_tokens.json").write_text(content)
+    refused("generate", "--checkpoint", broken, naming=[broken, "added tokens"])
 
 
 def test_a_missing_optional_package(broken, monkeypatch):
@@ -150,7 +158,8 @@ def test_a_missing_optional_package(broken, monkeypatch):
     (b'{"prompt": "a"}\n{"prompt": \n', ["line 2"]), (b'{"prompt": "a"}\n\n[]\n', ["line 3"]),
     (b'{"turns": []}\n', ["line 1"]), (b'{"turns": ["a", 5]}\n', ["line 1"]),
     (b'{"prompt": ""}\n', ["line 1", "empty"]), (b'{"prompt": "caf\xe9"}\n', ["line 1", "UTF-8"]),
-    (b'{"prompt": "\\ud800"}\n', ["line 1", "UTF-8"]), (b"", ["no prompts"]), (b"5\n", ["line 1"])])
+    (b'{"prompt": "\\ud800"}\n', ["line 1", "UTF-8"]), (b"", ["no prompts"]), (b"5\n", ["line 1"]),
+    (b'{"turns": "hey"}\n', ["line 1"])])
 def test_a_broken_prompts_file(tmp_path, content, naming):
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(content)
@@ -161,9 +170,30 @@ def test_a_broken_prompts_file(tmp_path, content, naming):
     (["--prompts", "/no/such.jsonl"], ["/no/such.jsonl"]), (["--limit", "0"], ["--limit", "0"]),
     (["--pin-system", "Be kind.", "--sink", "4"], ["--pin-system", "--sink"]),
     (["--pin-system", ""], ["--pin-system", "empty"]),
-    (["--pin-system", "very long " * 200], ["sinks", "256"])])
+    (["--pin-system", "very long " * 200], ["sinks", "256"]), (["--limit", "3"], ["--prompts"])])
 def test_chat_arguments(argv, naming):
     refused("chat", *argv, naming=naming)
+
+
+def test_pinning_needs_turns(tmp_path):
+    (tmp_path / "raw.jsonl").write_text('{"prompt": "The cat"}\n')
+    refused("chat", "--prompts", tmp_path / "raw.jsonl", "--pin-system", "Be kind.",
+            naming=["--pin-system"])
+
+
+@pytest.mark.parametrize("program, argv, naming", [
+    ("eval", ["--text", "/no/such.txt"], ["/no/such.txt"]),
+    ("eval", ["--text", __file__, "--checkpoint", "/no/such"], ["/no/such"]),
+    ("bench", ["--checkpoint", "/no/such"], ["/no/such"]),
+    ("bench", ["--peer", "transformers"], ["--peer", "--shape"])])
+def test_the_measuring_programs(program, argv, naming):
+    refused(program, *argv, naming=naming)
+
+
+def test_a_text_that_is_none(tmp_path):
+    for name, content in (("a.txt", b"\xff\xfe"), ("a.txt.xz", b"no xz"), ("b.txt", b"")):
+        (tmp_path / name).write_bytes(content)
+        refused("eval", "--text", tmp_path / name, naming=[tmp_path / name])
 
 
 def test_a_real_process_says_one_line_and_exits_2():

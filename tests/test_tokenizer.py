@@ -101,6 +101,17 @@ def test_bytes_that_are_no_character_are_shown_as_such_at_the_end(tokenizer):
     assert set(stream(None)) == {"\ufffd"}
 
 
+def test_stray_bytes_do_not_end_a_stream(metaspace):
+    tokenizer, rng = Tokenizer(metaspace), random.Random(1)
+    ids = {t: tokenizer.tokenizers.token_to_id(t) for t in ("<0x0A>", "<0xF0>", "▁the", "▁cat")}
+    text = tokenizer.decode([ids["<0x0A>"], ids["<0xF0>"], *tokenizer.encode("the cat", bos=False)])
+    assert text.startswith("\n\ufffd") and text.endswith("cat")
+    for _ in range(200):
+        stream = tokenizer.stream()
+        pieces = [stream(rng.randrange(350)) for _ in range(30)] + [stream(None)]
+        assert all(isinstance(piece, str) for piece in pieces)
+
+
 def test_any_ids_stream_to_the_text_they_decode_to(byte_level):
     library = tokenizers.Tokenizer.from_file(str(byte_level / "tokenizer.json"))
     tokenizer, rng = Tokenizer(byte_level), random.Random(0)
@@ -171,6 +182,31 @@ def test_an_end_of_turn_that_the_model_said_is_not_said_twice(byte_level, tmp_pa
     end = tokenizer.specials["<|im_end|>"]
     cut_off, ended = tokenizer.next_turn("Go on", 5), tokenizer.next_turn("Go on", end)
     assert cut_off == [end] + ended and ended[0] != end
+    (tmp_path / "chat_template.jinja").write_text(BRACKETS)  # with a space before the end
+    tokenizer = Tokenizer(tmp_path)
+    end = tokenizer.specials["</s>"]
+    assert end in tokenizer.next_turn("Go on", 5) and end not in tokenizer.next_turn("Go on", end)
+
+
+@pytest.mark.parametrize("template", [
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {% if loop.last and "
+    "messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}{{ m.content }}[/INST]"
+    "{% endif %}{% endfor %}", HEADERS, CHATML], ids=["inside-the-user-turn", "trimming", "chatml"])
+def test_a_system_turn_is_pinned_whole(tmp_path, template):
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    tokenizer = Tokenizer(tmp_path)
+    opening = tokenizer.system_turn(" Be kind.\n")
+    ids = tokenizer.encode(opening)
+    assert "Be kind." in opening and "Hello" not in opening
+    assert tokenizer.first_turn("Hello", " Be kind.\n")[:len(ids)] == ids
+
+
+def test_a_space_comes_in_front_of_what_follows_a_special_token(tmp_path):
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    assert Tokenizer(tmp_path).decode(Tokenizer(tmp_path).encode("</s>so", bos=False)) == " so"
+    (tmp_path / "tokenizer_config.json").write_text('{"legacy": false}')
+    assert Tokenizer(tmp_path).decode(Tokenizer(tmp_path).encode("</s>so", bos=False)) == "so"
 
 
 def test_without_a_template_vicunas_form_is_used():
@@ -178,7 +214,7 @@ def test_without_a_template_vicunas_form_is_used():
     text = tokenizer.decode(tokenizer.first_turn("Who?", "Be kind."))
     assert text.strip() == "Be kind. USER: Who? ASSISTANT:"
     ids = tokenizer.next_turn("Why?", 99)
-    assert ids[0] == tokenizer.eos_id and tokenizer.decode(ids) == "USER: Why? ASSISTANT:"
+    assert ids[0] == tokenizer.eos_id and tokenizer.decode(ids) == " USER: Why? ASSISTANT:"
 
 
 @pytest.mark.parametrize("template", [

@@ -10,12 +10,11 @@ first position is one the model can learn to use as an attention sink.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import lzma
 import math
 import os
-import random
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -38,16 +37,17 @@ def read_text(path: str) -> str:
         return file.read()
 
 
-def train_tokenizer(text: str, vocab_size: int, path: Path) -> None:
+def train_tokenizer(text: str, vocab_size: int) -> bytes:
     """A sentencepiece BPE that loses nothing: bytes for unknown characters, spaces and newlines
-    kept as they are."""
+    kept as they are. Returns the content of its tokenizer.model."""
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for line in text.split("\n") if line),
-        model_prefix=str(path.with_suffix("")), model_type="bpe", vocab_size=vocab_size,
+        model_writer=model, model_type="bpe", vocab_size=vocab_size,
         character_coverage=0.9999, byte_fallback=True, user_defined_symbols=["\n"],
         normalization_rule_name="identity", remove_extra_whitespaces=False,
         max_sentence_length=1 << 20, unk_id=0, bos_id=1, eos_id=2, minloglevel=1)
-    path.with_suffix(".vocab").unlink()
+    return model.getvalue()
 
 
 def hf_config(args, tokenizer) -> dict:
@@ -151,15 +151,10 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    random.seed(args.seed)
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    text, tokenizer_file = read_text(args.text), args.out / "tokenizer.model"
-    if args.tokenizer:
-        shutil.copyfile(args.tokenizer, tokenizer_file)
-    else:
-        train_tokenizer(text, args.vocab, tokenizer_file)
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_file))
+    text = read_text(args.text)
+    proto = (args.tokenizer.read_bytes() if args.tokenizer else train_tokenizer(text, args.vocab))
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=proto)
     ids = torch.tensor(tokenizer.encode(text), dtype=torch.int16)
     valid_text = read_text(args.valid)
     valid_ids = torch.tensor(tokenizer.encode(valid_text), dtype=torch.int16)
@@ -179,6 +174,8 @@ def main():
                   valid_loss=round(valid_loss, 4), valid_bits_per_byte=round(per_byte, 4))
     print(json.dumps(result))
 
+    args.out.mkdir(parents=True, exist_ok=True)  # nothing is written before all is there
+    (args.out / "tokenizer.model").write_bytes(proto)
     (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     weights = {name: w.detach().to("cpu", torch.bfloat16) for name, w in model.named_parameters()}
     save_file(weights, args.out / "model.safetensors.tmp")

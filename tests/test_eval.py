@@ -1,0 +1,63 @@
+"""Perplexities of a text, each way of keeping the past against the plain definition of it."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from eval import measure
+from generate import load
+from helpers import TINY, run
+from kv_cache import KVCache
+
+TEXT = "The cat sat on the mat. It was a dark and stormy night, and the dog was not amused.\n" * 30
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load(TINY, device="cpu", dtype=torch.float32)
+
+
+def nats_of(logits, targets):
+    return -logits.double().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("mode, sizes", [("stream", (2, 30)), ("window", (0, 32))])
+def test_a_stream_is_the_model_fed_token_by_token(tiny, mode, sizes):
+    model, tokenizer = tiny
+    ids = torch.tensor(tokenizer.encode(TEXT)[:200])
+    cache = KVCache(model.config, 1, *sizes, max_chunk=1)
+    logits = torch.cat([model(token.view(1, 1), cache)[0] for token in ids[:-1]])
+    assert torch.allclose(measure(model, ids, mode, 2, 30).double(), nats_of(logits, ids[1:]),
+                          atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [5, 32, 33, 34, 90])
+def test_recomputing_reads_the_latest_tokens_anew(tiny, length):
+    model, tokenizer = tiny
+    ids = torch.tensor(tokenizer.encode(TEXT)[:length])
+    expected = torch.cat([nats_of(model(ids[None, max(0, i - 32):i])[0, -1:], ids[i:i + 1])
+                          for i in range(1, length)])
+    assert torch.allclose(measure(model, ids, "recompute", 2, 30).double(), expected, atol=1e-4)
+
+
+def test_dense_ends_at_the_trained_context(tiny):
+    model, tokenizer = tiny
+    ids = torch.tensor(tokenizer.encode(TEXT)[:400])
+    nats = measure(model, ids, "dense", 4, None)
+    assert len(nats) == 256
+    assert torch.allclose(nats.double(), nats_of(model(ids[None, :256])[0], ids[1:257]), atol=1e-4)
+
+
+def test_the_program_prints_a_record_a_run_and_draws(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    status, out, err = run("eval", "--text", tmp_path / "text.txt", "--max-tokens", 300, "--json",
+                           "--mode", "stream", "window", "--sink", 0, 4, "--window", 60,
+                           "--plot", tmp_path / "plot.png")
+    records = [json.loads(line) for line in out.splitlines()]
+    assert status == 0, err
+    assert [(r["mode"], r["sink"]) for r in records] == [("stream", 0), ("stream", 4), ("window", 0)]
+    assert all(r["tokens"] == 300 and math.isclose(math.exp(r["nats"]), r["perplexity"], rel_tol=1e-5)
+               for r in records)
+    assert (tmp_path / "plot.png").stat().st_size > 5000
