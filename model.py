@@ -179,12 +179,13 @@ def row_times_matrix(x: Tensor, weight: Tensor) -> Tensor:
     pass over W of a product and a sum, twice as fast as the library's matmul of one row.
 
     x has to be in memory, or what computes it would be fused in and computed again for every row.
-    Sums over more than 4096 get a slower, more exact loop: long rows are cut."""
+    Reading two halves of W side by side and adding rows up in short pieces keeps more of the memory
+    busy: 0.95 of its speed instead of 0.85 (over 4096 terms inductor's sum would also be slower)."""
     K = weight.shape[1]
-    cuts = next(n for n in range(1, K + 1) if K % n == 0 and K // n <= 4096)
-    x = in_memory(x.reshape(-1))
-    y = (weight.float() * x.float()).view(-1, cuts, K // cuts).sum(-1).sum(-1)
-    return y.type_as(weight)[None, None]
+    pieces = next(n for n in range(4, K + 1) if K % n == 0 and K // n <= 4096)
+    x = in_memory(x.reshape(-1)).float()
+    sums = [(half.float() * x).view(-1, pieces, K // pieces).sum(-1) for half in weight.chunk(2)]
+    return torch.cat(sums).sum(-1).type_as(weight)[None, None]
 
 
 def in_memory(x: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from generate import generate, load, make_cache, prefill, warm
-from helpers import TINY, run
+from generate import compile_step, generate, load, make_cache, prefill, warm
+from helpers import TINY, random_model, run
 
 WINDOW = 28
 
@@ -66,3 +66,14 @@ def test_without_a_compiler_it_is_one_line(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     status, out, err = run("generate", "--compile", "--device", "cpu")
     assert status == 2 and "C++ compiler" in err and "Traceback" not in err
+
+
+def test_two_models_of_one_shape_keep_their_own_graphs():
+    """They differ in a number that is compiled in, and in nothing that a guard looks at."""
+    tokens = torch.tensor([[7]])
+    for norm_eps in (1e-6, 0.5):
+        model = random_model(norm_eps=norm_eps)
+        cache, plain = make_cache(model, 4, WINDOW), make_cache(model, 4, WINDOW)
+        expected = model(tokens, plain)
+        compile_step(model, torch.device("cpu"))
+        assert (model(tokens, cache) - expected).abs().max() < 1e-4

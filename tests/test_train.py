@@ -1,0 +1,28 @@
+"""The recipe of the embedded checkpoints, on a small text for a few steps."""
+
+import json
+import os
+import subprocess
+import sys
+
+from generate import generate, load, make_cache
+from helpers import TINY
+
+ROOT = TINY.parent.parent
+
+
+def test_the_recipe_makes_a_checkpoint_that_loads(tmp_path):
+    text = (ROOT / "README.md").read_text() * 3
+    (tmp_path / "text.txt").write_text(text)
+    done = subprocess.run(
+        [sys.executable, str(TINY / "train.py"), "--text", tmp_path / "text.txt",
+         "--valid", tmp_path / "text.txt", "--out", tmp_path / "model", "--vocab", "400", "--dim", "32",
+         "--layers", "2", "--heads", "4", "--kv-heads", "2", "--ffn", "48", "--minutes", "0.05"],
+        env={**os.environ, "TORCHDYNAMO_DISABLE": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["steps"] > 1 and result["valid_loss"] < 7
+    model, tokenizer = load(tmp_path / "model", device="cpu")
+    assert model.config.tied_embeddings and model.config.max_seq_len == 256
+    assert tokenizer.decode(tokenizer.encode("The stream\nand the bus", bos=False)) == "The stream\nand the bus"
+    assert len(list(generate(model, make_cache(model), tokenizer.encode("The"), 5))) == 5
