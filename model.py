@@ -112,6 +112,11 @@ def read_rope(hf: dict) -> tuple[float, dict | None]:
 # ------------------------------------------------------------------------------ rotary positions
 
 
+def in_memory(x: Tensor) -> Tensor:
+    """x itself; inductor stores it here instead of computing it again wherever it is used."""
+    return x.as_strided(x.shape, x.stride())
+
+
 def rope_frequencies(config: ModelConfig, device=None) -> Tensor:
     """(D / 2,) float64, radians a position: RoFormer's theta^(-2i/D), scaled as the config says."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device)
@@ -136,7 +141,7 @@ def rope(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     The angle is made in float64: in float32 it would be wrong by 0.02 radians at position 10^6 and
     by 2 at 10^8, and a stream has no last position."""
     angles = positions[:, :, None, None].double() * frequencies
-    return angles.cos().float(), angles.sin().float()
+    return in_memory(angles.cos().float()), in_memory(angles.sin().float())
 
 
 def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
@@ -186,11 +191,6 @@ def row_times_matrix(x: Tensor, weight: Tensor) -> Tensor:
     x = in_memory(x.reshape(-1)).float()
     sums = [(half.float() * x).view(-1, pieces, K // pieces).sum(-1) for half in weight.chunk(2)]
     return torch.cat(sums).sum(-1).type_as(weight)[None, None]
-
-
-def in_memory(x: Tensor) -> Tensor:
-    """x itself; inductor stores it here instead of computing it again wherever it is used."""
-    return x.as_strided(x.shape, x.stride())
 
 
 class Attention(nn.Module):
@@ -319,7 +319,8 @@ class Transformer(nn.Module):
             positions = cache.positions(tokens.shape[1])  # (B, T)
             at = Step(rope=rope(positions, self.frequencies),
                       sink_rope=rope(cache.sink_positions(positions), self.frequencies),
-                      slots=cache.slots(positions), visible=in_memory(cache.visible(positions)))
+                      slots=in_memory(cache.slots(positions)),
+                      visible=in_memory(cache.visible(positions)))
             cache.length += tokens.shape[1]
         x = self.embed(tokens)  # (B, T, dim)
         for layer, block in enumerate(self.layers):
