@@ -68,10 +68,8 @@ def recomputed(model: Transformer, ids: Tensor, context: int) -> Iterator[Tensor
         yield nll(model(rows, None, last)[:, 0], targets)
 
 
-def measure(model: Transformer, ids: Tensor, mode: str, n_sink: int, window: int | None) -> Tensor:
+def measure(model: Transformer, ids: Tensor, mode: str, n_sink: int, window: int) -> Tensor:
     """Nats (N,) of every token of ids (N + 1,) but the first, with a progress line."""
-    if window is None:
-        window = default_window(model.config, n_sink)
     if mode == "dense":
         ids = ids[:min(model.config.max_seq_len, model.config.sliding_window or math.inf) + 1]
         parts = streamed(model, ids, 0, len(ids) - 1)
@@ -133,10 +131,11 @@ def main():
         for mode in args.mode:
             for n_sink in args.sink:
                 start = time.perf_counter()
-                nats = measure(model, ids, mode, n_sink, args.window).cpu()
+                window = args.window or default_window(model.config, n_sink)
+                nats = measure(model, ids, mode, n_sink, window).cpu()
                 name = f"{mode}, {n_sink} sinks" if mode == "stream" else mode
                 curves[name] = nats
-                record = dict(mode=mode, sink=n_sink, window=args.window, tokens=len(nats),
+                record = dict(mode=mode, sink=n_sink, window=window, tokens=len(nats),
                               nats=nats.mean().item(), perplexity=nats.mean().exp().item(),
                               seconds=time.perf_counter() - start)
                 print(json.dumps(record) if args.json else
