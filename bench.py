@@ -24,8 +24,8 @@ import torch
 
 from cli import make_parser, number, say, user_errors
 from convert_hf import DTYPES
-from generate import (LARGE_CHUNK, check_device, compile_step, load, make_cache,
-                      prefill, warm, weight_bytes)
+from generate import (LARGE_CHUNK, check_device, compile_step, load, make_cache, prefill, warm,
+                      weight_bytes)
 from kv_cache import KVCache
 from model import ModelConfig, Transformer, rope_frequencies
 

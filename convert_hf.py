@@ -190,7 +190,7 @@ def convert(source: Path, out: Path, dtype: torch.dtype | None = None, progress=
         for name in COPIED:
             if (source / name).exists():
                 shutil.copyfile(source / name, partial / name)
-        for path in (partial, *partial.iterdir()):  # made for this user's eyes alone
+        for path in (partial, *partial.iterdir()):  # both are made private
             path.chmod(path.stat().st_mode | 0o444 | (0o111 if path.is_dir() else 0))
         os.replace(partial, out)
     finally:

@@ -47,7 +47,7 @@ def nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def streamed(model: Transformer, ids: Tensor, n_sink: int, window: int | None) -> Iterator[Tensor]:
+def streamed(model: Transformer, ids: Tensor, n_sink: int, window: int) -> Iterator[Tensor]:
     """Nats a token, a chunk at a time, through the cache; how it is cut changes nothing."""
     cache = make_cache(model, n_sink, window)
     for inputs, targets in zip(ids[:-1].split(LARGE_CHUNK), ids[1:].split(LARGE_CHUNK)):

@@ -49,7 +49,7 @@ class Tokenizer:
         self.bos_token = token_text(settings, "bos_token", names.get(self.bos_id, ""))
         self.eos_token = token_text(settings, "eos_token", names.get(self.eos_id, ""))
         longest_first = sorted(map(re.escape, self.specials), key=len, reverse=True)
-        self.special_pattern = re.compile("(" + "|".join(longest_first) + ")")
+        self.special_pattern = re.compile("(" + ("|".join(longest_first) or "(?!)") + ")")
 
     def _open_sentencepiece(self, path: Path, settings: dict) -> None:
         proto = path.read_bytes()

@@ -5,6 +5,7 @@ import random
 import shutil
 
 import pytest
+import sentencepiece
 import tokenizers
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -123,6 +124,15 @@ def test_any_ids_stream_to_the_text_they_decode_to(byte_level):
 def test_special_tokens_in_a_text_become_themselves():
     tokenizer = Tokenizer(TINY)
     assert tokenizer.encode("<s>Hello</s>") == tokenizer.encode("Hello") + [tokenizer.eos_id]
+
+
+def test_a_sentencepiece_model_without_special_tokens(tmp_path):
+    with open(tmp_path / "tokenizer.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(CORPUS), model_writer=file, vocab_size=60, model_type="bpe",
+            bos_id=-1, eos_id=-1, minloglevel=2)
+    library = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    assert Tokenizer(tmp_path).encode("the cat sat") == library.encode("the cat sat")
 
 
 def test_added_tokens_stand_beside_a_sentencepiece_model(tmp_path):

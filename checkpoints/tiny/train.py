@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import lzma
 import math
 import os
 import sys
@@ -26,15 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from eval import read_text
 from model import ModelConfig, Transformer
 
 CONTEXT = 256
-
-
-def read_text(path: str) -> str:
-    opener = lzma.open if path.endswith(".xz") else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        return file.read()
 
 
 def train_tokenizer(text: str, vocab_size: int) -> bytes:
