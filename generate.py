@@ -149,7 +149,8 @@ def probabilities(logits: Tensor, temperature: float, top_k: int | None = None,
 def most_likely(probs: Tensor, mass: float) -> tuple[Tensor, Tensor]:
     """The likeliest tokens in order, (values, ids), at least those that reach the mass.
 
-    A CPU takes 8 ms to sort 128k of them and 0.5 for the first thousand, which nearly always do. A GPU sorts fast, and looking whether they do would make the host wait for it."""
+    A CPU takes 8 ms to sort 128k of them and 0.5 for the first thousand, which nearly always do.
+    A GPU sorts fast, and looking whether they do would make the host wait for it."""
     if probs.device.type == "cpu":
         few = probs.topk(min(1024, probs.shape[-1]))
         if (few.values.sum(-1) >= mass).all():
