@@ -144,7 +144,7 @@ def peer_transformers(args, config: dict, device, compiled: bool) -> tuple[Calla
     try:
         import transformers
     except ImportError:
-        raise ValueError("--peer needs the package transformers: pip install transformers") from None
+        raise ValueError("--peer needs transformers: pip install transformers") from None
     settings = {k: v for k, v in config.items() if k != "architectures"}
     with torch.device(device):
         model = transformers.LlamaForCausalLM._from_config(

@@ -106,7 +106,8 @@ def read_prompts(path: str) -> list[dict]:
         except (TypeError, KeyError):
             texts = None
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
-            raise ValueError(f'{path}, line {n}: needs {{"prompt": text}} or {{"turns": [text, ...]}}')
+            raise ValueError(
+                f'{path}, line {n}: needs {{"prompt": text}} or {{"turns": [text, ...]}}')
         for text in texts:
             check_text(f"{path}, line {n}: the prompt", text)
         entries.append(entry)

@@ -75,8 +75,10 @@ def measure(model: Transformer, ids: Tensor, mode: str, n_sink: int, window: int
         parts = streamed(model, ids, 0, len(ids) - 1)
     elif mode == "recompute":
         parts = recomputed(model, ids, n_sink + window)
+    elif mode == "window":
+        parts = streamed(model, ids, 0, n_sink + window)
     else:
-        parts = streamed(model, ids, *((n_sink, window) if mode == "stream" else (0, n_sink + window)))
+        parts = streamed(model, ids, n_sink, window)
     done, total = [], 0.0
     for part in parts:
         done.append(part)
@@ -100,9 +102,9 @@ def draw(path: str, curves: dict[str, Tensor], context: int) -> None:
     figure, axes = plt.subplots(figsize=(8, 4))
     for name, nats in curves.items():
         total = nats.double().cumsum(0)
-        start = torch.cat([torch.zeros(min(SMOOTH, len(nats)), dtype=torch.float64), total[:-SMOOTH]])
+        before = torch.cat([total.new_zeros(min(SMOOTH, len(nats))), total[:-SMOOTH]])
         seen = torch.arange(1, len(nats) + 1).clamp(max=SMOOTH)
-        axes.plot(range(1, len(nats) + 1), ((total - start) / seen).exp(), label=name, linewidth=1)
+        axes.plot(range(1, len(nats) + 1), ((total - before) / seen).exp(), label=name, linewidth=1)
     axes.axvline(context, color="gray", linestyle=":", label=f"trained context, {context}")
     axes.set(xlabel="tokens", ylabel=f"perplexity of the latest {SMOOTH} tokens", xscale="log",
              yscale="log")

@@ -89,8 +89,8 @@ def compile_step(model: Transformer, device: torch.device) -> None:
     on_gpu = device.type == "cuda"
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if not on_gpu and not shutil.which(compiler):
-        raise ValueError(f"compiling for a CPU needs a C++ compiler, and {compiler!r} was not found; "
-                         "install it, or name another in the environment variable CXX")
+        raise ValueError(f"compiling for a CPU needs a C++ compiler, and {compiler!r} was not "
+                         "found; install it, or name another in the environment variable CXX")
     torch._dynamo.config.recompile_limit = 64  # three graphs for each cache size; 8 by default
     # Weights never change, so checking them before every step (0.7 ms for 22 layers) is left out.
     # Graphs are kept with the code they were made from: a copy for each model keeps them apart.

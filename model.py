@@ -1,7 +1,7 @@
 """A Llama-family transformer: Llama, Mistral, Qwen2 and Qwen3 checkpoints in one file.
 
-Everything about a model comes from its Hugging Face config.json, nothing from its name. Read from the
-top: the configuration, rotary positions, and then the modules from the smallest to the whole.
+Everything about a model comes from its Hugging Face config.json, nothing from its name. Read from
+the top: the configuration, rotary positions, and then the modules from the smallest to the whole.
 
 Shapes: B rows, T tokens of this call, S sink slots, R ring slots of the cache (see kv_cache.py),
 D head_dim, G query heads that share one key-value head.
@@ -96,7 +96,8 @@ def read_rope(hf: dict) -> tuple[float, dict | None]:
     theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ROPE_TYPES:
-        raise ValueError(f"rope type {rope_type!r} is not supported; known: {', '.join(ROPE_TYPES)}")
+        raise ValueError(f"rope type {rope_type!r} is not supported; "
+                         f"known: {', '.join(ROPE_TYPES)}")
     if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError("partial_rotary_factor other than 1.0 is not supported")
     needed = {"default": (), "linear": ("factor",),
@@ -185,7 +186,7 @@ def row_times_matrix(x: Tensor, weight: Tensor) -> Tensor:
 
     x has to be in memory, or what computes it would be fused in and computed again for every row.
     Reading two halves of W side by side and adding rows up in short pieces keeps more of the memory
-    busy: 0.95 of its speed instead of 0.85 (over 4096 terms inductor's sum would also be slower)."""
+    busy: 0.95 of its speed instead of 0.85 (over 4096 terms inductor's sum is slower, too)."""
     K = weight.shape[1]
     pieces = next(n for n in range(4, K + 1) if K % n == 0 and K // n <= 4096)
     x = in_memory(x.reshape(-1)).float()

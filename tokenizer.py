@@ -73,7 +73,7 @@ class Tokenizer:
         try:
             import tokenizers
         except ImportError:
-            raise ValueError(f"{path} needs the package tokenizers: pip install tokenizers") from None
+            raise ValueError(f"{path} needs tokenizers: pip install tokenizers") from None
         try:
             self.tokenizers = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
@@ -263,7 +263,8 @@ def read_template(folder: Path, settings: dict) -> str:
 
 def read_specials(folder: Path, settings: dict) -> dict[str, int]:
     """Tokens that were added beside a sentencepiece model, by their text."""
-    added, simple = settings.get("added_tokens_decoder", {}), read_json(folder / "added_tokens.json")
+    added = settings.get("added_tokens_decoder", {})
+    simple = read_json(folder / "added_tokens.json")
     try:
         return {text: int(token_id) for text, token_id in [
             *simple.items(), *((token["content"], token_id) for token_id, token in added.items())]}

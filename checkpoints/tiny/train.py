@@ -156,7 +156,7 @@ def main():
     model = Transformer(ModelConfig.from_hf(config)).to(args.device)
     initialize(model)
     size = sum(p.numel() for p in model.parameters())
-    print(f"{size:,} parameters, {len(ids):,} training tokens, {len(valid_ids):,} validation tokens")
+    print(f"{size:,} parameters, {len(ids):,} training tokens, {len(valid_ids):,} for validation")
 
     compiled = torch.compile(model)
     steps, training_loss = train(model, compiled, ids, tokenizer.bos_id(), args)
