@@ -82,12 +82,6 @@ class KVCache:
         recent = (held >= S) & (held > query - W)
         return ((slot < S) | recent) & (held <= query)
 
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store k and v (B, T, n_kv_heads, head_dim) in the slots (B, T)."""
-        row = torch.arange(self.batch_size, device=slots.device)[:, None]
-        self.k[layer][row, :, slots] = k.to(self.k[layer].dtype)
-        self.v[layer][row, :, slots] = v.to(self.v[layer].dtype)
-
     # What a caller asks between calls.
 
     def rollback(self, n: int | list[int]) -> None:
@@ -115,6 +109,12 @@ class KVCache:
 
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (*self.k, *self.v))
+
+
+def write(cache: Tensor, slots: Tensor, new: Tensor) -> None:
+    """Store new (B, T, n_kv_heads, head_dim) in a layer's K or V, at the slots (B, T)."""
+    rows = torch.arange(len(slots), device=slots.device)[:, None]
+    cache[rows, :, slots] = new.to(cache.dtype)
 
 
 def check_sizes(config, n_sink: int, window: int) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kv_cache import KVCache
+from kv_cache import KVCache, write
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPE_TYPES = ("default", "linear", "llama3")
@@ -207,20 +207,22 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, at: Step, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, at: Step, k_cache: Tensor | None,
+                v_cache: Tensor | None) -> Tensor:
         B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, -1, self.head_dim)
         q, k, v = heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)
         q, k = self.q_norm(q), self.k_norm(k)  # (B, T, heads, D)
         q_recent, k = rotate(q, at.rope), rotate(k, at.rope)
-        if cache is None:
+        if k_cache is None:
             y = F.scaled_dot_product_attention(
                 q_recent.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
                 is_causal=True, enable_gqa=True).transpose(1, 2)
         else:
-            cache.write(layer, at.slots, k, v)
+            write(k_cache, at.slots, k)
+            write(v_cache, at.slots, v)
             q_sink = rotate(q, at.sink_rope)
-            y = attend(q_sink, q_recent, cache.k[layer], cache.v[layer], cache.n_sink, at.visible)
+            y = attend(q_sink, q_recent, k_cache, v_cache, at.n_sink, at.visible)
         return self.out(y.reshape(B, T, -1))
 
 
@@ -271,8 +273,10 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.feed_forward = FeedForward(config)
 
-    def forward(self, x: Tensor, at: Step, cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), at, cache, layer)
+    @torch.compiler.nested_compile_region  # compiled once, called for every layer
+    def forward(self, x: Tensor, at: Step, k_cache: Tensor | None,
+                v_cache: Tensor | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), at, k_cache, v_cache)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -284,6 +288,7 @@ class Step:
     sink_rope: tuple[Tensor, Tensor] | None = None  # angles that queries to the sinks are seen at
     slots: Tensor | None = None  # (B, T): where the new keys and values go
     visible: Tensor | None = None  # (B, T, S + R) bool: which slots each query sees
+    n_sink: int = 0
 
 
 class Transformer(nn.Module):
@@ -321,11 +326,12 @@ class Transformer(nn.Module):
             at = Step(rope=rope(positions, self.frequencies),
                       sink_rope=rope(cache.sink_positions(positions), self.frequencies),
                       slots=in_memory(cache.slots(positions)),
-                      visible=in_memory(cache.visible(positions)))
+                      visible=in_memory(cache.visible(positions)), n_sink=cache.n_sink)
             cache.length += tokens.shape[1]
         x = self.embed(tokens)  # (B, T, dim)
         for layer, block in enumerate(self.layers):
-            x = in_memory(block(x, at, cache, layer))
+            k, v = (None, None) if cache is None else (cache.k[layer], cache.v[layer])
+            x = block(x, at, k, v)
         if last is not None:
             x = x[torch.arange(len(x), device=x.device), last][:, None]  # (B, 1, dim)
         return self.output(self.norm(x)).float()
