@@ -111,6 +111,21 @@ def median_step(run: Callable[[], None]) -> float:
     return statistics.median(times)
 
 
+@torch.no_grad()
+def recompute(model: Transformer, cache: KVCache) -> float:
+    """Seconds of a token when the whole window is computed anew for it, with no cache at all."""
+    tokens = torch.full((1, cache.n_sink + cache.window), 7, device=cache.length.device)
+    last = torch.tensor([tokens.shape[1] - 1], device=tokens.device)
+    start = time.perf_counter()
+    model(tokens, last=last)[0, 0].argmax().item()
+    return time.perf_counter() - start
+
+
+def decode_at(model: Transformer, cache: KVCache, position: int) -> float:
+    cache.length.fill_(position)
+    return median_step(lambda: step(model, cache))
+
+
 def timed_prefill(model: Transformer, cache: KVCache, length: int) -> float:
     cache.reset()
     start = time.perf_counter()
@@ -186,7 +201,12 @@ def measure(args, model: Transformer, cache: KVCache, config: dict | None) -> di
     device, single = cache.length.device, cache.batch_size == 1
     buffers = [torch.zeros(1 << 28, device=device) for _ in range(2 if cache.length.is_cuda else 1)]
     square = torch.ones(2048, 2048, device=device, dtype=model.embed.weight.dtype)
-    runs = {"decode": lambda: median_step(lambda: step(model, cache))}
+    size = cache.n_sink + cache.window
+    runs = {"decode": lambda: decode_at(model, cache, size),
+            "decode_10_windows": lambda: decode_at(model, cache, 10 * size)}
+    if args.recompute:
+        recompute(model, cache)  # compiles it
+        runs["recompute"] = lambda: recompute(model, cache)
     if single:
         runs["prefill_128"] = lambda: timed_prefill(model, cache, 128)
         if cache.n_sink + cache.window >= 256:
@@ -226,6 +246,12 @@ def report(model: Transformer, cache: KVCache, rounds: dict) -> dict:
                              cache.batch_size / min(rounds["decode"])],
         bandwidth_GB_s=middle("bandwidth"), share_of_bandwidth=statistics.median(shares),
         matmul_TFLOP_s=middle("matmul"), weight_bytes=weights, cache_bytes=cache.nbytes())
+    out["decode_after_10_windows"] = statistics.median(
+        late / early for early, late in zip(rounds["decode"], rounds["decode_10_windows"]))
+    if "recompute" in rounds:
+        out["recompute_tok_s"] = 1 / middle("recompute")
+        out["over_recompute"] = statistics.median(
+            slow / fast for fast, slow in zip(rounds["decode"], rounds["recompute"]))
     for length in (128, 2048):
         if f"prefill_{length}" in rounds:
             out[f"prefill_{length}_tok_s"] = length / middle(f"prefill_{length}")
@@ -245,8 +271,12 @@ def main():
     parser.add_argument("--shape", choices=SHAPES, help="random weights instead of a checkpoint")
     parser.add_argument("--batch", type=number(int, 1), default=1, metavar="B")
     parser.add_argument("--peer", choices=["transformers"], help="time it too, in turns with ours")
+    parser.add_argument("--recompute", action="store_true",
+                        help="time the sliding window with recomputation too")
     args = parser.parse_args()
     with user_errors(parser):
+        if args.recompute and args.batch > 1:
+            raise ValueError("--recompute goes with one row")
         if args.peer and (not args.shape or args.batch > 1):
             raise ValueError("--peer goes with --shape and one row")
         model, cache, load_s = open_model(args)

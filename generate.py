@@ -184,7 +184,7 @@ def prefill(model: Transformer, cache: KVCache, prompt_ids: list[int]) -> Tensor
     if min(prompt_ids) < 0 or max(prompt_ids) >= model.config.vocab_size:
         raise ValueError(f"the prompt has token ids outside 0 to {model.config.vocab_size - 1}")
     large, small = min(LARGE_CHUNK, cache.max_chunk), min(SMALL_CHUNK, cache.max_chunk)
-    done = 0
+    done, fresh = 0, not cache.length.any()
     while done < len(prompt_ids):
         # A padded large chunk costs more than the small ones that would do, up to half of it.
         size = large if len(prompt_ids) - done > large // 2 else small
@@ -192,7 +192,8 @@ def prefill(model: Transformer, cache: KVCache, prompt_ids: list[int]) -> Tensor
         tokens = torch.zeros(1, size, dtype=torch.int64)
         tokens[0, :len(chunk)] = torch.tensor(chunk)
         last = torch.tensor([len(chunk) - 1])
-        logits = model(tokens.to(cache.length.device), cache, last.to(cache.length.device))
+        logits = model(tokens.to(cache.length.device), cache, last.to(cache.length.device),
+                       fresh=fresh and done == 0)
         if len(chunk) < size:
             cache.rollback(size - len(chunk))
         done += size
@@ -243,8 +244,10 @@ def warm(model: Transformer, cache: KVCache, **sampling) -> float:
     CUDA graphs are recorded on the second call of a shape and replayed from the third."""
     start = time.perf_counter()
     for _ in range(3 if cache.length.is_cuda else 1):
-        for _ in generate(model, cache, [0] * (LARGE_CHUNK + 1), 1, **sampling):
+        for length in (2 * LARGE_CHUNK + 1, 1):  # both chunks, into a full and an empty cache
             cache.reset()
+            list(generate(model, cache, [0] * length, 1, **sampling))
+    cache.reset()
     return time.perf_counter() - start
 
 

@@ -19,6 +19,8 @@ follows from the row's length alone, so there is no other state.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -81,6 +83,11 @@ class KVCache:
         query = positions[:, :, None]  # (B, T, 1)
         recent = (held >= S) & (held > query - W)
         return ((slot < S) | recent) & (held <= query)
+
+    def mask(self, positions: Tensor) -> Tensor:
+        """(B, T, S + R) float32 to add to the scores: 0 where `visible`, -inf elsewhere."""
+        seen = self.visible(positions)
+        return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -math.inf)
 
     # What a caller asks between calls.
 

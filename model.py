@@ -173,15 +173,19 @@ class Linear(nn.Linear):
     """y = x W^T + b, in the form that reads W at the speed of the memory for one token."""
 
     def forward(self, x: Tensor) -> Tensor:
-        one_token = x.numel() == self.in_features
-        if one_token and not x.is_cuda and torch.compiler.is_compiling():
-            y = row_times_matrix(x, self.weight)
+        if is_row(x):
+            y = row_times_matrix(x, self.weight).type_as(x)
             return y if self.bias is None else y + self.bias
         return F.linear(x, self.weight, self.bias)
 
 
+def is_row(x: Tensor) -> bool:
+    """Whether this is one token in a graph compiled for a CPU."""
+    return x.numel() == x.shape[-1] and not x.is_cuda and torch.compiler.is_compiling()
+
+
 def row_times_matrix(x: Tensor, weight: Tensor) -> Tensor:
-    """x (1, 1, K) times weight (N, K) transposed, -> (1, 1, N), for inductor on a CPU: it makes one
+    """x (1, 1, K) times weight (N, K) transposed, -> (1, 1, N) float32, for inductor: it makes one
     pass over W of a product and a sum, twice as fast as the library's matmul of one row.
 
     x has to be in memory, or what computes it would be fused in and computed again for every row.
@@ -191,7 +195,7 @@ def row_times_matrix(x: Tensor, weight: Tensor) -> Tensor:
     pieces = next(n for n in range(4, K + 1) if K % n == 0 and K // n <= 4096)
     x = in_memory(x.reshape(-1)).float()
     sums = [(half.float() * x).view(-1, pieces, K // pieces).sum(-1) for half in weight.chunk(2)]
-    return torch.cat(sums).sum(-1).type_as(weight)[None, None]
+    return torch.cat(sums).sum(-1)[None, None]
 
 
 class Attention(nn.Module):
@@ -214,22 +218,26 @@ class Attention(nn.Module):
         q, k, v = heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)
         q, k = self.q_norm(q), self.k_norm(k)  # (B, T, heads, D)
         q_recent, k = rotate(q, at.rope), rotate(k, at.rope)
-        if k_cache is None:
+        if k_cache is not None:
+            write(k_cache, at.slots, k)
+            write(v_cache, at.slots, v)
+        if at.mask is None:
             y = F.scaled_dot_product_attention(
                 q_recent.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
                 is_causal=True, enable_gqa=True).transpose(1, 2)
         else:
-            write(k_cache, at.slots, k)
-            write(v_cache, at.slots, v)
             q_sink = rotate(q, at.sink_rope)
-            y = attend(q_sink, q_recent, k_cache, v_cache, at.n_sink, at.visible)
+            # A few queries at a time: on a CPU their scores then stay in its caches.
+            pieces = (q.split(T if x.is_cuda else 32, dim=1) for q in (q_sink, q_recent, at.mask))
+            y = torch.cat([attend(q_sink, q_recent, k_cache, v_cache, at.n_sink, mask)
+                           for q_sink, q_recent, mask in zip(*pieces)], dim=1)
         return self.out(y.reshape(B, T, -1))
 
 
 def attend(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, n_sink: int,
-           visible: Tensor) -> Tensor:
+           mask: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v over the cache. q_sink and q_recent are one query (B, T, heads, D)
-    rotated for the sinks and for the ring; k and v (B, kv_heads, S + R, D); visible (B, T, S + R).
+    rotated for the sinks and for the ring; k and v (B, kv_heads, S + R, D); mask (B, T, S + R).
 
     Grouping the queries that share a key-value head makes them rows of one matmul, so the cache
     is read once and never repeated. -> (B, T, heads, D)"""
@@ -246,9 +254,8 @@ def attend(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, n_sink: int,
         sink_scores = grouped(q_sink) @ k[:, :, :n_sink].transpose(2, 3)
         scores = torch.cat([sink_scores, scores[..., n_sink:]], dim=-1)
     scores = scores.view(B, n_kv_heads, T, n_heads // n_kv_heads, -1).float()
-    scores = scores.masked_fill(~visible[:, None, :, None], -math.inf)
-    weights = scores.softmax(dim=-1).type_as(v).view(B, n_kv_heads, -1, k.shape[2])
-    y = (weights @ v).view(B, n_kv_heads, T, -1, D)
+    weights = (scores + mask[:, None, :, None]).softmax(dim=-1).type_as(v)
+    y = (weights.view(B, n_kv_heads, -1, k.shape[2]) @ v).view(B, n_kv_heads, T, -1, D)
     return y.transpose(1, 2).reshape(B, T, n_heads, D)
 
 
@@ -287,7 +294,8 @@ class Step:
     rope: tuple[Tensor, Tensor]  # angles at the true positions, for keys and the ring's queries
     sink_rope: tuple[Tensor, Tensor] | None = None  # angles that queries to the sinks are seen at
     slots: Tensor | None = None  # (B, T): where the new keys and values go
-    visible: Tensor | None = None  # (B, T, S + R) bool: which slots each query sees
+    mask: Tensor | None = None  # (B, T, S + R) float32: 0 at the slots that each query sees, else
+    # -inf; without it, each sees this call's tokens up to itself, and no others
     n_sink: int = 0
 
 
@@ -307,17 +315,20 @@ class Transformer(nn.Module):
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None,
-                last: Tensor | None = None) -> Tensor:
+                last: Tensor | None = None, fresh: bool = False) -> Tensor:
         """Logits (B, T, vocab_size) float32 for tokens (B, T) int64.
 
         With a cache the tokens continue its rows and each row's length grows by T; without one
         they are whole sequences from position 0. `last` (B,) int64 asks for the logits of one
-        index of each row only: (B, 1, vocab_size). Raises ValueError when T is over max_chunk."""
+        index of each row only: (B, 1, vocab_size). `fresh` says that every row is empty, so that
+        attention need not look at the ring. Raises ValueError when T is over max_chunk."""
         if cache is not None:
             cache.extend(*tokens.shape)
-        return self.step(tokens, cache, last)
+            fresh = fresh and tokens.shape[1] <= cache.n_sink + cache.window
+        return self.step(tokens, cache, last, fresh)
 
-    def step(self, tokens: Tensor, cache: KVCache | None, last: Tensor | None) -> Tensor:
+    def step(self, tokens: Tensor, cache: KVCache | None, last: Tensor | None,
+             fresh: bool) -> Tensor:
         if cache is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
             at = Step(rope(positions, self.frequencies))
@@ -326,7 +337,8 @@ class Transformer(nn.Module):
             at = Step(rope=rope(positions, self.frequencies),
                       sink_rope=rope(cache.sink_positions(positions), self.frequencies),
                       slots=in_memory(cache.slots(positions)),
-                      visible=in_memory(cache.visible(positions)), n_sink=cache.n_sink)
+                      mask=None if fresh else in_memory(cache.mask(positions)),
+                      n_sink=cache.n_sink)
             cache.length += tokens.shape[1]
         x = self.embed(tokens)  # (B, T, dim)
         for layer, block in enumerate(self.layers):
