@@ -24,10 +24,11 @@ import torch
 
 from cli import make_parser, number, say, user_errors
 from convert_hf import DTYPES
-from generate import (LARGE_CHUNK, check_device, compile_step, load, make_cache, prefill, warm,
-                      weight_bytes)
+from generate import (LARGE_CHUNK, check_device, compile_step, finish, load, make_cache, prefill,
+                      warm, weight_bytes)
 from kv_cache import KVCache
-from model import ModelConfig, Transformer, rope_frequencies
+from model import ModelConfig, Transformer
+from quantize import empty_model, quantization_of
 
 SHAPES = {  # dim, layers, heads, KV heads, ffn, vocabulary, context, tied
     "135m": (576, 30, 9, 3, 1536, 49152, 8192, True),  # SmolLM2
@@ -45,15 +46,23 @@ def shape_config(shape: str) -> dict:
                 vocab_size=vocab, max_position_embeddings=context, tie_word_embeddings=tied)
 
 
-def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
-    with torch.device("meta"):
-        model = Transformer(config).to(dtype)
-    model = model.to_empty(device=device).requires_grad_(False)
-    if config.tied_embeddings:
-        model.output.weight = model.embed.weight
-    for weight in model.parameters():
-        weight.fill_(1) if weight.ndim == 1 else weight.normal_(std=0.02)
-    model.frequencies = rope_frequencies(config, device)
+def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype,
+                 quantization: dict | None = None) -> Transformer:
+    """As load makes it, with random weights."""
+    model = empty_model(config, quantization)
+    weights = {}
+    for name, stored in model.state_dict().items():
+        if stored.dtype in (torch.int8, torch.uint8):
+            low, high = (-127, 128) if stored.dtype == torch.int8 else (0, 256)
+            weights[name] = torch.randint(low, high, stored.shape, dtype=stored.dtype, device=device)
+        elif name.endswith(".scale"):
+            weights[name] = torch.full(stored.shape, 3e-4, device=device)
+        else:
+            weights[name] = torch.empty(stored.shape, dtype=dtype, device=device)
+            weights[name].fill_(1) if stored.ndim == 1 else weights[name].normal_(std=0.02)
+        if config.tied_embeddings and name.startswith("output."):
+            weights[name] = weights[name.replace("output", "embed")]
+    finish(model, weights, device)
     return model
 
 
@@ -63,14 +72,16 @@ def open_model(args) -> tuple[Transformer, KVCache, float]:
     dtype = DTYPES.get(args.dtype)
     if args.shape:
         config = ModelConfig.from_hf(shape_config(args.shape))
-        model = random_model(config, check_device(args.device), dtype or torch.bfloat16)
+        model = random_model(config, check_device(args.device), dtype or torch.bfloat16,
+                             quantization_of({}, args.quantize, args.group_size, args.shape))
     else:
-        model, _ = load(args.checkpoint, args.device, dtype)
+        model, _ = load(args.checkpoint, args.device, dtype, args.quantize,
+                        group_size=args.group_size)
     seconds = time.perf_counter() - start
     single = make_cache(model, args.sink, args.window)
     if args.batch == 1:
         return model, single, seconds
-    weight = model.embed.weight
+    weight = model.norm.weight
     return model, KVCache(model.config, args.batch, single.n_sink, single.window, LARGE_CHUNK,
                           weight.dtype, weight.device), seconds
 
@@ -200,7 +211,7 @@ def measure(args, model: Transformer, cache: KVCache, config: dict | None) -> di
     """Run everything in turns; {name: the rounds' values}, seconds but for the two limits."""
     device, single = cache.length.device, cache.batch_size == 1
     buffers = [torch.zeros(1 << 28, device=device) for _ in range(2 if cache.length.is_cuda else 1)]
-    square = torch.ones(2048, 2048, device=device, dtype=model.embed.weight.dtype)
+    square = torch.ones(2048, 2048, device=device, dtype=model.norm.weight.dtype)
     size = cache.n_sink + cache.window
     runs = {"decode": lambda: decode_at(model, cache, size),
             "decode_10_windows": lambda: decode_at(model, cache, 10 * size)}
@@ -299,7 +310,7 @@ def main():
             figures = report(model, cache, measure(args, model, cache, config))
     figures = dict(model=args.shape or str(args.checkpoint), device=str(cache.length.device),
                    torch=torch.__version__, threads=torch.get_num_threads(),
-                   dtype=str(model.embed.weight.dtype), sink=cache.n_sink, window=cache.window,
+                   dtype=str(model.norm.weight.dtype), quantize=args.quantize, sink=cache.n_sink, window=cache.window,
                    batch=args.batch, load_s=None if args.shape else load_s, compile_cold_s=cold,
                    compile_warm_s=compile_warm_s, peak_bytes=peak, **figures)
     if args.json:

@@ -43,6 +43,9 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
         help="latest tokens seen; default: what the sinks leave of the trained context")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     add("--device", metavar="D", help="cpu, cuda or cuda:N; default: the GPU if there is one")
+    add("--quantize", choices=["int8", "int4"], help="quantize the weights while loading")
+    add("--group-size", type=int, choices=[32, 64, 128], default=32,
+        help="weights that share an int4 scale; default 32")
     add("--json", action="store_true", help="JSON on stdout")
     return parser
 

@@ -17,7 +17,7 @@ import pickle
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import safetensors
@@ -126,11 +126,11 @@ def hf_parts(config: ModelConfig) -> dict[str, dict[str, int]]:
     return parts
 
 
-def read_weights(folder: Path, raw: dict, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield our tensors one after the other, from our folder or a Hugging Face one.
+def read_weights(folder: Path, raw: dict, config: ModelConfig,
+                 shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield our tensors one after the other, from our folder or a Hugging Face one, which have to
+    have these shapes (quantize.stored_shapes).
     Raises ValueError naming a missing, extra or misshapen tensor, before the first is yielded."""
-    with torch.device("meta"):
-        shapes = {n: tuple(p.shape) for n, p in Transformer(config).named_parameters()}
     if "gpt_stream" in raw:
         parts = {name: {name: shape[0]} for name, shape in shapes.items()}
     else:
@@ -161,17 +161,32 @@ def read_weights(folder: Path, raw: dict, config: ModelConfig) -> Iterator[tuple
 def convert(source: Path, out: Path, dtype: torch.dtype | None = None, progress=None) -> None:
     """Write the checkpoint at `source` to the new folder `out`, whole or not at all.
     dtype None keeps the checkpoint's own. Raises ValueError naming the file or the tensor."""
+    raw, config = read_config(source)
+    if (raw.get("gpt_stream") or {}).get("quantization"):
+        raise ValueError(f"{source}: is quantized; convert the original instead")
+    with torch.device("meta"):
+        shapes = {n: tuple(p.shape) for n, p in Transformer(config).named_parameters()}
+    weights = ((name, tensor.to(dtype or tensor.dtype))
+               for name, tensor in read_weights(source, raw, config, shapes))
+    new = {**raw, "gpt_stream": {"format": 1}}
+    if dtype:
+        new.pop("torch_dtype", None)  # what older files call it
+        new["dtype"] = str(dtype).removeprefix("torch.")
+    write_checkpoint(out, source, new, weights, len(shapes), progress)
+
+
+def write_checkpoint(out: Path, source: Path, raw: dict, weights: Iterable[tuple[str, Tensor]],
+                     total: int, progress=None) -> None:
+    """Write a folder of ours, whole or not at all: raw as config.json, `total` weights, and the
+    tokenizer's files of `source`. Raises ValueError when `out` holds something."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: exists already and is not an empty folder")
-    raw, config = read_config(source)
-    weights = read_weights(source, raw, config)
-    total = len(hf_parts(config))
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=out.name + ".partial-"))
     try:
         files, waiting = {}, {}  # file name -> its tensors' names; tensors not yet written
         for count, (name, tensor) in enumerate(weights, 1):
-            waiting[name] = tensor.to(dtype or tensor.dtype).contiguous()
+            waiting[name] = tensor.contiguous()
             if sum(t.nbytes for t in waiting.values()) >= FILE_BYTES or count == total:
                 file = f"model-{len(files) + 1:05}.safetensors"
                 save_file(waiting, partial / file, metadata={"format": "pt"})
@@ -183,10 +198,7 @@ def convert(source: Path, out: Path, dtype: torch.dtype | None = None, progress=
         else:
             weight_map = {name: file for file, names in files.items() for name in names}
             write_json(partial / "model.safetensors.index.json", {"weight_map": weight_map})
-        if dtype:
-            raw.pop("torch_dtype", None)  # what older files call it
-            raw["dtype"] = str(dtype).removeprefix("torch.")
-        write_json(partial / "config.json", {**raw, "gpt_stream": {"format": 1}})
+        write_json(partial / "config.json", raw)
         for name in COPIED:
             if (source / name).exists():
                 shutil.copyfile(source / name, partial / name)
@@ -195,6 +207,12 @@ def convert(source: Path, out: Path, dtype: torch.dtype | None = None, progress=
         os.replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def progress(doing: str) -> Callable[[int, int], None]:
+    def show(count, total):
+        print(f"\r{doing}: {count} of {total} tensors", end="", file=sys.stderr, flush=True)
+    return show
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -208,11 +226,9 @@ def main():
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     args = parser.parse_args()
 
-    def progress(count, total):
-        print(f"\rconverting: {count} of {total} tensors", end="", file=sys.stderr, flush=True)
-
     try:
-        convert(args.source, args.out, DTYPES.get(args.dtype), progress)
+        convert(args.source, args.out, DTYPES.get(args.dtype),
+                progress("converting"))
     except (ValueError, OSError, safetensors.SafetensorError) as error:
         sys.stderr.write(f"\n{parser.prog}: error: {error}\n")
         sys.exit(2)

@@ -124,9 +124,10 @@ def main():
     args = parser.parse_args()
     with user_errors(parser):
         text = read_text(args.text)
-        model, tokenizer = load(args.checkpoint, args.device, DTYPES.get(args.dtype))
+        model, tokenizer = load(args.checkpoint, args.device, DTYPES.get(args.dtype), args.quantize,
+                                group_size=args.group_size)
         ids = torch.tensor(tokenizer.encode(text)[:args.max_tokens + 1],
-                           device=model.embed.weight.device)
+                           device=model.norm.weight.device)
         if len(ids) < 2:
             raise ValueError(f"{args.text}: no text in it")
         curves = {}

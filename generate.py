@@ -28,6 +28,7 @@ from cli import (add_generation, check_text, figures, hold_interrupt, make_parse
 from convert_hf import DTYPES, read_config, read_weights
 from kv_cache import KVCache
 from model import ModelConfig, Transformer, rope_frequencies
+from quantize import Int4Linear, empty_model, quantization_of, store, stored_shapes
 from tokenizer import Tokenizer, stop_at
 
 SMALL_CHUNK, LARGE_CHUNK = 32, 128  # tokens of a prefill step; the small one is for short turns
@@ -39,32 +40,48 @@ MAX_DEFAULT_WINDOW = 4096  # sinks and window together, where nothing is asked f
 
 
 def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype | None = None,
-         quantize: str | None = None, compile: bool = False) -> tuple[Transformer, Tokenizer]:
+         quantize: str | None = None, compile: bool = False,
+         group_size: int = 32) -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer from our folder or a Hugging Face one.
 
-    device None is the GPU if there is one; dtype None is the checkpoint's own. On a CPU, in the
-    checkpoint's dtype, the weights stay memory-mapped. Raises ValueError naming what is wrong."""
-    if quantize:
-        raise ValueError(f"quantize {quantize!r} is not supported yet")
+    device None is the GPU if there is one; dtype None is the checkpoint's own; quantize is "int8",
+    "int4" (in groups of group_size) or None. On a CPU, in the checkpoint's dtype, unquantized
+    weights stay memory-mapped. Raises ValueError naming what is wrong."""
     device, folder = check_device(device), Path(checkpoint)
     raw, config = read_config(folder)
+    quantization = quantization_of(raw, quantize, group_size, folder)
+    model = empty_model(config, quantization)
     tokenizer = Tokenizer(folder)
-    with torch.device("meta"):
-        model = Transformer(config)
+    shapes = stored_shapes(model)
     weights = {}
-    for name, tensor in read_weights(folder, raw, config):
-        dtype = dtype or tensor.dtype  # the first is the embedding; a file may mix them
-        weights[name] = tensor.to(device, dtype)
+    for name, tensor in read_weights(folder, raw, config,
+                                     stored_shapes(empty_model(config)) if quantize else shapes):
+        tensor = tensor.to(device)
+        weights.update(store(name, tensor, shapes, quantization) if quantize else {name: tensor})
+    # A file may mix dtypes: the embedding's counts, or if it is quantized, the last norm's.
+    dtype = dtype or weights["norm.weight" if quantization else "embed.weight"].dtype
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not name.endswith(".scale"):
+            weights[name] = tensor.to(dtype)
     if config.tied_embeddings:
-        weights["output.weight"] = weights["embed.weight"]
-    model.load_state_dict(weights, assign=True)
-    if config.tied_embeddings:
-        model.output.weight = model.embed.weight
-    model.frequencies = rope_frequencies(config, device)
-    model.requires_grad_(False).eval()
+        weights.update({name.replace("embed", "output"): tensor for name, tensor in weights.items()
+                        if name.startswith("embed.")})
+    finish(model, weights, device)
     if compile:
         compile_step(model, device)
     return model, tokenizer
+
+
+def finish(model: Transformer, weights: dict[str, Tensor], device: torch.device) -> None:
+    """Give an empty model its weights, ready to run."""
+    model.load_state_dict(weights, assign=True)
+    if model.config.tied_embeddings:
+        model.output.weight = model.embed.weight
+    model.frequencies = rope_frequencies(model.config, device)
+    model.requires_grad_(False).eval()
+    for module in model.modules():
+        if isinstance(module, Int4Linear):
+            module.pack(model.norm.weight.dtype)
 
 
 def check_device(name: str | None) -> torch.device:
@@ -111,7 +128,7 @@ def make_cache(model: Transformer, n_sink: int | None = None,
     config, n_sink = model.config, 4 if n_sink is None else n_sink
     if window is None:
         window = default_window(config, n_sink)
-    weight = model.embed.weight
+    weight = model.norm.weight
     return KVCache(config, 1, n_sink, window, LARGE_CHUNK, weight.dtype, weight.device)
 
 
@@ -311,7 +328,8 @@ def open_model(args) -> tuple[Transformer, Tokenizer]:
     for text in args.stop:
         check_text("--stop", text)
     say(f"loading {args.checkpoint}")
-    return load(args.checkpoint, args.device, DTYPES.get(args.dtype), compile=args.compile)
+    return load(args.checkpoint, args.device, DTYPES.get(args.dtype), args.quantize,
+                args.compile, args.group_size)
 
 
 def get_ready(model: Transformer, cache: KVCache, args) -> torch.Generator:

@@ -188,13 +188,15 @@ def row_times_matrix(x: Tensor, weight: Tensor) -> Tensor:
     """x (1, 1, K) times weight (N, K) transposed, -> (1, 1, N) float32, for inductor: it makes one
     pass over W of a product and a sum, twice as fast as the library's matmul of one row.
 
-    x has to be in memory, or what computes it would be fused in and computed again for every row.
-    Reading two halves of W side by side and adding rows up in short pieces keeps more of the memory
-    busy: 0.95 of its speed instead of 0.85 (over 4096 terms inductor's sum is slower, too)."""
+    x has to be in memory, and in float32, or what computes it would be fused in and computed again
+    for every row. Reading several parts of W side by side and adding rows up in pieces keeps more
+    of the memory busy: 0.95 of its speed instead of 0.85 (over 4096 terms inductor's sum is slower,
+    too). How many was measured: four parts of int8, two of bf16."""
     K = weight.shape[1]
-    pieces = next(n for n in range(4, K + 1) if K % n == 0 and K // n <= 4096)
-    x = in_memory(x.reshape(-1)).float()
-    sums = [(half.float() * x).view(-1, pieces, K // pieces).sum(-1) for half in weight.chunk(2)]
+    pieces = next(n for n in range(min(2, K), K + 1) if K % n == 0 and K // n <= 4096)
+    x = in_memory(x.reshape(-1).float())
+    sums = [(part.float() * x).view(-1, pieces, K // pieces).sum(-1)
+            for part in weight.chunk(max(1, 4 // weight.itemsize))]
     return torch.cat(sums).sum(-1)[None, None]
 
 
@@ -340,7 +342,7 @@ class Transformer(nn.Module):
                       mask=None if fresh else in_memory(cache.mask(positions)),
                       n_sink=cache.n_sink)
             cache.length += tokens.shape[1]
-        x = self.embed(tokens)  # (B, T, dim)
+        x = self.embed(tokens).type_as(self.norm.weight)  # (B, T, dim)
         for layer, block in enumerate(self.layers):
             k, v = (None, None) if cache is None else (cache.k[layer], cache.v[layer])
             x = block(x, at, k, v)

@@ -7,9 +7,10 @@ a kernel. Beside each weight (N, K) of a matrix multiplication lie its scales, i
 
     int8   weight int8 (N, K), scale (N,)                              w = weight * scale
     int4   weight uint8 (N, K / 2), two columns a byte, the even one in the low four bits,
-           scale (N, K / g) and zero uint8 (N, K / g), g columns each  w = (nibble - zero) * scale
+           scale (N, K / g) and zero uint8 (N, K / g), in sixteenths of a nibble, for g columns
+           each                                               w = (nibble - zero / 16) * scale
 
-GPTQ and AWQ use these formulas too. Embedding and output projection are int8 in both modes: see the
+GPTQ and AWQ use these formulas too, with whole zeros. Embedding and output projection are int8 in both modes: see the
 README for what int4 would save there, and cost. The rest (norms, biases) stays as it is. Kernels
 want other layouts of int4: `pack` makes them after loading.
 """
@@ -17,13 +18,14 @@ want other layouts of int4: `pack` makes them after loading.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cli import say, user_errors
+from convert_hf import progress, read_config, read_weights, write_checkpoint
 from model import ModelConfig, Transformer, in_memory, is_row, row_times_matrix
 
 MODES, GROUP_SIZES = ("int8", "int4"), (32, 64, 128)
@@ -44,24 +46,29 @@ def quantize_int8(weight: Tensor) -> dict[str, Tensor]:
 def quantize_int4(weight: Tensor, group_size: int) -> dict[str, Tensor]:
     """Groups of columns, each with a scale and a zero: {"weight", "scale", "zero"} of (N, K).
 
-    Of a few ranges that cut off more and more of a group's extremes, each group takes the one with
+    Of a few scales that cut off more and more of a group's extremes, each group takes the one with
     the least squared error: one far weight should not coarsen all the others."""
     groups = weight.float().unflatten(1, (-1, group_size))  # (N, K / g, g)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    full = ((high - low) / 15).clamp(min=torch.finfo(torch.float32).tiny)
-    zero = (-low / full).round().clamp(0, 15)[..., None]
+    tiny = torch.finfo(torch.float32).tiny
+    full = ((high - low) / 15).clamp(min=tiny)
+    sixteenths = (-low / full * 16).round().clamp(0, 255)[..., None]
+    zero = sixteenths / 16
 
-    def at(share):  # the nibbles and the squared error of each group
-        scale = share * full[..., None]
-        steps = (groups / scale + zero).round().clamp(0, 15)
-        return steps, ((steps - zero) * scale - groups).square().sum(-1)
+    def nearest(scale):  # (N, K / g, 1) -> the steps from zero, (N, K / g, g)
+        return (groups / scale + zero).round().clamp(0, 15) - zero
 
-    errors = torch.stack([at(share)[1] for share in SHARES])
-    share = torch.tensor(SHARES, device=weight.device)[errors.argmin(0)]
-    steps, _ = at(share[..., None])
-    nibbles = steps.flatten(1).to(torch.uint8)
-    return {"weight": nibbles[:, ::2] | nibbles[:, 1::2] << 4, "scale": share * full,
-            "zero": zero[..., 0].to(torch.uint8)}
+    def fit(steps):  # the scale with the least squared error for these steps
+        squares = steps.square().sum(-1, keepdim=True)
+        return ((groups * steps).sum(-1, keepdim=True) / squares.clamp(min=tiny)).clamp(min=tiny)
+
+    candidates = [fit(nearest(share * full[..., None])) for share in SHARES]
+    errors = [(nearest(scale) * scale - groups).square().sum(-1) for scale in candidates]
+    best = torch.stack(errors, -1).argmin(-1, keepdim=True)  # (N, K / g, 1)
+    scale = torch.cat(candidates, -1).gather(-1, best)
+    nibbles = (nearest(scale) + zero).flatten(1).to(torch.uint8)
+    return {"weight": nibbles[:, ::2] | nibbles[:, 1::2] << 4, "scale": scale[..., 0],
+            "zero": sixteenths[..., 0].to(torch.uint8)}
 
 
 def dequantize(parts: dict[str, Tensor]) -> Tensor:
@@ -71,7 +78,7 @@ def dequantize(parts: dict[str, Tensor]) -> Tensor:
         return weight.float() * scale[:, None]
     nibbles = torch.stack([weight & 15, weight >> 4], dim=-1).flatten(1)
     groups = nibbles.unflatten(1, (scale.shape[1], -1)).float()
-    return ((groups - parts["zero"][..., None].float()) * scale[..., None]).flatten(1)
+    return ((groups - parts["zero"][..., None] / 16) * scale[..., None]).flatten(1)
 
 
 def quantize_weight(name: str, weight: Tensor, mode: str, group_size: int) -> dict[str, Tensor]:
@@ -88,6 +95,24 @@ def quantize_weight(name: str, weight: Tensor, mode: str, group_size: int) -> di
 
 # ------------------------------------------------------------------------------ modules
 
+# PyTorch's CPU kernels under names of our own: what inductor (2.11 to 2.13) does with the originals
+# fails for an input that is not in memory yet, and for a group size in a nested compile region.
+define, implement = torch.library.define, torch.library.impl
+define("gpt_stream::int8_matmul", "(Tensor x, Tensor weight, Tensor scale) -> Tensor")
+define("gpt_stream::int4_matmul", "(Tensor x, Tensor weight, int group_size, Tensor both) -> Tensor")
+implement("gpt_stream::int8_matmul", "cpu")(torch._weight_int8pack_mm)
+implement("gpt_stream::int4_matmul", "cpu")(torch._weight_int4pack_mm_for_cpu)
+
+
+@torch.library.register_fake("gpt_stream::int8_matmul")
+def _(x, weight, scale):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("gpt_stream::int4_matmul")
+def _(x, weight, group_size, both):
+    return x.new_empty(x.shape[0], both.shape[1])
+
 
 class Int8Linear(nn.Module):
     """y = x W^T + b with W in int8."""
@@ -99,11 +124,17 @@ class Int8Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(N)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        few = x.numel() // x.shape[-1] <= 16  # tokens; from there on unpacking first is faster
         if is_row(x):
-            y = row_times_matrix(x, self.weight)
-        else:
-            y = F.linear(x, self.weight.to(x.dtype)).float()
-        y = (y * self.scale).type_as(x)
+            y = (row_times_matrix(x, self.weight) * self.scale).type_as(x)
+        elif few and not x.is_cuda:
+            y = torch.ops.gpt_stream.int8_matmul(x.flatten(0, -2).contiguous(), self.weight,
+                                                 self.scale.type_as(x))
+            y = y.unflatten(0, x.shape[:-1])
+        else:  # 1024 rows at a time stay in a CPU's caches between unpacking and use
+            parts = [self.weight] if x.is_cuda else self.weight.split(1024)
+            y = torch.cat([F.linear(x, part.float().type_as(x)) for part in parts], dim=-1)
+            y = (y * self.scale).type_as(x)
         return y if self.bias is None else y + self.bias
 
 
@@ -127,3 +158,122 @@ class Int4Linear(nn.Module):
         self.register_buffer("scale", torch.empty(N, K // group_size))
         self.register_buffer("zero", torch.empty(N, K // group_size, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.empty(N)) if bias else None
+
+    def pack(self, dtype: torch.dtype) -> None:
+        """Lay the stored tensors out for the device's kernel, which computes
+        (nibble - 8) * scale + zero in the given dtype."""
+        zero = (8 - self.zero / 16) * self.scale
+        both = torch.stack([self.scale, zero], dim=-1).transpose(0, 1)  # (K / g, N, 2)
+        self.register_buffer("scales_and_zeros", both.to(dtype).contiguous())
+        if self.weight.is_cuda:  # wants the even column in the high four bits
+            swapped = self.weight << 4 | self.weight >> 4
+            self.weight = torch._convert_weight_to_int4pack(swapped, 8)
+        else:
+            nibbles = torch.stack([self.weight & 15, self.weight >> 4], dim=-1).flatten(1)
+            self.weight = torch._convert_weight_to_int4pack_for_cpu(nibbles.int(), 1)
+        del self.scale, self.zero
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = torch._weight_int4pack_mm if x.is_cuda else torch.ops.gpt_stream.int4_matmul
+        rows = x.flatten(0, -2).contiguous()
+        y = kernel(rows, self.weight, self.group_size, self.scales_and_zeros)
+        y = y.unflatten(0, x.shape[:-1])
+        return y if self.bias is None else y + self.bias
+
+
+# ------------------------------------------------------------------------------ models
+
+
+def empty_model(config: ModelConfig, quantization: dict | None = None) -> Transformer:
+    """A Transformer on the meta device whose tensors are named and shaped as they are stored.
+    quantization is {"mode": ..., "group_size": ...} of a config.json, or None. Raises ValueError
+    when a group size does not divide a layer's inputs."""
+    with torch.device("meta"):
+        model = Transformer(config)
+        if quantization is None:
+            return model
+        mode, group_size = quantization.get("mode"), quantization.get("group_size")
+        if mode not in MODES or mode == "int4" and group_size not in GROUP_SIZES:
+            raise ValueError(f"quantization {quantization} is unknown; it is int8, or int4 with "
+                             f"group_size {', '.join(map(str, GROUP_SIZES))}")
+        for name, linear in list(model.layers.named_modules()):
+            if not isinstance(linear, nn.Linear):
+                continue
+            N, K, bias = linear.out_features, linear.in_features, linear.bias is not None
+            if mode == "int4" and K % group_size:
+                raise ValueError(
+                    f"group size {group_size} does not divide the {K} inputs of layers.{name}; "
+                    f"of {GROUP_SIZES} {[g for g in GROUP_SIZES if K % g == 0] or 'none'} would")
+            if mode == "int4" and N % 16:
+                raise ValueError(f"int4 needs outputs in 16s; layers.{name} has {N}; use int8")
+            quantized = (Int8Linear(K, N, bias) if mode == "int8"
+                         else Int4Linear(K, N, bias, group_size))
+            parent, _, child = name.rpartition(".")
+            setattr(model.layers.get_submodule(parent), child, quantized)
+        model.embed = Int8Embedding(config.vocab_size, config.dim)
+        model.output = Int8Linear(config.dim, config.vocab_size, bias=False)
+    return model
+
+
+def stored_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a checkpoint of this model stores, by name."""
+    tied = "output." if model.config.tied_embeddings else None
+    return {name: tuple(t.shape) for name, t in model.state_dict().items()
+            if tied is None or not name.startswith(tied)}
+
+
+# ------------------------------------------------------------------------------ command line
+
+
+def quantize_checkpoint(source: Path, out: Path, mode: str, group_size: int, progress=None) -> None:
+    """Write the checkpoint at `source`, quantized, to the new folder `out`, whole or not at all.
+    Raises ValueError naming the file, the tensor or the size."""
+    raw, config = read_config(source)
+    quantization = quantization_of(raw, mode, group_size, source)
+    shapes = stored_shapes(empty_model(config, quantization))  # refuses what cannot be
+    plain = stored_shapes(empty_model(config))
+
+    def weights():
+        for name, tensor in read_weights(source, raw, config, plain):
+            yield from store(name, tensor, shapes, quantization).items()
+
+    write_checkpoint(out, source, {**raw, "gpt_stream": {"format": 1, "quantization": quantization}},
+                     weights(), len(shapes), progress)
+
+
+def quantization_of(raw: dict, mode: str | None, group_size: int, source: Path) -> dict | None:
+    """What a checkpoint's config.json says, or what is asked for: {"mode", "group_size"} or None.
+    Raises ValueError where both do."""
+    stored = (raw.get("gpt_stream") or {}).get("quantization")
+    if stored and mode:
+        raise ValueError(f"{source}: is quantized already ({stored.get('mode')}); "
+                         "quantize the original instead")
+    if stored or not mode:
+        return stored
+    return {"mode": mode, **({"group_size": group_size} if mode == "int4" else {})}
+
+
+def store(name: str, tensor: Tensor, shapes: dict, quantization: dict) -> dict[str, Tensor]:
+    """The tensors that a float tensor is stored as."""
+    if name.removesuffix("weight") + "scale" not in shapes:
+        return {name: tensor}
+    return quantize_weight(name, tensor, quantization["mode"], quantization.get("group_size", 0))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Quantize a checkpoint's weights.")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR",
+                        help="our folder or a Hugging Face one")
+    parser.add_argument("--mode", choices=MODES, required=True)
+    parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=32,
+                        help="columns that share a scale, for int4; default 32")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    args = parser.parse_args()
+    with user_errors(parser):
+        quantize_checkpoint(args.checkpoint, args.out, args.mode, args.group_size,
+                            progress("quantizing"))
+    say(f"\nwrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""int8 and int4: the kernels against explicit dequantization, the file, and what is refused."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from generate import generate, load, make_cache, prefill, weight_bytes
+from helpers import TINY, run
+from quantize import (Int4Linear, Int8Linear, dequantize, quantize_checkpoint, quantize_int4,
+                      quantize_int8, quantize_weight)
+
+DRAFT = TINY.parent / "tiny-draft"
+KINDS = [("int8", 32), ("int4", 32), ("int4", 64), ("int4", 128)]
+
+
+def random_weight(N=48, K=256):
+    return torch.randn(N, K, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 0, N)[:, None]
+
+
+def linear_of(parts, group_size):
+    """The module for stored parts, ready to run in float32."""
+    N, K = dequantize(parts).shape
+    layer = Int8Linear(K, N, False) if "zero" not in parts else Int4Linear(K, N, False, group_size)
+    layer.load_state_dict(parts)
+    if "zero" in parts:
+        layer.pack(torch.float32)
+    return layer
+
+
+def test_int8_is_within_half_a_step_of_every_weight():
+    weight = random_weight()
+    weight[3] = 0
+    parts = quantize_int8(weight)
+    assert parts["weight"].dtype == torch.int8 and parts["scale"].dtype == torch.float32
+    error = (dequantize(parts) - weight).abs()
+    assert (error <= weight.abs().amax(1, keepdim=True) / 254 * 1.001).all()
+    assert (dequantize(parts)[3] == 0).all()
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_int4_is_within_a_step_and_better_than_rounding_the_full_range(group_size):
+    weight = random_weight()
+    weight[5, :] = 0
+    weight[6, :] = 0.25  # a group on one side of zero
+    parts = quantize_int4(weight, group_size)
+    assert parts["weight"].shape == (48, 128) and parts["weight"].dtype == torch.uint8
+    groups = weight.unflatten(1, (-1, group_size))
+    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+    step = ((high - low) / 15).clamp(min=1e-30)
+    zero = (-low / step).round()
+    plain = (((groups / step + zero).round().clamp(0, 15) - zero) * step).flatten(1)
+    ours = dequantize(parts)
+    assert (ours - weight).square().sum() < (plain - weight).square().sum()
+    assert (ours[5] == 0).all() and (ours[6] - 0.25).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("mode, group_size", KINDS)
+@pytest.mark.parametrize("tokens", [1, 6, 40])
+def test_kernels_equal_explicit_dequantization(mode, group_size, tokens):
+    parts = {name.removeprefix("layers.x."): t for name, t in quantize_weight(
+        "layers.x.weight", random_weight(), mode, group_size).items()}
+    layer, x = linear_of(parts, group_size), torch.randn(1, tokens, 256)
+    expected = F.linear(x.double(), dequantize(parts).double())
+    compiled = torch.compile(layer, dynamic=False)
+    with torch.no_grad():
+        for y in (layer(x), compiled(x)):
+            assert y.shape == (1, tokens, 48)
+            assert (y - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("mode, group_size", KINDS)
+def test_a_quantized_folder_equals_quantizing_at_load(mode, group_size, tmp_path):
+    out = tmp_path / "any-name"
+    quantize_checkpoint(TINY, out, mode, group_size)
+    stored, _ = load(out, device="cpu")
+    at_load, _ = load(TINY, device="cpu", quantize=mode, group_size=group_size)
+    plain, _ = load(TINY, device="cpu")
+    prompt = list(range(40, 60))
+    a, b, c = (prefill(m, make_cache(m), prompt) for m in (stored, at_load, plain))
+    assert torch.equal(a, b)
+    assert 0 < (a - c).abs().mean() < 0.5
+    assert weight_bytes(stored) < {"int8": 0.53, "int4": 0.42}[mode] * weight_bytes(plain)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["any-name"]
+
+
+def test_rows_and_group_aligned_columns_of_the_file_stand_alone(tmp_path):
+    quantize_checkpoint(TINY, tmp_path / "q", "int4", 32)
+    whole = load_file(tmp_path / "q" / "model.safetensors")
+    name = "layers.1.feed_forward.down."
+    full = dequantize({part: whole[name + part] for part in ("weight", "scale", "zero")})
+    with safe_open(tmp_path / "q" / "model.safetensors", framework="pt") as file:
+        slices = {part: file.get_slice(name + part) for part in ("weight", "scale", "zero")}
+        rows = dequantize({part: s[16:32] for part, s in slices.items()})
+        columns = dequantize({"weight": slices["weight"][:, 32:64], "scale": slices["scale"][:, 2:4],
+                              "zero": slices["zero"][:, 2:4]})
+    assert torch.equal(rows, full[16:32]) and torch.equal(columns, full[:, 64:128])
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_compiled_equals_eager(mode):
+    eager, _ = load(DRAFT, device="cpu", dtype=torch.float32, quantize=mode)
+    compiled, _ = load(DRAFT, device="cpu", dtype=torch.float32, quantize=mode, compile=True)
+    prompt = list(range(50, 90))
+    answers = [list(generate(m, make_cache(m, 4, 28), prompt, 60, ignore_eos=True))
+               for m in (eager, compiled)]
+    assert answers[0] == answers[1]
+
+
+def test_what_is_refused(tmp_path):
+    status, _, err = run("quantize", "--checkpoint", TINY, "--mode", "int8", "--out", tmp_path / "q")
+    assert status == 0 and "wrote" in err
+    for program, *flags in (["quantize", "--mode", "int4", "--out", tmp_path / "r"],
+                            ["generate", "--quantize", "int8"]):
+        status, _, err = run(program, "--checkpoint", tmp_path / "q", *flags)
+        assert status == 2 and "quantized already (int8)" in err.splitlines()[-1]
+    # draft: dim 64, so groups of 128 do not divide
+    status, _, err = run("quantize", "--checkpoint", DRAFT, "--mode", "int4", "--group-size", 128,
+                         "--out", tmp_path / "r")
+    assert status == 2 and "group size 128 does not divide the 64 inputs" in err
+    assert "[32, 64] would" in err
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused_by_name(bad, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for name in ("config.json", "tokenizer.model"):
+        (broken / name).write_bytes((DRAFT / name).read_bytes())
+    tensors = load_file(DRAFT / "model.safetensors")
+    tensors["layers.1.attention.out.weight"][2, 3] = bad
+    save_file(tensors, broken / "model.safetensors")
+    status, _, err = run("quantize", "--checkpoint", broken, "--mode", "int4", "--out", tmp_path / "q")
+    assert status == 2 and "layers.1.attention.out.weight has NaN or infinite" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["broken"]
+
+
+def test_a_truncated_quantized_file_and_an_unknown_scheme_are_refused(tmp_path):
+    quantize_checkpoint(DRAFT, tmp_path / "q", "int8", 32)
+    path = tmp_path / "q" / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) // 2])
+    status, _, err = run("generate", "--checkpoint", tmp_path / "q")
+    assert status == 2 and "model.safetensors: damaged" in err.splitlines()[-1]
+    path.write_bytes(whole)
+    config = tmp_path / "q" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "gpt_stream": {
+        "format": 1, "quantization": {"mode": "int3"}}}))
+    status, _, err = run("generate", "--checkpoint", tmp_path / "q")
+    assert status == 2 and "int3" in err.splitlines()[-1]
