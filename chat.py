@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from cli import (add_generation, check_text, figures, make_parser, number, read_prompts, say, show,
                  user_errors)
-from generate import answer, get_ready, make_cache, open_model
+from generate import answer, get_ready, make_cache, open_model, open_speculation
 
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401  (input() then edits lines and remembers them)
@@ -90,19 +90,22 @@ def main():
             check_text("--pin-system", args.pin_system)
             args.sink = len(tokenizer.encode(tokenizer.system_turn(args.pin_system)))
         cache = make_cache(model, args.sink, args.window)
-        generator = get_ready(model, cache, args)
+        speculation = open_speculation(model, cache, tokenizer, args)
+        generator = get_ready(model, cache, args, speculation)
 
         records, last_id = [], None
         for text, raw in turns or ((line, False) for line in typed()):
             if turns is None and text == "/reset":
-                cache.reset()
+                for held in (cache, speculation and speculation.cache):
+                    if held:
+                        held.reset()
                 last_id = None
                 continue
             if turns:
                 say(f"\n> {text}")
             ids = turn_ids(tokenizer, check_text("the turn", text), raw, args.pin_system, last_id)
             record = answer(model, cache, tokenizer, ids, args, generator,
-                            (lambda piece: None) if args.json else show)
+                            (lambda piece: None) if args.json else show, speculation)
             print(json.dumps({"turn": len(records), **record}) if args.json else "", flush=True)
             say(f"turn {len(records)}: {figures(record)}")
             records.append(record)

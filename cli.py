@@ -63,6 +63,10 @@ def add_generation(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--stop", action="append", default=[], metavar="TEXT", help="end here; may be repeated")
     add("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
     add("--sink", type=number(int, 0), metavar="S", help="first tokens, never evicted; default 4")
+    add("--draft", metavar="DIR", help="a smaller model that proposes tokens")
+    add("--lookup", action="store_true", help="propose what followed these words before")
+    add("--speculate", type=number(int, 1), metavar="K",
+        help="tokens proposed a round; default: as many as pay")
     return parser
 
 
@@ -151,4 +155,6 @@ def figures(record: dict) -> str:
     return (f"{record['prompt_tokens']} prompt + {record['new_tokens']} new tokens "
             f"({record['finish_reason']}), first after {record['ttft_s']:.3f} s, "
             f"decode {speed} tok/s, {record['evicted']} evicted, "
-            f"cache {record['cache_bytes'] / 1e6:.1f} MB")
+            f"cache {record['cache_bytes'] / 1e6:.1f} MB"
+            + (f", {record['accepted']} of {record['proposed']} proposals accepted in "
+               f"{record['rounds']} rounds" if "rounds" in record else ""))

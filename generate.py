@@ -10,7 +10,6 @@ one of three shapes, a token or a chunk of one of two sizes, so nothing is ever 
 from __future__ import annotations
 
 import json
-import math
 import os
 import secrets
 import shutil
@@ -29,6 +28,8 @@ from convert_hf import DTYPES, read_config, read_weights
 from kv_cache import KVCache
 from model import ModelConfig, Transformer, rope_frequencies
 from quantize import Int4Linear, empty_model, quantization_of, store, stored_shapes
+from sample import sample
+from speculate import Speculation, speculate
 from tokenizer import Tokenizer, stop_at
 
 SMALL_CHUNK, LARGE_CHUNK = 32, 128  # tokens of a prefill step; the small one is for short turns
@@ -140,58 +141,12 @@ def default_window(config: ModelConfig, n_sink: int) -> int:
     return min(window, config.sliding_window or window)
 
 
-# ------------------------------------------------------------------------------ sample
-
-
-def probabilities(logits: Tensor, temperature: float, top_k: int | None = None,
-                  top_p: float | None = None) -> Tensor:
-    """(..., V) float32 probabilities that a token is drawn with: temperature, then exactly the
-    top_k most likely, then the fewest of those whose mass reaches top_p."""
-    # The largest logit goes to 0 first: a tiny temperature then overflows only to -inf.
-    logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    if top_k:
-        likely, ids = logits.topk(min(top_k, logits.shape[-1]))
-        logits = torch.full_like(logits, -math.inf).scatter_(-1, ids, likely)
-    probs = logits.softmax(-1)
-    if top_p is None or top_p >= 1:
-        return probs
-    likely, ids = most_likely(probs, top_p)  # (..., n), the largest first
-    mass_before = likely.cumsum(-1) - likely
-    mass_before[..., 0] = -1  # the likeliest always stays
-    kept = likely.masked_fill(mass_before >= top_p, 0)
-    return torch.zeros_like(probs).scatter_(-1, ids, kept / kept.sum(-1, keepdim=True))
-
-
-def most_likely(probs: Tensor, mass: float) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens in order, (values, ids), at least those that reach the mass.
-
-    A CPU takes 8 ms to sort 128k of them and 0.5 for the first thousand, which nearly always do.
-    A GPU sorts fast, and looking whether they do would make the host wait for it."""
-    if probs.device.type == "cpu":
-        few = probs.topk(min(1024, probs.shape[-1]))
-        if (few.values.sum(-1) >= mass).all():
-            return few.values, few.indices
-    return probs.sort(descending=True)
-
-
-def sample(logits: Tensor, temperature: float = 0.0, top_k: int | None = None,
-           top_p: float | None = None, generator: torch.Generator | None = None) -> Tensor:
-    """Token ids (...) int64 for logits (..., V); the likeliest at temperature 0.
-
-    argmax(p / e) with e ~ Exp(1) draws from p, and unlike multinomial never waits for the GPU."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probs = probabilities(logits, temperature, top_k, top_p)
-    noise = torch.empty_like(probs).exponential_(generator=generator)
-    return (probs / noise).argmax(-1)
-
-
 # ------------------------------------------------------------------------------ prefill and decode
 
 
 @torch.no_grad()
-def prefill(model: Transformer, cache: KVCache, prompt_ids: list[int]) -> Tensor:
+def prefill(model: Transformer, cache: KVCache, prompt_ids: list[int],
+            speculation: Speculation | None = None) -> Tensor:
     """Write a prompt into a cache of one row; logits (1, 1, V) after its last token.
 
     Any length is cut into chunks of two fixed sizes. The last one is padded, and the padding
@@ -201,6 +156,10 @@ def prefill(model: Transformer, cache: KVCache, prompt_ids: list[int]) -> Tensor
     if min(prompt_ids) < 0 or max(prompt_ids) >= model.config.vocab_size:
         raise ValueError(f"the prompt has token ids outside 0 to {model.config.vocab_size - 1}")
     large, small = min(LARGE_CHUNK, cache.max_chunk), min(SMALL_CHUNK, cache.max_chunk)
+    if speculation is not None:
+        speculation.history.extend(prompt_ids)
+        if speculation.draft and speculation.size:
+            prefill(speculation.draft, speculation.cache, prompt_ids)
     done, fresh = 0, not cache.length.any()
     while done < len(prompt_ids):
         # A padded large chunk costs more than the small ones that would do, up to half of it.
@@ -227,13 +186,13 @@ def start_reading(token: Tensor) -> Callable[[], int]:
 
 
 @torch.no_grad()
-def decode(model: Transformer, cache: KVCache, logits: Tensor, max_new_tokens: int,
+def decode(model: Transformer, cache: KVCache, token: Tensor, max_new_tokens: int,
            ignore_eos: bool = False, **sampling) -> Iterator[int]:
-    """Yield token ids that continue `logits` (1, 1, V), up to an EOS id, which is yielded too.
+    """Yield `token` (1, 1), sampled but not in the cache yet, and the ids that continue it, up to
+    an EOS id, which is yielded too.
 
     When a token is yielded, it is in the cache or queued for it: the host reads each token while
     a GPU is at the next step already, and whoever stops here, at any token, loses none."""
-    token = sample(logits, **sampling)  # (1, 1)
     for _ in range(max_new_tokens):
         read = start_reading(token)
         following = sample(model(token, cache), **sampling)
@@ -246,17 +205,32 @@ def decode(model: Transformer, cache: KVCache, logits: Tensor, max_new_tokens: i
 
 def generate(model: Transformer, cache: KVCache, prompt_ids: list[int], max_new_tokens: int = 64,
              temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
-             generator: torch.Generator | None = None, ignore_eos: bool = False) -> Iterator[int]:
+             generator: torch.Generator | None = None, ignore_eos: bool = False,
+             speculation: Speculation | None = None) -> Iterator[int]:
     """Yield the token ids that follow prompt_ids, which follow what the cache (one row) holds.
 
-    At any yield the cache holds everything up to the token yielded, so a conversation goes on by
-    calling this again with the next turn's ids only. Raises ValueError for an unusable prompt."""
-    logits = prefill(model, cache, prompt_ids)
-    yield from decode(model, cache, logits, max_new_tokens, ignore_eos, temperature=temperature,
-                      top_k=top_k, top_p=top_p, generator=generator)
+    At any yield the cache holds everything up to the token yielded (with speculation: once this
+    generator is closed), so a conversation goes on by calling this again with the next turn's ids
+    only. Raises ValueError for an unusable prompt."""
+    logits = prefill(model, cache, prompt_ids, speculation)
+    yield from continue_from(model, cache, logits, max_new_tokens, ignore_eos, speculation,
+                             temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
 
 
-def warm(model: Transformer, cache: KVCache, **sampling) -> float:
+def continue_from(model: Transformer, cache: KVCache, logits: Tensor, max_new_tokens: int,
+                  ignore_eos: bool, speculation: Speculation | None, **sampling) -> Iterator[int]:
+    """Yield what follows the logits (1, 1, V) of a prefill: speculating while that pays, then
+    token by token."""
+    token = sample(logits, **sampling)  # (1, 1)
+    if speculation is not None:
+        token, max_new_tokens = yield from speculate(model, cache, token, max_new_tokens,
+                                                     ignore_eos, speculation, **sampling)
+    yield from decode(model, cache, token, max_new_tokens, ignore_eos, **sampling)
+
+
+@torch.no_grad()
+def warm(model: Transformer, cache: KVCache, speculation: Speculation | None = None,
+         **sampling) -> float:
     """Run every graph that generating needs, so that none is compiled later; seconds it took.
     CUDA graphs are recorded on the second call of a shape and replayed from the third."""
     start = time.perf_counter()
@@ -264,7 +238,11 @@ def warm(model: Transformer, cache: KVCache, **sampling) -> float:
         for length in (2 * LARGE_CHUNK + 1, 1):  # both chunks, into a full and an empty cache
             cache.reset()
             list(generate(model, cache, [0] * length, 1, **sampling))
+        for size in speculation.sizes if speculation else ():
+            model(torch.zeros(1, size + 1, dtype=torch.int64, device=cache.length.device), cache)
     cache.reset()
+    if speculation and speculation.draft:
+        warm(speculation.draft, speculation.cache)
     return time.perf_counter() - start
 
 
@@ -272,21 +250,23 @@ def warm(model: Transformer, cache: KVCache, **sampling) -> float:
 
 
 def answer(model: Transformer, cache: KVCache, tokenizer: Tokenizer, prompt_ids: list[int], args,
-           generator: torch.Generator, emit: Callable[[str], None]) -> dict:
+           generator: torch.Generator, emit: Callable[[str], None],
+           speculation: Speculation | None = None) -> dict:
     """Continue the cache with prompt_ids and with what the model says, shown as it comes.
 
     args are a program's (cli.make_parser). Returns the figures that --json prints. Ctrl-C ends the
     answer, and what was said by then is kept, as finish_reason "interrupt"."""
     ids, texts, reason = [], [], "length"
+    before = speculation and (speculation.rounds, speculation.proposed, speculation.accepted)
     detokenize, stop = tokenizer.stream(), stop_at(args.stop)
     with hold_interrupt() as interrupted:
         start = time.perf_counter()
-        logits = prefill(model, cache, prompt_ids)
+        logits = prefill(model, cache, prompt_ids, speculation)
         if logits.is_cuda:
             torch.cuda.synchronize()
         prefilled = first = last = time.perf_counter()
-        for token_id in decode(model, cache, logits, args.max_new_tokens, args.ignore_eos,
-                               generator=generator, **sampling(args)):
+        for token_id in continue_from(model, cache, logits, args.max_new_tokens, args.ignore_eos,
+                                      speculation, generator=generator, **sampling(args)):
             last = time.perf_counter()
             first = first if ids else last
             ids.append(token_id)
@@ -303,13 +283,18 @@ def answer(model: Transformer, cache: KVCache, tokenizer: Tokenizer, prompt_ids:
         text, _ = stop(detokenize(None), final=True)
         texts.append(text)
         emit(text)
-    return dict(
+    record = dict(
         prompt_tokens=len(prompt_ids), new_tokens=len(ids), text="".join(texts), token_ids=ids,
         ttft_s=first - start, prefill_tok_s=len(prompt_ids) / (prefilled - start),
         decode_tok_s=(len(ids) - 1) / (last - first) if len(ids) > 1 else None,
         compile_s=args.compile_s, evicted=max(0, int(cache.length) - cache.n_sink - cache.window),
         finish_reason=reason, seed=args.seed, weight_bytes=weight_bytes(model),
         cache_bytes=cache.nbytes())
+    if speculation:
+        record.update(rounds=speculation.rounds - before[0],
+                      proposed=speculation.proposed - before[1],
+                      accepted=speculation.accepted - before[2])
+    return record
 
 
 def weight_bytes(model: Transformer) -> int:
@@ -332,12 +317,36 @@ def open_model(args) -> tuple[Transformer, Tokenizer]:
                 args.compile, args.group_size)
 
 
-def get_ready(model: Transformer, cache: KVCache, args) -> torch.Generator:
+def open_speculation(model: Transformer, cache: KVCache, tokenizer: Tokenizer,
+                     args) -> Speculation | None:
+    """What the command line asks for, if anything."""
+    if args.draft and args.lookup:
+        raise ValueError("--draft and --lookup exclude each other")
+    if not (args.draft or args.lookup):
+        if args.speculate:
+            raise ValueError("--speculate goes with --draft or --lookup")
+        return None
+    if args.speculate and args.speculate >= cache.max_chunk:
+        raise ValueError(f"--speculate {args.speculate} is too many; at most {cache.max_chunk - 1}")
+    if args.lookup:
+        return Speculation(fixed=args.speculate)
+    draft, its_tokenizer = load(args.draft, args.device, DTYPES.get(args.dtype),
+                                compile=args.compile)
+    text = "Does it read \u00e9t\u00e9, 12:30 and\n two lines alike?"
+    if (draft.config.vocab_size != model.config.vocab_size
+            or its_tokenizer.encode(text) != tokenizer.encode(text)):
+        raise ValueError(f"--draft {args.draft} has another tokenizer than {args.checkpoint}; "
+                         "a draft needs the same one")
+    return Speculation(draft, make_cache(draft), args.speculate)
+
+
+def get_ready(model: Transformer, cache: KVCache, args,
+              speculation: Speculation | None = None) -> torch.Generator:
     """Compile what is to be compiled, and seed. Notes both in args, for the report."""
     args.compile_s = 0.0
     if args.compile:
         say("compiling")
-        args.compile_s = warm(model, cache, **sampling(args))
+        args.compile_s = warm(model, cache, speculation, **sampling(args))
     args.seed = secrets.randbits(32) if args.seed is None else args.seed
     return torch.Generator(cache.length.device).manual_seed(args.seed)
 
@@ -350,10 +359,11 @@ def main():
         prompt = check_text("--prompt", args.prompt)
         model, tokenizer = open_model(args)
         cache = make_cache(model, args.sink, args.window)
-        generator = get_ready(model, cache, args)
+        speculation = open_speculation(model, cache, tokenizer, args)
+        generator = get_ready(model, cache, args, speculation)
         say(prompt)
         record = answer(model, cache, tokenizer, tokenizer.encode(prompt), args, generator,
-                        (lambda text: None) if args.json else show)
+                        (lambda text: None) if args.json else show, speculation)
         print(json.dumps(record) if args.json else "")
     say(f"{figures(record)}, compiled in {record['compile_s']:.1f} s, seed {record['seed']}")
 

@@ -98,6 +98,8 @@ class KVCache:
         hold the un-written keys, which the arithmetic above takes for keys R earlier; those are
         outside every window only while the high-water mark is at most max_chunk above the length.
         Raises ValueError, changing nothing, when that or the length itself is exceeded."""
+        if n == 0:
+            return
         rows = [n] * self.batch_size if isinstance(n, int) else list(n)
         overhang = [above + n_row for above, n_row in zip(self.overhang, rows, strict=True)]
         if min(rows) < 0 or max(overhang) > self.max_chunk:

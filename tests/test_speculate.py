@@ -1,0 +1,194 @@
+"""Speculation is lossless: greedy token for token, sampling in distribution."""
+
+import itertools
+import json
+from array import array
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from generate import compile_step, generate, load, make_cache, warm
+from helpers import TINY, random_model, run
+from kv_cache import KVCache
+from sample import distribution
+from speculate import Speculation, look_up, verify
+
+DRAFT = TINY.parent / "tiny-draft"
+WINDOW = 28
+
+
+def of_draft(draft, fixed=None, window=WINDOW):
+    return Speculation(draft, make_cache(draft, 4, window), fixed)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return [load(path, device="cpu", dtype=torch.float32)[0] for path in (TINY, DRAFT)]
+
+
+@pytest.mark.parametrize("kind", ["draft", "lookup", "itself", "adaptive"])
+def test_greedy_equals_plain_greedy_over_many_wraps(models, kind):
+    target, draft = models
+    prompt, options = list(range(300, 340)), dict(max_new_tokens=2000, ignore_eos=True)
+    plain = list(generate(target, make_cache(target, 4, WINDOW), prompt, **options))
+    speculation = {"draft": lambda: of_draft(draft, 5), "lookup": lambda: Speculation(fixed=3),
+                   "itself": lambda: of_draft(target, 4),
+                   "adaptive": lambda: of_draft(draft, window=100)}[kind]()
+    cache = make_cache(target, 4, WINDOW)
+    assert list(generate(target, cache, prompt, speculation=speculation, **options)) == plain
+    assert int(cache.length) == len(prompt) + 2000
+    assert 0 < speculation.accepted <= speculation.proposed
+    if kind == "itself":
+        assert speculation.accepted > 0.99 * speculation.proposed
+    if speculation.draft and speculation.size:
+        assert int(speculation.cache.length) == len(prompt) + 2000
+
+
+def test_what_a_verified_round_draws_has_the_models_distribution():
+    """Chi-square of 20,000 two-token draws against the exact product, for a bad proposer."""
+    torch.manual_seed(0)
+    generator, V, rounds = torch.Generator().manual_seed(1), 6, 20000
+    for options in (dict(temperature=0.7), dict(temperature=1.3, top_k=4),
+                    dict(temperature=1.0, top_p=0.8)):
+        first, after = torch.randn(V) * 2, torch.randn(V, V) * 2  # logits, also after each token
+        q = distribution(torch.randn(1, V) * 2, **options)
+        counts = torch.zeros(V, V)
+        for proposal in torch.multinomial(q[0], rounds, replacement=True, generator=generator):
+            p = distribution(torch.stack([first, after[proposal]]), **options)
+            n, following = verify(p, q, proposal[None], generator)
+            if n:
+                counts[proposal, following] += 1
+            else:  # the token after a replaced one is drawn in the next round
+                p = distribution(after[following], **options)
+                counts[following, torch.multinomial(p[0], 1, generator=generator)] += 1
+        expected = rounds * distribution(first, **options)[:, None] * distribution(after, **options)
+        assert (counts[expected == 0] == 0).all()
+        cells = expected > 5
+        chi2 = ((counts - expected)[cells] ** 2 / expected[cells]).sum()
+        freedom = int(cells.sum()) - 1
+        assert chi2 < freedom + 4 * (2 * freedom) ** 0.5  # four standard deviations
+
+
+def test_whole_streams_of_samples_have_the_models_distribution():
+    """Three tokens after a prompt, through both caches, against the exact joint distribution."""
+    target, draft = random_model(0, vocab_size=5), random_model(1, vocab_size=5)
+    prompt, options = [1, 2, 3], dict(temperature=0.9, top_k=4)
+
+    def next_token(ids):
+        return distribution(target(torch.tensor([prompt + list(ids)]))[0, -1], **options)
+
+    expected = {}
+    for ids in itertools.product(range(5), repeat=3):
+        expected[ids] = float(next_token([])[ids[0]] * next_token(ids[:1])[ids[1]]
+                              * next_token(ids[:2])[ids[2]])
+    draws, counts = 3000, dict.fromkeys(expected, 0)
+    cache, its = KVCache(target.config, 1, 2, 6, 8), KVCache(draft.config, 1, 2, 6, 8)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(draws):
+        cache.reset()
+        its.reset()
+        ids = tuple(generate(target, cache, prompt, 3, generator=generator, ignore_eos=True,
+                             speculation=Speculation(draft, its, 2), **options))
+        counts[ids] += 1
+    assert all(counts[ids] == 0 for ids, p in expected.items() if p == 0)
+    big = [ids for ids, p in expected.items() if p * draws > 5]
+    chi2 = sum((counts[i] - draws * expected[i]) ** 2 / (draws * expected[i]) for i in big)
+    assert chi2 < len(big) + 4 * (2 * len(big)) ** 0.5
+
+
+def test_impossible_tokens_are_never_accepted_and_an_empty_residual_falls_back():
+    p = torch.tensor([[0.0, 1.0, 0.0], [0.2, 0.3, 0.5]])
+    q = torch.tensor([[1.0, 0.0, 0.0]])
+    for seed in range(200):
+        n, following = verify(p, q, torch.tensor([0]), torch.Generator().manual_seed(seed))
+        assert n == 0 and following == 1
+    same = torch.tensor([[0.5, 0.5, 0.0]])
+    p = torch.cat([same, same])
+    for seed in range(50):  # proposed outside q's support: refused, and p - q leaves nothing
+        n, following = verify(p, same, torch.tensor([2]), torch.Generator().manual_seed(seed))
+        assert n == 0 and following in (0, 1)
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 7])
+def test_stopping_anywhere_in_a_run_leaves_the_cache_at_the_token_yielded(models, stop_after):
+    target, prompt = models[0], list(range(300, 320))
+    cache, speculation = make_cache(target, 4, WINDOW), of_draft(target, 5)
+    said = list(itertools.islice(generate(target, cache, prompt, 50, speculation=speculation,
+                                          ignore_eos=True), stop_after))
+    assert int(cache.length) == int(speculation.cache.length) == len(prompt) + stop_after
+    again = make_cache(target, 4, WINDOW)
+    follow = list(generate(target, again, prompt, stop_after, ignore_eos=True))
+    assert said == follow
+    turns = [list(generate(target, c, [9, 8, 7], 20, speculation=s, ignore_eos=True))
+             for c, s in ((cache, speculation), (again, None))]
+    assert turns[0] == turns[1]
+
+
+def test_eos_and_the_limit_end_inside_an_accepted_run(models):
+    target, prompt = models[0], list(range(300, 320))
+    plain = list(generate(target, make_cache(target, 4, WINDOW), prompt, 30, ignore_eos=True))
+    eos = plain[9]
+    ending, _ = load(TINY, device="cpu", dtype=torch.float32)
+    object.__setattr__(ending.config, "eos_ids", (eos,))
+    for limit in (1, 4, 30):
+        cache = make_cache(ending, 4, WINDOW)
+        said = list(generate(ending, cache, prompt, limit, speculation=of_draft(target, 5)))
+        wanted = plain[:plain.index(eos) + 1][:limit]
+        assert said == wanted and int(cache.length) == len(prompt) + len(wanted)
+
+
+def test_speculation_that_does_not_pay_stops_and_says_so_once(models, capsys):
+    target = models[0]
+    silly = random_model(7, vocab_size=target.config.vocab_size)
+    cache, speculation = make_cache(target, 4, WINDOW), of_draft(silly)
+    list(generate(target, cache, [300, 301], 200, ignore_eos=True, speculation=speculation))
+    list(generate(target, cache, [300, 301], 50, ignore_eos=True, speculation=speculation))
+    assert speculation.size == 0 and speculation.proposed <= 40
+    assert capsys.readouterr().err.count("speculation stopped: 0 of") == 1
+
+
+def test_look_up():
+    history = array("q", [5, 6, 7, 8, 1, 2, 5, 6, 7, 9, 3, 5, 6, 7])
+    assert look_up(history, 3) == [9, 3, 5]  # the last occurrence of 5 6 7, not the first
+    assert look_up(array("q", [1, 2, 1, 2]), 5) == [1, 2, 1, 2, 1]
+    assert look_up(array("q", [4, 4, 4, 4]), 2) == [4, 4]
+    assert look_up(array("q", [1, 2, 3, 4]), 2) is None
+    assert look_up(array("q", [1]), 2) is None
+    assert look_up(array("q", [256, 0, 1, 256]), 2) is None  # bytes alike, tokens not
+
+
+def test_nothing_is_compiled_after_warming_with_a_draft():
+    torch._dynamo.reset()
+    counters.clear()
+    target, _ = load(DRAFT, device="cpu", dtype=torch.float32)
+    draft, _ = load(DRAFT, device="cpu", dtype=torch.float32)
+    for model in (target, draft):
+        compile_step(model, torch.device("cpu"))
+    cache, speculation = make_cache(target, 4, WINDOW), of_draft(draft)
+    warm(target, cache, speculation, temperature=0.8)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for length in (1, 50, 300):
+            list(generate(target, cache, [7] * length, 60, temperature=0.8, ignore_eos=True,
+                          speculation=speculation))
+    assert speculation.accepted > 0 and not counters["graph_break"]
+
+
+def test_the_programs_speculate_and_refuse_what_cannot_be(tmp_path):
+    shared = ["--max-new-tokens", 40, "--temperature", 0, "--json", "--dtype", "fp32"]
+    texts = []
+    for flags in ([], ["--draft", DRAFT, "--speculate", 3], ["--lookup"]):
+        status, out, err = run("generate", *shared, *flags)
+        assert status == 0, err
+        record = json.loads(out)
+        texts.append(record["text"])
+        assert ("rounds" in record) == bool(flags)
+    assert texts[0] == texts[1] == texts[2]
+    status, out, err = run("chat", *shared, "--lookup", stdin="Hello there\nHello there\n/quit\n")
+    assert status == 0 and [json.loads(line)["turn"] for line in out.split("\n") if line] == [0, 1]
+    for flags, words in ((["--draft", DRAFT, "--lookup"], "exclude each other"),
+                         (["--speculate", 3], "goes with --draft or --lookup"),
+                         (["--lookup", "--speculate", 128], "at most 127"),
+                         (["--lookup", "--speculate", 0], "must be at least 1")):
+        status, _, err = run("generate", *shared, *flags)
+        assert status == 2 and words in err.splitlines()[-1]
