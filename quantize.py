@@ -21,12 +21,11 @@ import argparse
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cli import say, user_errors
 from convert_hf import progress, read_config, read_weights, write_checkpoint
-from model import ModelConfig, Transformer, in_memory, is_row, row_times_matrix
+from model import ModelConfig, Transformer, is_row, linear, row_times_matrix
 
 MODES, GROUP_SIZES = ("int8", "int4"), (32, 64, 128)
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a group's range, to choose from
@@ -133,7 +132,7 @@ class Int8Linear(nn.Module):
             y = y.unflatten(0, x.shape[:-1])
         else:  # 1024 rows at a time stay in a CPU's caches between unpacking and use
             parts = [self.weight] if x.is_cuda else self.weight.split(1024)
-            y = torch.cat([F.linear(x, part.float().type_as(x)) for part in parts], dim=-1)
+            y = torch.cat([linear(x, part.float().type_as(x)) for part in parts], dim=-1)
             y = (y * self.scale).type_as(x)
         return y if self.bias is None else y + self.bias
 
