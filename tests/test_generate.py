@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from generate import decode, generate, load, make_cache, prefill, probabilities, sample
+from generate import decode, generate, load, make_cache, prefill
 from helpers import TINY, random_model, run
 from kv_cache import KVCache
+from sample import probabilities, sample
 
 # ------------------------------------------------------------------------------ sampling
 
@@ -139,7 +140,7 @@ def test_the_decode_loop_reads_the_device_once_a_token(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "item", lambda t: events.append("read") or item(t))
     for name in ("tolist", "__bool__", "__int__", "__float__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, lambda *a: pytest.fail(f"{name} in decode"))
-    list(decode(model, cache, logits, 5, ignore_eos=True, temperature=0.7))
+    list(decode(model, cache, sample(logits, 0.7), 5, ignore_eos=True, temperature=0.7))
     assert events == ["step", "read"] * 5
 
 
