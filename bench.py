@@ -11,6 +11,7 @@ A --shape has random weights, made on the device: speed does not depend on their
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -24,11 +25,12 @@ import torch
 
 from cli import make_parser, number, say, user_errors
 from convert_hf import DTYPES
-from generate import (LARGE_CHUNK, check_device, compile_step, finish, load, make_cache, prefill,
-                      warm, weight_bytes)
+from generate import (LARGE_CHUNK, check_device, compile_step, finish, generate, load, make_cache,
+                      prefill, warm, weight_bytes)
 from kv_cache import KVCache
 from model import ModelConfig, Transformer
 from quantize import empty_model, quantization_of
+from speculate import Speculation
 
 SHAPES = {  # dim, layers, heads, KV heads, ffn, vocabulary, context, tied
     "135m": (576, 30, 9, 3, 1536, 49152, 8192, True),  # SmolLM2
@@ -137,6 +139,46 @@ def decode_at(model: Transformer, cache: KVCache, position: int) -> float:
     return median_step(lambda: step(model, cache))
 
 
+def speculators(model: Transformer, cache: KVCache, size: int) -> dict[str, Callable[[], float]]:
+    """Seconds a token of three generations: plain; with a draft that always agrees; and, as many
+    proposals as pay, with one that never does. The model's layers after the second are silenced,
+    so that those two alone say what it says."""
+    two = dataclasses.replace(model.config, n_layers=2)
+    for block in model.layers[2:]:
+        block.attention.out.weight.zero_()
+        block.feed_forward.down.weight.zero_()
+    agreeing = random_model(two, cache.length.device, model.norm.weight.dtype)
+    contrary = random_model(two, cache.length.device, model.norm.weight.dtype)
+    contrary.output.weight.neg_()
+    for name in ("embed", "norm", "output"):
+        setattr(agreeing, name, getattr(model, name))
+    agreeing.layers = model.layers[:2]
+
+    def timed(make: Callable[[], Speculation | None]) -> Callable[[], float]:
+        def run() -> float:
+            cache.reset()
+            stream = generate(model, cache, [7] * 32, 121, speculation=make())
+            next(stream)
+            start = time.perf_counter()
+            for _ in stream:
+                pass
+            return (time.perf_counter() - start) / 120
+        return run
+
+    runs = {"plain": lambda: None}
+    for name, draft, fixed in (("agreeing", agreeing, size), ("contrary", contrary, None)):
+        compile_step(draft, cache.length.device)
+        its = make_cache(draft, cache.n_sink, cache.window)
+        warm(model, cache, Speculation(draft, its, fixed))
+
+        def make(draft=draft, its=its, fixed=fixed):
+            its.reset()
+            return Speculation(draft, its, fixed)
+
+        runs[name] = make
+    return {name: timed(make) for name, make in runs.items()}
+
+
 def timed_prefill(model: Transformer, cache: KVCache, length: int) -> float:
     cache.reset()
     start = time.perf_counter()
@@ -229,6 +271,9 @@ def measure(args, model: Transformer, cache: KVCache, config: dict | None) -> di
             runs[f"transformers_{name}_decode"] = time_step
             if not compiled:
                 runs["transformers_prefill_128"] = time_prefill
+    if args.speculate:
+        say("preparing drafts")
+        runs.update(speculators(model, cache, args.speculate))
     rounds = {name: [] for name in ("bandwidth", "matmul", *runs)}
     for n in range(ROUNDS):
         say(f"round {n + 1} of {ROUNDS}")
@@ -263,6 +308,10 @@ def report(model: Transformer, cache: KVCache, rounds: dict) -> dict:
         out["recompute_tok_s"] = 1 / middle("recompute")
         out["over_recompute"] = statistics.median(
             slow / fast for fast, slow in zip(rounds["decode"], rounds["recompute"]))
+    for name in ("agreeing", "contrary"):
+        if name in rounds:
+            out[f"speculation_{name}_over_plain"] = statistics.median(
+                plain / it for plain, it in zip(rounds["plain"], rounds[name]))
     for length in (128, 2048):
         if f"prefill_{length}" in rounds:
             out[f"prefill_{length}_tok_s"] = length / middle(f"prefill_{length}")
@@ -284,8 +333,12 @@ def main():
     parser.add_argument("--peer", choices=["transformers"], help="time it too, in turns with ours")
     parser.add_argument("--recompute", action="store_true",
                         help="time the sliding window with recomputation too")
+    parser.add_argument("--speculate", type=number(int, 1), metavar="K",
+                        help="time speculation at its best (K proposals, all accepted) and worst")
     args = parser.parse_args()
     with user_errors(parser):
+        if args.speculate and (not args.shape or args.batch > 1 or args.quantize):
+            raise ValueError("--speculate goes with --shape, one row and no --quantize")
         if args.recompute and args.batch > 1:
             raise ValueError("--recompute goes with one row")
         if args.peer and (not args.shape or args.batch > 1):
