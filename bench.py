@@ -56,7 +56,8 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype,
     for name, stored in model.state_dict().items():
         if stored.dtype in (torch.int8, torch.uint8):
             low, high = (-127, 128) if stored.dtype == torch.int8 else (0, 256)
-            weights[name] = torch.randint(low, high, stored.shape, dtype=stored.dtype, device=device)
+            weights[name] = torch.randint(low, high, stored.shape, device=device,
+                                          dtype=stored.dtype)
         elif name.endswith(".scale"):
             weights[name] = torch.full(stored.shape, 3e-4, device=device)
         else:
@@ -363,8 +364,8 @@ def main():
             figures = report(model, cache, measure(args, model, cache, config))
     figures = dict(model=args.shape or str(args.checkpoint), device=str(cache.length.device),
                    torch=torch.__version__, threads=torch.get_num_threads(),
-                   dtype=str(model.norm.weight.dtype), quantize=args.quantize, sink=cache.n_sink, window=cache.window,
-                   batch=args.batch, load_s=None if args.shape else load_s, compile_cold_s=cold,
+                   dtype=str(model.norm.weight.dtype), quantize=args.quantize, sink=cache.n_sink,
+                   window=cache.window, batch=args.batch, load_s=None if args.shape else load_s, compile_cold_s=cold,
                    compile_warm_s=compile_warm_s, peak_bytes=peak, **figures)
     if args.json:
         print(json.dumps(figures))

@@ -238,8 +238,9 @@ class Attention(nn.Module):
                 is_causal=True, enable_gqa=True).transpose(1, 2)
         else:
             q_sink = rotate(q, at.sink_rope)
-            # A few queries at a time: on a CPU their scores then stay in its caches.
-            pieces = (q.split(T if x.is_cuda else 32, dim=1) for q in (q_sink, q_recent, at.mask))
+            # A few queries at a time: with many slots their scores then stay in a CPU's caches.
+            few = T if x.is_cuda or k_cache.shape[2] <= 1024 else 32
+            pieces = (tensor.split(few, dim=1) for tensor in (q_sink, q_recent, at.mask))
             y = torch.cat([attend(q_sink, q_recent, k_cache, v_cache, at.n_sink, mask)
                            for q_sink, q_recent, mask in zip(*pieces)], dim=1)
         return self.out(y.reshape(B, T, -1))

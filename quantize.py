@@ -10,9 +10,9 @@ a kernel. Beside each weight (N, K) of a matrix multiplication lie its scales, i
            scale (N, K / g) and zero uint8 (N, K / g), in sixteenths of a nibble, for g columns
            each                                               w = (nibble - zero / 16) * scale
 
-GPTQ and AWQ use these formulas too, with whole zeros. Embedding and output projection are int8 in both modes: see the
-README for what int4 would save there, and cost. The rest (norms, biases) stays as it is. Kernels
-want other layouts of int4: `pack` makes them after loading.
+GPTQ and AWQ use these formulas too, with whole zeros. Embedding and output projection are int8 in
+both modes: see the README for what int4 would save there, and cost. The rest (norms, biases) stays
+as it is. Kernels want other layouts of int4: `pack` makes them after loading.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def quantize_weight(name: str, weight: Tensor, mode: str, group_size: int) -> di
 # fails for an input that is not in memory yet, and for a group size in a nested compile region.
 define, implement = torch.library.define, torch.library.impl
 define("gpt_stream::int8_matmul", "(Tensor x, Tensor weight, Tensor scale) -> Tensor")
-define("gpt_stream::int4_matmul", "(Tensor x, Tensor weight, int group_size, Tensor both) -> Tensor")
+define("gpt_stream::int4_matmul",
+       "(Tensor x, Tensor weight, int group_size, Tensor scales_and_zeros) -> Tensor")
 implement("gpt_stream::int8_matmul", "cpu")(torch._weight_int8pack_mm)
 implement("gpt_stream::int4_matmul", "cpu")(torch._weight_int4pack_mm_for_cpu)
 
@@ -109,8 +110,8 @@ def _(x, weight, scale):
 
 
 @torch.library.register_fake("gpt_stream::int4_matmul")
-def _(x, weight, group_size, both):
-    return x.new_empty(x.shape[0], both.shape[1])
+def _(x, weight, group_size, scales_and_zeros):
+    return x.new_empty(x.shape[0], scales_and_zeros.shape[1])
 
 
 class Int8Linear(nn.Module):
@@ -236,8 +237,8 @@ def quantize_checkpoint(source: Path, out: Path, mode: str, group_size: int, pro
         for name, tensor in read_weights(source, raw, config, plain):
             yield from store(name, tensor, shapes, quantization).items()
 
-    write_checkpoint(out, source, {**raw, "gpt_stream": {"format": 1, "quantization": quantization}},
-                     weights(), len(shapes), progress)
+    new = {**raw, "gpt_stream": {"format": 1, "quantization": quantization}}
+    write_checkpoint(out, source, new, weights(), len(shapes), progress)
 
 
 def quantization_of(raw: dict, mode: str | None, group_size: int, source: Path) -> dict | None:
