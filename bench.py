@@ -365,8 +365,8 @@ def main():
     figures = dict(model=args.shape or str(args.checkpoint), device=str(cache.length.device),
                    torch=torch.__version__, threads=torch.get_num_threads(),
                    dtype=str(model.norm.weight.dtype), quantize=args.quantize, sink=cache.n_sink,
-                   window=cache.window, batch=args.batch, load_s=None if args.shape else load_s, compile_cold_s=cold,
-                   compile_warm_s=compile_warm_s, peak_bytes=peak, **figures)
+                   window=cache.window, batch=args.batch, load_s=None if args.shape else load_s,
+                   compile_cold_s=cold, compile_warm_s=compile_warm_s, peak_bytes=peak, **figures)
     if args.json:
         print(json.dumps(figures))
         return
