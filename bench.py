@@ -146,38 +146,36 @@ def speculators(model: Transformer, cache: KVCache, size: int) -> dict[str, Call
     so that those two alone say what it says."""
     two = dataclasses.replace(model.config, n_layers=2)
     for block in model.layers[2:]:
-        block.attention.out.weight.zero_()
-        block.feed_forward.down.weight.zero_()
-    agreeing = random_model(two, cache.length.device, model.norm.weight.dtype)
-    contrary = random_model(two, cache.length.device, model.norm.weight.dtype)
-    contrary.output.weight.neg_()
-    for name in ("embed", "norm", "output"):
-        setattr(agreeing, name, getattr(model, name))
+        block.attention_norm.weight.zero_()
+        block.ffn_norm.weight.zero_()
+    drafts = [random_model(two, cache.length.device, model.norm.weight.dtype) for _ in range(2)]
+    agreeing, contrary = drafts
+    agreeing.embed, agreeing.norm, agreeing.output = model.embed, model.norm, model.output
     agreeing.layers = model.layers[:2]
-
-    def timed(make: Callable[[], Speculation | None]) -> Callable[[], float]:
-        def run() -> float:
-            cache.reset()
-            stream = generate(model, cache, [7] * 32, 121, speculation=make())
-            next(stream)
-            start = time.perf_counter()
-            for _ in stream:
-                pass
-            return (time.perf_counter() - start) / 120
-        return run
-
-    runs = {"plain": lambda: None}
-    for name, draft, fixed in (("agreeing", agreeing, size), ("contrary", contrary, None)):
+    contrary.output.weight.neg_()
+    its = make_cache(contrary, cache.n_sink, cache.window)
+    for draft, fixed in ((agreeing, size), (contrary, None)):
         compile_step(draft, cache.length.device)
-        its = make_cache(draft, cache.n_sink, cache.window)
         warm(model, cache, Speculation(draft, its, fixed))
 
-        def make(draft=draft, its=its, fixed=fixed):
-            its.reset()
-            return Speculation(draft, its, fixed)
+    def speculating(draft, fixed):
+        its.reset()
+        return seconds_a_token(model, cache, Speculation(draft, its, fixed))
 
-        runs[name] = make
-    return {name: timed(make) for name, make in runs.items()}
+    return {"plain": lambda: seconds_a_token(model, cache),
+            "agreeing": lambda: speculating(agreeing, size),
+            "contrary": lambda: speculating(contrary, None)}
+
+
+def seconds_a_token(model: Transformer, cache: KVCache, speculation=None, length=120) -> float:
+    """Of a greedy generation, after its first token."""
+    cache.reset()
+    stream = generate(model, cache, [7] * 32, length + 1, speculation=speculation)
+    next(stream)
+    start = time.perf_counter()
+    for _ in stream:
+        pass
+    return (time.perf_counter() - start) / length
 
 
 def timed_prefill(model: Transformer, cache: KVCache, length: int) -> float:

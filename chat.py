@@ -96,9 +96,9 @@ def main():
         records, last_id = [], None
         for text, raw in turns or ((line, False) for line in typed()):
             if turns is None and text == "/reset":
-                for held in (cache, speculation and speculation.cache):
-                    if held:
-                        held.reset()
+                cache.reset()
+                if speculation:
+                    speculation.reset()
                 last_id = None
                 continue
             if turns:

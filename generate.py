@@ -3,8 +3,8 @@
     python generate.py --compile
     python generate.py --checkpoint DIR --prompt "Once upon a time" --max-new-tokens 5000
 
-Read from the top: load, sample, prefill, decode, and last the command line. Every model call has
-one of three shapes, a token or a chunk of one of two sizes, so nothing is ever compiled again.
+Read from the top: load, prefill, decode, and last the command line. Every model call is a token or
+a chunk of one of a few sizes, so nothing is ever compiled again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cli import (add_generation, check_text, figures, hold_interrupt, make_parse
                  user_errors)
 from convert_hf import DTYPES, read_config, read_weights
 from kv_cache import KVCache
-from model import ModelConfig, Transformer, rope_frequencies
+from model import Linear, ModelConfig, Transformer, rope_frequencies
 from quantize import Int4Linear, empty_model, quantization_of, store, stored_shapes
 from sample import sample
 from speculate import Speculation, speculate
@@ -68,6 +68,7 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
         weights.update({name.replace("embed", "output"): tensor for name, tensor in weights.items()
                         if name.startswith("embed.")})
     finish(model, weights, device)
+    del weights  # compiling lays them out anew
     if compile:
         compile_step(model, device)
     return model, tokenizer
@@ -109,7 +110,11 @@ def compile_step(model: Transformer, device: torch.device) -> None:
     if not on_gpu and not shutil.which(compiler):
         raise ValueError(f"compiling for a CPU needs a C++ compiler, and {compiler!r} was not "
                          "found; install it, or name another in the environment variable CXX")
-    torch._dynamo.config.recompile_limit = 64  # three graphs for each cache size; 8 by default
+    torch._dynamo.config.recompile_limit = 64  # a graph for each size of step and cache; 8 if unset
+    for module in model.modules():
+        # Weights in rows serve the embedding too, and a GPU.
+        if isinstance(module, Linear) and not on_gpu and module.weight is not model.embed.weight:
+            module.pack()
     # Weights never change, so checking them before every step (0.7 ms for 22 layers) is left out.
     # Graphs are kept with the code they were made from: a copy for each model keeps them apart.
     code = Transformer.step.__code__.replace()
@@ -159,7 +164,10 @@ def prefill(model: Transformer, cache: KVCache, prompt_ids: list[int],
     if speculation is not None:
         speculation.history.extend(prompt_ids)
         if speculation.draft and speculation.size:
-            prefill(speculation.draft, speculation.cache, prompt_ids)
+            *read, last = speculation.unread + prompt_ids
+            speculation.unread = [last]
+            if read:
+                prefill(speculation.draft, speculation.cache, read)
     done, fresh = 0, not cache.length.any()
     while done < len(prompt_ids):
         # A padded large chunk costs more than the small ones that would do, up to half of it.
@@ -240,9 +248,13 @@ def warm(model: Transformer, cache: KVCache, speculation: Speculation | None = N
             list(generate(model, cache, [0] * length, 1, **sampling))
         for size in speculation.sizes if speculation else ():
             model(torch.zeros(1, size + 1, dtype=torch.int64, device=cache.length.device), cache)
+        if speculation and speculation.draft:
+            warm(speculation.draft, speculation.cache)
+            pair = torch.zeros(1, 2, dtype=torch.int64, device=cache.length.device)
+            speculation.draft(pair, speculation.cache)
     cache.reset()
-    if speculation and speculation.draft:
-        warm(speculation.draft, speculation.cache)
+    if speculation:
+        speculation.reset()
     return time.perf_counter() - start
 
 
@@ -298,7 +310,8 @@ def answer(model: Transformer, cache: KVCache, tokenizer: Tokenizer, prompt_ids:
 
 
 def weight_bytes(model: Transformer) -> int:
-    return sum({t.data_ptr(): t.nbytes for t in model.state_dict().values()}.values())
+    tensors = model.state_dict(keep_vars=True).values()
+    return sum({id(t): t.nbytes for t in tensors}.values())
 
 
 def sampling(args) -> dict:

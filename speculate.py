@@ -36,12 +36,19 @@ class Speculation:
     draft: Transformer | None = None  # None: look the proposals up in the history
     cache: KVCache | None = None  # the draft's own
     fixed: int | None = None  # proposals a round; None: as many as pay
+    unread: list[int] = field(default_factory=list)  # what the draft has yet to read: the last token
     history: array = field(default_factory=lambda: array("q"))  # for lookups
     size: int = SIZES[-1]  # proposals a round at present; 0: stopped
     trial: list[int] = field(default_factory=lambda: [0, 0])  # proposed and accepted lately
     rounds: int = 0
     proposed: int = 0
     accepted: int = 0
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self.unread, self.history = [], array("q")
+        if self.cache:
+            self.cache.reset()
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -73,14 +80,16 @@ def propose(speculation: Speculation, token: Tensor, size: int, vocab_size: int,
             return None
         proposals = torch.tensor([found], device=token.device)
         return proposals, F.one_hot(proposals[0], vocab_size).float()
-    tokens, distributions = [token], []
+    # The draft reads the last token but one only now: so it never reads a proposal that nothing
+    # follows, and its cache is always one token behind the model's.
+    reads = torch.cat([torch.tensor([speculation.unread], device=token.device), token], dim=1)
+    tokens, distributions = [], []
     for _ in range(size):
-        q = distribution(speculation.draft(tokens[-1], speculation.cache)[0], **sampling)  # (1, V)
-        distributions.append(q)
-        tokens.append(draw(q, generator)[None])
-    # The last one is read as well, so that both caches always hold the same tokens.
-    speculation.draft(tokens[-1], speculation.cache)
-    return torch.cat(tokens[1:], dim=1), torch.cat(distributions)
+        logits = speculation.draft(reads, speculation.cache)[:, -1]  # (1, V)
+        distributions.append(distribution(logits, **sampling))
+        reads = draw(distributions[-1], generator)[None]
+        tokens.append(reads)
+    return torch.cat(tokens, dim=1), torch.cat(distributions)
 
 
 def look_up(history: array, size: int) -> list[int] | None:
@@ -128,7 +137,8 @@ def speculate(model: Transformer, cache: KVCache, token: Tensor, max_new_tokens:
               **sampling) -> Iterator[int]:
     """Yield `token` (1, 1), sampled but not in a cache yet, and what follows it, as long as
     speculating pays. Returns what is left to do without: (token, how many more). Once this is
-    closed, at whichever yield, the caches hold everything up to the token yielded, and no more."""
+    closed, at whichever yield, the cache holds everything up to the token yielded, and no more; the
+    draft's all but that token."""
     eos_ids = () if ignore_eos else model.config.eos_ids
     while max_new_tokens > 0 and (size := speculation.fixed or speculation.size):
         token_id = token.item()
@@ -153,6 +163,7 @@ def speculate(model: Transformer, cache: KVCache, token: Tensor, max_new_tokens:
                 yield token_id
         finally:
             forget(cache, speculation, len(run) - yielded)
+            speculation.unread = [run[yielded - 1]]
             speculation.history.extend(run[1:yielded])
             if len(speculation.history) > 2 * LOOKED_AT:
                 del speculation.history[:-LOOKED_AT]
