@@ -2,9 +2,17 @@
 
     python chat.py --compile
     python chat.py --prompts mt_bench.jsonl --limit 20
+    python chat.py --save-session cats.session                  and another day, to go on:
+    python chat.py --load-session cats.session --save-session cats.session
 
 Typed, or all turns of a file as one conversation, as in SwiftInfer and StreamingLLM. The cache
 keeps the sinks and the latest tokens, so memory and the time to a turn's first token stay constant.
+
+A long system turn can be read once and begin every conversation: saved before anything was said,
+a session holds the pinned system turn alone.
+
+    python chat.py --pin-system "$(cat rules.txt)" --save-session rules.session < /dev/null
+    python chat.py --pin-system "$(cat rules.txt)" --load-session rules.session
 """
 
 from __future__ import annotations
@@ -13,15 +21,18 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from cli import (add_generation, check_text, figures, make_parser, number, read_prompts, say, show,
                  user_errors)
-from generate import answer, get_ready, make_cache, open_model, open_speculation
+from generate import answer, get_ready, make_cache, open_model, open_speculation, prefill
+from kv_cache import check_target, load_session, save_session
 
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401  (input() then edits lines and remembers them)
 
-HELP = "/reset forgets everything, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
+HELP = ("/reset forgets everything, /save FILE keeps the conversation, /load FILE goes on with it, "
+        "/quit or Ctrl-D leaves, Ctrl-C stops an answer")
 
 
 def typed() -> Iterator[str]:
@@ -50,13 +61,57 @@ def from_file(entries: list[dict], limit: int | None) -> list[tuple[str, bool]]:
     return turns[:limit]
 
 
-def turn_ids(tokenizer, text: str, raw: bool, system: str | None, last_id: int | None) -> list[int]:
-    """The ids that a turn adds to the conversation; last_id is the last one in it, if any."""
+def turn_ids(tokenizer, text: str, raw: bool, system: str | None, last_id: int | None,
+             held: int) -> list[int]:
+    """The ids that a turn adds to a conversation of `held` tokens. last_id is the last token of the
+    latest answer; before the first one, what is held is the system turn."""
     if raw:
-        return tokenizer.encode(text, bos=last_id is None)
-    if last_id is None:
-        return tokenizer.first_turn(text, system)
+        return tokenizer.encode(text, bos=not held)
+    if not held or last_id is None and system:
+        return tokenizer.first_turn(text, system)[held:]
     return tokenizer.next_turn(text, last_id)
+
+
+def save(path: str | Path, caches: dict[str, tuple], tokenizer, system: str | None,
+         last_id: int | None) -> None:
+    """Save the conversation, or before its first turn the pinned system turn."""
+    check_target(path)
+    if not caches["model"][1].length.any():
+        if system is None:
+            raise ValueError(f"{path}: not written, since nothing has been said yet")
+        for model, cache in caches.values():
+            prefill(model, cache, tokenizer.encode(tokenizer.system_turn(system)))
+    save_session(path, caches, last_id, system or "")
+    say(f"saved {path}: {int(caches['model'][1].length)} tokens so far")
+
+
+def load(path: str | Path, caches: dict[str, tuple], system: str | None) -> int | None:
+    """Go on with a saved conversation; its last_id."""
+    last_id = load_session(path, caches, system or "")
+    say(f"loaded {path}: {int(caches['model'][1].length)} tokens so far")
+    if not all(cache.length.any() for _, cache in caches.values()):
+        say("the draft begins anew: the session holds none like it")
+    return last_id
+
+
+def obey(line: str, caches: dict[str, tuple], tokenizer, system: str | None,
+         last_id: int | None) -> int | None:
+    """Do what a typed command says; the last_id after it. A refusal changes nothing."""
+    command, *paths = line.split(maxsplit=1)
+    try:
+        if command == "/reset":
+            for _, cache in caches.values():
+                cache.reset()
+            return None
+        if not paths:
+            raise ValueError(f"{command} needs a file: {command} FILE")
+        path = Path(paths[0]).expanduser()  # no shell has done it
+        if command == "/load":
+            return load(path, caches, system)
+        save(path, caches, tokenizer, system, last_id)
+    except (ValueError, OSError, RuntimeError) as error:
+        say(str(error).splitlines()[0])
+    return last_id
 
 
 def totals(records: list[dict]) -> str:
@@ -76,10 +131,14 @@ def main():
     parser.add_argument("--prompts", metavar="FILE", help="turns to say, a JSON object a line")
     parser.add_argument("--limit", type=number(int, 1), metavar="N", help="first N turns only")
     parser.add_argument("--pin-system", metavar="TEXT", help="a system turn that is never evicted")
+    parser.add_argument("--save-session", metavar="FILE", help="keep the conversation at its end")
+    parser.add_argument("--load-session", metavar="FILE", help="go on with one that was kept")
     args = parser.parse_args()
     with user_errors(parser):
         if args.limit and not args.prompts:
             raise ValueError("--limit goes with --prompts")
+        if args.save_session:
+            check_target(args.save_session)  # now, and not when everything has been said
         turns = from_file(read_prompts(args.prompts), args.limit) if args.prompts else None
         model, tokenizer = open_model(args)
         if args.pin_system is not None:
@@ -91,25 +150,30 @@ def main():
             args.sink = len(tokenizer.encode(tokenizer.system_turn(args.pin_system)))
         cache = make_cache(model, args.sink, args.window)
         speculation = open_speculation(model, cache, tokenizer, args)
+        caches = {"model": (model, cache)}
+        if speculation and speculation.draft:
+            caches["draft"] = speculation.draft, speculation.cache
         generator = get_ready(model, cache, args, speculation)
 
-        records, last_id = [], None
+        records, system, last_id = [], args.pin_system, None
+        if args.load_session:
+            last_id = load(args.load_session, caches, system)
         for text, raw in turns or ((line, False) for line in typed()):
-            if turns is None and text == "/reset":
-                for held in (cache, speculation and speculation.cache):
-                    if held:
-                        held.reset()
-                last_id = None
+            if turns is None and (text == "/reset" or text.split()[0] in ("/save", "/load")):
+                last_id = obey(text, caches, tokenizer, system, last_id)
                 continue
             if turns:
                 say(f"\n> {text}")
-            ids = turn_ids(tokenizer, check_text("the turn", text), raw, args.pin_system, last_id)
+            ids = turn_ids(tokenizer, check_text("the turn", text), raw, system, last_id,
+                           int(cache.length))
             record = answer(model, cache, tokenizer, ids, args, generator,
                             (lambda piece: None) if args.json else show, speculation)
             print(json.dumps({"turn": len(records), **record}) if args.json else "", flush=True)
             say(f"turn {len(records)}: {figures(record)}")
             records.append(record)
             last_id = record["token_ids"][-1]
+        if args.save_session:
+            save(args.save_session, caches, tokenizer, system, last_id)
     if records:
         say(f"{totals(records)}, seed {args.seed}")
 

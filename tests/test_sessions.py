@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 import kv_cache
 from generate import generate, load, make_cache
-from helpers import TINY, random_model
+from helpers import TINY, random_model, run
 from kv_cache import KVCache, load_session, save_session
+from test_errors import refused
+from test_generate import records
 from test_kv_cache import tokens_of
 
 DRAFT = TINY.parent / "tiny-draft"
@@ -195,3 +197,115 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
         with pytest.raises(ValueError, match=word):
             save_session(path, new_caches())
     assert os.listdir(tmp_path) == ["pipe"] and (tmp_path / "pipe").is_fifo()
+
+
+# ------------------------------------------------------------------------------ chat.py
+
+GREEDY = ("--dtype", "fp32", "--temperature", 0, "--max-new-tokens", 12, "--window", 60)
+
+
+def turns(path, first, last):
+    lines = [json.dumps({"turns": [f"Tell me of cat {i}."]}) for i in range(first, last)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("speculation", [(), ("--draft", DRAFT, "--speculate", 3), ("--lookup",)])
+def test_two_halves_are_one_conversation(tmp_path, speculation):
+    def chat(first, last, *argv):
+        return records("--prompts", turns(tmp_path / "turns.jsonl", first, last), *GREEDY, *argv,
+                       program="chat")
+
+    session = tmp_path / "s"
+    plain, whole = chat(0, 8), chat(0, 8, *speculation)
+    halves = chat(0, 4, "--save-session", session, *speculation)
+    halves += chat(4, 8, "--load-session", session, *speculation)
+    keys = ["token_ids", "text", "prompt_tokens", "evicted", "finish_reason", "cache_bytes"]
+    for key in keys + (["proposed", "accepted"] if "--draft" in speculation else []):
+        assert [r[key] for r in halves] == [r[key] for r in whole], key
+    assert [r["token_ids"] for r in halves] == [r["token_ids"] for r in plain]
+    assert halves[-1]["evicted"] > 2 * 64
+
+
+def test_a_draft_that_the_session_does_not_hold_begins_anew(tmp_path):
+    turns(tmp_path / "turns.jsonl", 0, 3)
+    argv = ("--json", "--prompts", tmp_path / "turns.jsonl", *GREEDY)
+    run("chat", *argv, "--save-session", tmp_path / "s")
+    _, plain, _ = run("chat", *argv, "--load-session", tmp_path / "s")
+    _, speculated, err = run("chat", *argv, "--load-session", tmp_path / "s", "--draft", DRAFT)
+    assert "the draft begins anew" in err
+    for line, expected in zip(speculated.splitlines(), plain.splitlines(), strict=True):
+        assert json.loads(line)["token_ids"] == json.loads(expected)["token_ids"]
+
+
+def test_typed_save_and_load_take_the_conversation_back(tmp_path):
+    typed = f"Hello\n/save {tmp_path}/s\nGo on\n/load {tmp_path}/s\nGo on\n/reset\nGo on\n"
+    status, out, err = run("chat", "--json", *GREEDY, stdin=typed)
+    _, once, again, fresh = map(json.loads, out.splitlines())
+    assert status == 0 and f"saved {tmp_path}/s" in err and f"loaded {tmp_path}/s" in err
+    for key in ("token_ids", "prompt_tokens", "evicted"):
+        assert once[key] == again[key]
+    assert fresh["token_ids"] != again["token_ids"]
+
+
+def test_a_typed_refusal_is_one_line_and_the_conversation_goes_on(tmp_path):
+    (tmp_path / "foreign").write_text("x" * 100)
+    refusals = ["/load", "/save", f"/load {tmp_path}/none", f"/load {tmp_path}/foreign",
+                f"/load {tmp_path}", f"/save {tmp_path}", f"/save {tmp_path}/none/s"]
+    plain = records(*GREEDY, program="chat", stdin="Hello\nGo on\n")
+    typed = "\n".join(["Hello", *refusals, "Go on"])
+    status, out, err = run("chat", "--json", *GREEDY, stdin=typed)
+    assert status == 0 and "Traceback" not in err
+    between = err[err.index("turn 0:"):err.index("turn 1:")].splitlines()[1:]
+    assert len(between) == len(refusals)
+    for line, command in zip(between, refusals, strict=True):
+        assert command.split()[-1] in line
+    assert [json.loads(line)["token_ids"] for line in out.splitlines()] == [
+        r["token_ids"] for r in plain]
+    assert os.listdir(tmp_path) == ["foreign"]
+
+
+def test_a_pinned_system_turn_is_read_once_and_begins_every_conversation(tmp_path):
+    system, session = "You are a cat, and you speak of fish.", tmp_path / "s"
+    pinned = ("--pin-system", system, *GREEDY)
+    plain = records(*pinned, program="chat", stdin="Hello\nGo on\n")
+    status, out, err = run("chat", *pinned, "--save-session", session, stdin="")
+    assert (status, out) == (0, ""), err
+    before = session.read_bytes()
+    _, tokenizer = load(TINY, device="cpu")
+    n_system = len(tokenizer.encode(tokenizer.system_turn(system)))
+    for _ in range(2):
+        first, second = records(*pinned, "--load-session", session, program="chat",
+                                stdin="Hello\nGo on\n")
+        assert first["prompt_tokens"] == plain[0]["prompt_tokens"] - n_system
+        assert [first["token_ids"], second["token_ids"]] == [r["token_ids"] for r in plain]
+        for key in ("prompt_tokens", "evicted"):
+            assert second[key] == plain[1][key]
+    assert session.read_bytes() == before
+    other = system.replace("fish", "mice")
+    for argv in (["--pin-system", other], ["--sink", n_system]):
+        refused("chat", *argv, *GREEDY, "--load-session", session, naming=[session, system])
+
+
+def test_raw_lines_go_on_where_a_session_ends(tmp_path):
+    (tmp_path / "raw.jsonl").write_text('{"prompt": "The cat"}\n')
+    argv = ("--prompts", tmp_path / "raw.jsonl", *GREEDY)
+    run("chat", *argv, "--save-session", tmp_path / "s")
+    resumed = records(*argv, "--load-session", tmp_path / "s", program="chat")
+    _, tokenizer = load(TINY, device="cpu")
+    assert resumed[0]["prompt_tokens"] == len(tokenizer.encode("The cat", bos=False))
+
+
+def test_the_command_line_refuses_in_one_line(tmp_path):
+    session = tmp_path / "s"
+    refused("chat", "--save-session", session, naming=[session, "nothing has been said"])
+    refused("chat", "--save-session", tmp_path / "no" / "s", naming=["no folder"])
+    refused("chat", "--save-session", tmp_path, naming=[tmp_path, "not a file"])
+    refused("chat", "--load-session", session, naming=[session, "no such"])
+    run("chat", *GREEDY, "--save-session", session, stdin="Hello\n")
+    before = session.read_bytes()
+    for argv, word in ((["--window", 59], "window is 60"), (["--sink", 5], "sink"),
+                       (["--dtype", "bf16"], "dtype"), (["--checkpoint", DRAFT], "model"),
+                       (["--quantize", "int8"], "model and quantization")):
+        refused("chat", *GREEDY, *argv, "--load-session", session, naming=[session, word])
+    assert session.read_bytes() == before
