@@ -1,4 +1,4 @@
-"""A saved session goes on as if it had never been interrupted, and a refused one changes nothing."""
+"""A saved session goes on as if nothing had interrupted it; a refused one changes nothing."""
 
 import json
 import os
