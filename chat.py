@@ -164,8 +164,14 @@ def main():
                 continue
             if turns:
                 say(f"\n> {text}")
-            ids = turn_ids(tokenizer, check_text("the turn", text), raw, system, last_id,
-                           int(cache.length))
+            try:
+                ids = turn_ids(tokenizer, check_text("the turn", text), raw, system, last_id,
+                               int(cache.length))
+            except ValueError as error:
+                if turns:
+                    raise
+                say(str(error).splitlines()[0])  # and the conversation goes on
+                continue
             record = answer(model, cache, tokenizer, ids, args, generator,
                             (lambda piece: None) if args.json else show, speculation)
             print(json.dumps({"turn": len(records), **record}) if args.json else "", flush=True)
