@@ -2,9 +2,17 @@
 
     python chat.py --compile
     python chat.py --prompts mt_bench.jsonl --limit 20
+    python chat.py --save-session cats.session                  and another day, to go on:
+    python chat.py --load-session cats.session --save-session cats.session
 
 Typed, or all turns of a file as one conversation, as in SwiftInfer and StreamingLLM. The cache
 keeps the sinks and the latest tokens, so memory and the time to a turn's first token stay constant.
+
+A long system turn can be read once and begin every conversation: saved before anything was said,
+a session holds the pinned system turn alone.
+
+    python chat.py --pin-system "$(cat rules.txt)" --save-session rules.session < /dev/null
+    python chat.py --pin-system "$(cat rules.txt)" --load-session rules.session
 """
 
 from __future__ import annotations
@@ -13,15 +21,22 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 from cli import (add_generation, check_text, figures, make_parser, number, read_prompts, say, show,
                  user_errors)
-from generate import answer, get_ready, make_cache, open_model, open_speculation
+from generate import answer, get_ready, make_cache, open_model, open_speculation, prefill
+from kv_cache import KVCache, check_target, load_session, save_session
+from model import Transformer
+from speculate import Speculation
+from tokenizer import Tokenizer
 
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401  (input() then edits lines and remembers them)
 
-HELP = "/reset forgets everything, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
+HELP = ("/reset forgets everything, /save FILE keeps the conversation, /load FILE goes on with it, "
+        "/quit or Ctrl-D leaves, Ctrl-C stops an answer")
 
 
 def typed() -> Iterator[str]:
@@ -50,66 +65,46 @@ def from_file(entries: list[dict], limit: int | None) -> list[tuple[str, bool]]:
     return turns[:limit]
 
 
-def turn_ids(tokenizer, text: str, raw: bool, system: str | None, last_id: int | None) -> list[int]:
-    """The ids that a turn adds to the conversation; last_id is the last one in it, if any."""
-    if raw:
-        return tokenizer.encode(text, bos=last_id is None)
-    if last_id is None:
-        return tokenizer.first_turn(text, system)
-    return tokenizer.next_turn(text, last_id)
+@dataclass
+class Conversation:
+    """Who talks, what is remembered, and where it stands."""
 
+    model: Transformer
+    tokenizer: Tokenizer
+    cache: KVCache
+    speculation: Speculation | None
+    system: str | None  # the pinned system turn
+    last_id: int | None = None  # the last token of the latest answer
 
-def totals(records: list[dict]) -> str:
-    """One line about a whole conversation."""
-    waits = sorted(record["ttft_s"] for record in records)
-    decoding = sum((r["new_tokens"] - 1) / r["decode_tok_s"] for r in records if r["decode_tok_s"])
-    decoded = sum(r["new_tokens"] - 1 for r in records if r["decode_tok_s"])
-    return (f"{len(records)} turns, {sum(r['prompt_tokens'] for r in records)} prompt + "
-            f"{sum(r['new_tokens'] for r in records)} new tokens, decode "
-            f"{decoded / decoding if decoding else 0:.1f} tok/s, first token after "
-            f"{waits[len(waits) // 2]:.3f} s (median), {waits[-1]:.3f} s (worst), "
-            f"{records[-1]['evicted']} evicted, cache {records[-1]['cache_bytes'] / 1e6:.1f} MB")
-
-
-def main():
-    parser = add_generation(make_parser(__doc__))
-    parser.add_argument("--prompts", metavar="FILE", help="turns to say, a JSON object a line")
-    parser.add_argument("--limit", type=number(int, 1), metavar="N", help="first N turns only")
-    parser.add_argument("--pin-system", metavar="TEXT", help="a system turn that is never evicted")
-    args = parser.parse_args()
-    with user_errors(parser):
-        if args.limit and not args.prompts:
-            raise ValueError("--limit goes with --prompts")
-        turns = from_file(read_prompts(args.prompts), args.limit) if args.prompts else None
-        model, tokenizer = open_model(args)
-        if args.pin_system is not None:
-            if args.sink is not None:
-                raise ValueError("--pin-system decides the number of sinks; leave --sink out")
-            if turns and any(raw for _, raw in turns):
-                raise ValueError('--pin-system needs a template: {"prompt": ...} lines have none')
-            check_text("--pin-system", args.pin_system)
-            args.sink = len(tokenizer.encode(tokenizer.system_turn(args.pin_system)))
-        cache = make_cache(model, args.sink, args.window)
-        speculation = open_speculation(model, cache, tokenizer, args)
+    def caches(self) -> dict[str, tuple[Transformer, KVCache]]:
+        """As kv_cache.save_session takes them."""
         generator = get_ready(model, cache, args, speculation)
+        talk = Conversation(model, tokenizer, cache, speculation, args.pin_system)
+        if args.load_session:
+            load(args.load_session, talk)
 
-        records, last_id = [], None
+        records = []
         for text, raw in turns or ((line, False) for line in typed()):
-            if turns is None and text == "/reset":
-                cache.reset()
-                if speculation:
-                    speculation.reset()
-                last_id = None
+            if turns is None and (text == "/reset" or text.split()[0] in ("/save", "/load")):
+                obey(text, talk)
                 continue
             if turns:
                 say(f"\n> {text}")
-            ids = turn_ids(tokenizer, check_text("the turn", text), raw, args.pin_system, last_id)
+            try:
+                ids = turn_ids(talk, check_text("the turn", text), raw)
+            except ValueError as error:
+                if turns:
+                    raise
+                say(str(error).splitlines()[0])  # and the conversation goes on
+                continue
             record = answer(model, cache, tokenizer, ids, args, generator,
                             (lambda piece: None) if args.json else show, speculation)
             print(json.dumps({"turn": len(records), **record}) if args.json else "", flush=True)
             say(f"turn {len(records)}: {figures(record)}")
             records.append(record)
-            last_id = record["token_ids"][-1]
+            talk.last_id = record["token_ids"][-1]
+        if args.save_session:
+            save(args.save_session, talk)
     if records:
         say(f"{totals(records)}, seed {args.seed}")
 

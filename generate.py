@@ -9,6 +9,7 @@ a chunk of one of a few sizes, so nothing is ever compiled again.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -67,11 +68,25 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
     if config.tied_embeddings:
         weights.update({name.replace("embed", "output"): tensor for name, tensor in weights.items()
                         if name.startswith("embed.")})
+    model.fingerprint = fingerprint(config, dtype, quantization, weights)
     finish(model, weights, device)
     del weights  # compiling lays them out anew
     if compile:
         compile_step(model, device)
     return model, tokenizer
+
+
+def fingerprint(config: ModelConfig, dtype: torch.dtype, quantization: dict | None,
+                weights: dict[str, Tensor]) -> str:
+    """Tells models apart, fine-tunes too: a sha256 over the settings and the first row of every
+    weight, which touches little of a memory-mapped file. Scales are left out: where quantizing
+    computed them, a GPU rounds the last bit another way than a CPU."""
+    digest = hashlib.sha256(repr((config, dtype, quantization)).encode())
+    for name, tensor in sorted(weights.items()):
+        if not name.endswith(".scale"):
+            row = tensor.reshape(-1, tensor.shape[-1])[0].contiguous().cpu()
+            digest.update(name.encode() + row.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def finish(model: Transformer, weights: dict[str, Tensor], device: torch.device) -> None:

@@ -169,8 +169,8 @@ class RMSNorm(nn.Module):
         return normal.type_as(x) * self.weight
 
 
-# oneDNN's matmul with a weight in its own layout, under a name of ours: inductor (2.11 to 2.13) takes
-# the original with constant weights only.
+# oneDNN's matmul with a weight in its own layout, under a name of ours: inductor (2.11 to 2.13)
+# takes the original with constant weights only.
 torch.library.define("gpt_stream::packed_linear", "(Tensor x, Tensor packed, int n) -> Tensor")
 
 

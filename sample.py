@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -45,14 +44,16 @@ def distribution(logits: Tensor, temperature: float = 0.0, top_k: int | None = N
                  top_p: float | None = None) -> Tensor:
     """(..., V) float32: what `sample` draws from; all on the likeliest token at temperature 0."""
     if temperature == 0:
-        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     return probabilities(logits, temperature, top_k, top_p)
 
 
-def draw(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Token ids (...) int64 drawn in proportion to weights (..., V).
+def draw(weights: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
+    """Token ids (...) int64 drawn in proportion to weights (..., V); the likeliest at temperature 0.
 
     argmax(p / e) with e ~ Exp(1) draws from p, and unlike multinomial never waits for the GPU."""
+    if temperature == 0:
+        return weights.argmax(-1)
     noise = torch.empty_like(weights).exponential_(generator=generator)
     return (weights / noise).argmax(-1)
 
@@ -60,6 +61,6 @@ def draw(weights: Tensor, generator: torch.Generator | None = None) -> Tensor:
 def sample(logits: Tensor, temperature: float = 0.0, top_k: int | None = None,
            top_p: float | None = None, generator: torch.Generator | None = None) -> Tensor:
     """Token ids (...) int64 for logits (..., V); the likeliest at temperature 0."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    return draw(probabilities(logits, temperature, top_k, top_p), generator)
+    if temperature > 0:
+        logits = probabilities(logits, temperature, top_k, top_p)
+    return draw(logits, temperature, generator)

@@ -36,7 +36,7 @@ class Speculation:
     draft: Transformer | None = None  # None: look the proposals up in the history
     cache: KVCache | None = None  # the draft's own
     fixed: int | None = None  # proposals a round; None: as many as pay
-    unread: list[int] = field(default_factory=list)  # what the draft has yet to read: the last token
+    unread: list[int] = field(default_factory=list)  # by the draft: the last token
     history: array = field(default_factory=lambda: array("q"))  # for lookups
     size: int = SIZES[-1]  # proposals a round at present; 0: stopped
     trial: list[int] = field(default_factory=lambda: [0, 0])  # proposed and accepted lately
@@ -70,8 +70,8 @@ class Speculation:
                   file=sys.stderr, flush=True)
 
 
-def propose(speculation: Speculation, token: Tensor, size: int, vocab_size: int, generator=None,
-            **sampling) -> tuple[Tensor, Tensor] | None:
+def propose(speculation: Speculation, token: Tensor, size: int, vocab_size: int,
+            temperature: float, generator=None, **sampling) -> tuple[Tensor, Tensor] | None:
     """Proposals (1, K) that follow token (1, 1), and the distributions (K, V) they were drawn from;
     None where a lookup finds nothing."""
     if speculation.draft is None:
@@ -86,8 +86,8 @@ def propose(speculation: Speculation, token: Tensor, size: int, vocab_size: int,
     tokens, distributions = [], []
     for _ in range(size):
         logits = speculation.draft(reads, speculation.cache)[:, -1]  # (1, V)
-        distributions.append(distribution(logits, **sampling))
-        reads = draw(distributions[-1], generator)[None]
+        distributions.append(distribution(logits, temperature, **sampling))
+        reads = draw(distributions[-1], temperature, generator)[None]
         tokens.append(reads)
     return torch.cat(tokens, dim=1), torch.cat(distributions)
 
@@ -108,7 +108,8 @@ def look_up(history: array, size: int) -> list[int] | None:
     return None
 
 
-def verify(p: Tensor, q: Tensor, proposals: Tensor, generator=None) -> tuple[Tensor, Tensor]:
+def verify(p: Tensor, q: Tensor, proposals: Tensor, temperature: float,
+           generator=None) -> tuple[Tensor, Tensor]:
     """How many of the proposals (K,) are accepted, and the token that follows those, each (1,).
 
     p (K + 1, V) is the model's distribution at each of them and after the last, q (K, V) the
@@ -121,7 +122,7 @@ def verify(p: Tensor, q: Tensor, proposals: Tensor, generator=None) -> tuple[Ten
     q = torch.cat([q, torch.zeros_like(p[:1])])  # after the last proposal the draw is from p itself
     residual = (p[n] - q[n]).clamp(min=0)
     residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p[n])
-    return n, draw(residual, generator)
+    return n, draw(residual, temperature, generator)
 
 
 def forget(cache: KVCache, speculation: Speculation, n: int) -> None:
@@ -133,7 +134,7 @@ def forget(cache: KVCache, speculation: Speculation, n: int) -> None:
 
 @torch.no_grad()
 def speculate(model: Transformer, cache: KVCache, token: Tensor, max_new_tokens: int,
-              ignore_eos: bool, speculation: Speculation, generator=None,
+              ignore_eos: bool, speculation: Speculation, temperature: float = 0.0, generator=None,
               **sampling) -> Iterator[int]:
     """Yield `token` (1, 1), sampled but not in a cache yet, and what follows it, as long as
     speculating pays. Returns what is left to do without: (token, how many more). Once this is
@@ -143,13 +144,16 @@ def speculate(model: Transformer, cache: KVCache, token: Tensor, max_new_tokens:
     while max_new_tokens > 0 and (size := speculation.fixed or speculation.size):
         token_id = token.item()
         speculation.history.append(token_id)
-        proposed = propose(speculation, token, size, model.config.vocab_size, generator, **sampling)
+        proposed = propose(speculation, token, size, model.config.vocab_size, temperature,
+                           generator, **sampling)
         if proposed is None:
-            run, token = [token_id], sample(model(token, cache), generator=generator, **sampling)
+            following = sample(model(token, cache), temperature, generator=generator, **sampling)
+            run, token = [token_id], following
         else:
             proposals, q = proposed
-            p = distribution(model(torch.cat([token, proposals], dim=1), cache)[0], **sampling)
-            n, following = verify(p, q, proposals[0], generator)
+            logits = model(torch.cat([token, proposals], dim=1), cache)[0]  # (K + 1, V)
+            p = distribution(logits, temperature, **sampling)
+            n, following = verify(p, q, proposals[0], temperature, generator)
             n, *ids = torch.cat([n, proposals[0]]).tolist()  # the one wait of a round
             forget(cache, speculation, size - n)
             speculation.count(size, n)

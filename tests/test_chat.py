@@ -81,6 +81,15 @@ def test_typed_turns_reset_and_quit():
     assert fresh["prompt_tokens"] == first["prompt_tokens"] and fresh["turn"] == 2
 
 
+def test_a_typed_line_that_is_not_text_is_refused_and_the_conversation_goes_on():
+    argv = ("chat", "--json", "--temperature", 0, "--max-new-tokens", 6)
+    status, out, err = run(*argv, stdin="Hello\ncaf\udce9\nHello\n")
+    assert status == 0 and "turn 0:" in err.split("the turn is not UTF-8 text")[0]
+    ids = [json.loads(line)["token_ids"] for line in out.splitlines()]
+    plain = run(*argv, stdin="Hello\nHello\n")[1]
+    assert ids == [json.loads(line)["token_ids"] for line in plain.splitlines()]
+
+
 def test_raw_prompts_go_on_without_a_template(tmp_path):
     (tmp_path / "raw.jsonl").write_text('{"prompt": "The cat"}\n{"prompt": " and the dog"}\n')
     first, second = records("--prompts", tmp_path / "raw.jsonl", "--max-new-tokens", 5, program="chat")

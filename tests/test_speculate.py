@@ -56,7 +56,7 @@ def test_what_a_verified_round_draws_has_the_models_distribution():
         counts = torch.zeros(V, V)
         for proposal in torch.multinomial(q[0], rounds, replacement=True, generator=generator):
             p = distribution(torch.stack([first, after[proposal]]), **options)
-            n, following = verify(p, q, proposal[None], generator)
+            n, following = verify(p, q, proposal[None], options["temperature"], generator)
             if n:
                 counts[proposal, following] += 1
             else:  # the token after a replaced one is drawn in the next round
@@ -101,12 +101,12 @@ def test_impossible_tokens_are_never_accepted_and_an_empty_residual_falls_back()
     p = torch.tensor([[0.0, 1.0, 0.0], [0.2, 0.3, 0.5]])
     q = torch.tensor([[1.0, 0.0, 0.0]])
     for seed in range(200):
-        n, following = verify(p, q, torch.tensor([0]), torch.Generator().manual_seed(seed))
+        n, following = verify(p, q, torch.tensor([0]), 1.0, torch.Generator().manual_seed(seed))
         assert n == 0 and following == 1
     same = torch.tensor([[0.5, 0.5, 0.0]])
     p = torch.cat([same, same])
     for seed in range(50):  # proposed outside q's support: refused, and p - q leaves nothing
-        n, following = verify(p, same, torch.tensor([2]), torch.Generator().manual_seed(seed))
+        n, following = verify(p, same, torch.tensor([2]), 1.0, torch.Generator().manual_seed(seed))
         assert n == 0 and following in (0, 1)
 
 
