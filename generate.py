@@ -121,16 +121,15 @@ def compile_step(model: Transformer, device: torch.device) -> None:
     model.step = (lambda *inputs: graph(*inputs).clone()) if on_gpu else graph
 
 
-def make_cache(model: Transformer, n_sink: int | None = None,
-               window: int | None = None) -> KVCache:
-    """A cache of one row for a loaded model. None is 4 sinks, and as window all of the trained
-    context that the sinks leave, at most MAX_DEFAULT_WINDOW. Raises ValueError naming a size that
-    cannot be."""
+def make_cache(model: Transformer, n_sink: int | None = None, window: int | None = None,
+               batch_size: int = 1) -> KVCache:
+    """A cache for a loaded model. None is 4 sinks, and as window all of the trained context that
+    the sinks leave, at most MAX_DEFAULT_WINDOW. Raises ValueError naming a size that cannot be."""
     config, n_sink = model.config, 4 if n_sink is None else n_sink
     if window is None:
         window = default_window(config, n_sink)
     weight = model.norm.weight
-    return KVCache(config, 1, n_sink, window, LARGE_CHUNK, weight.dtype, weight.device)
+    return KVCache(config, batch_size, n_sink, window, LARGE_CHUNK, weight.dtype, weight.device)
 
 
 def default_window(config: ModelConfig, n_sink: int) -> int:
@@ -144,22 +143,32 @@ def default_window(config: ModelConfig, n_sink: int) -> int:
 # ------------------------------------------------------------------------------ prefill and decode
 
 
-@torch.no_grad()
 def prefill(model: Transformer, cache: KVCache, prompt_ids: list[int],
             speculation: Speculation | None = None) -> Tensor:
     """Write a prompt into a cache of one row; logits (1, 1, V) after its last token.
 
+    Raises ValueError for an empty prompt or an id outside the vocabulary."""
+    for logits in prefill_chunks(model, cache, prompt_ids):
+        pass
+    if speculation is not None:
+        speculation.history.extend(prompt_ids)
+        if speculation.draft and speculation.size:
+            prefill(speculation.draft, speculation.cache, prompt_ids)
+    return logits
+
+
+@torch.no_grad()
+def prefill_chunks(model: Transformer, cache: KVCache,
+                   prompt_ids: list[int]) -> Iterator[Tensor | None]:
+    """`prefill` in pieces: yields after every chunk, None until the last one's logits (1, 1, V).
+
     Any length is cut into chunks of two fixed sizes. The last one is padded, and the padding
-    un-written. Raises ValueError for an empty prompt or an id outside the vocabulary."""
+    un-written."""
     if not prompt_ids:
         raise ValueError("the prompt is empty")
     if min(prompt_ids) < 0 or max(prompt_ids) >= model.config.vocab_size:
         raise ValueError(f"the prompt has token ids outside 0 to {model.config.vocab_size - 1}")
     large, small = min(LARGE_CHUNK, cache.max_chunk), min(SMALL_CHUNK, cache.max_chunk)
-    if speculation is not None:
-        speculation.history.extend(prompt_ids)
-        if speculation.draft and speculation.size:
-            prefill(speculation.draft, speculation.cache, prompt_ids)
     done, fresh = 0, not cache.length.any()
     while done < len(prompt_ids):
         # A padded large chunk costs more than the small ones that would do, up to half of it.
@@ -173,16 +182,17 @@ def prefill(model: Transformer, cache: KVCache, prompt_ids: list[int],
         if len(chunk) < size:
             cache.rollback(size - len(chunk))
         done += size
-    return logits
+        yield logits if done >= len(prompt_ids) else None
 
 
-def start_reading(token: Tensor) -> Callable[[], int]:
-    """Copy a token to the host without waiting for what is queued after this; call to get it."""
-    if not token.is_cuda:
-        return token.item
-    host, arrived = token.to("cpu", non_blocking=True), torch.cuda.Event()
+def start_reading(tokens: Tensor) -> Callable[[], list[int]]:
+    """Copy tokens to the host without waiting for what is queued after this; call to get them."""
+    tokens = tokens.flatten()
+    if not tokens.is_cuda:
+        return tokens.tolist
+    host, arrived = tokens.to("cpu", non_blocking=True), torch.cuda.Event()
     arrived.record()
-    return lambda: arrived.synchronize() or host.item()
+    return lambda: arrived.synchronize() or host.tolist()
 
 
 @torch.no_grad()
@@ -196,7 +206,7 @@ def decode(model: Transformer, cache: KVCache, token: Tensor, max_new_tokens: in
     for _ in range(max_new_tokens):
         read = start_reading(token)
         following = sample(model(token, cache), **sampling)
-        token_id = read()
+        [token_id] = read()
         yield token_id
         if token_id in model.config.eos_ids and not ignore_eos:
             return
