@@ -259,6 +259,49 @@ def warm(model: Transformer, cache: KVCache, speculation: Speculation | None = N
 # ------------------------------------------------------------------------------ one answer
 
 
+class Transcript:
+    """What one stream says, as it comes: its ids, its text up to a stop text, and when."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_tokens: int, args,
+                 emit: Callable[[str], None] = lambda text: None):
+        """Starts the clock. args are a program's (cli.make_parser); emit shows the text."""
+        self.prompt_tokens, self.args, self.emit = prompt_tokens, args, emit
+        self.ids, self.texts, self.reason = [], [], "length"
+        self.detokenize, self.stop = tokenizer.stream(), stop_at(args.stop)
+        self.start = self.prefilled = self.first = self.last = time.perf_counter()
+
+    def add(self, token_id: int) -> bool:
+        """Take the next token. True when it completes a stop text."""
+        self.last = time.perf_counter()
+        self.first = self.first if self.ids else self.last
+        self.ids.append(token_id)
+        text, stopped = self.stop(self.detokenize(token_id))
+        self.show(text)
+        self.reason = "stop" if stopped else self.reason
+        return stopped
+
+    def show(self, text: str) -> None:
+        self.texts.append(text)
+        self.emit(text)
+
+    def end(self, model: Transformer, length: int, *caches: KVCache) -> dict:
+        """The figures that --json prints; length is how far the stream has come in its cache."""
+        if self.reason != "stop":
+            self.show(self.stop(self.detokenize(None), final=True)[0])
+        ids, eos_ids = self.ids, () if self.args.ignore_eos else model.config.eos_ids
+        if self.reason == "length" and ids[-1] in eos_ids:
+            self.reason = "eos"
+        seen = caches[0].n_sink + caches[0].window
+        return dict(
+            prompt_tokens=self.prompt_tokens, new_tokens=len(ids), text="".join(self.texts),
+            token_ids=ids, ttft_s=self.first - self.start,
+            prefill_tok_s=self.prompt_tokens / (self.prefilled - self.start),
+            decode_tok_s=(len(ids) - 1) / (self.last - self.first) if len(ids) > 1 else None,
+            compile_s=self.args.compile_s, evicted=max(0, length - seen),
+            finish_reason=self.reason, seed=self.args.seed, weight_bytes=weight_bytes(model),
+            cache_bytes=sum(cache.nbytes() for cache in caches))
+
+
 def answer(model: Transformer, cache: KVCache, tokenizer: Tokenizer, prompt_ids: list[int], args,
            generator: torch.Generator, emit: Callable[[str], None],
            speculation: Speculation | None = None) -> dict:
@@ -266,40 +309,21 @@ def answer(model: Transformer, cache: KVCache, tokenizer: Tokenizer, prompt_ids:
 
     args are a program's (cli.make_parser). Returns the figures that --json prints. Ctrl-C ends the
     answer, and what was said by then is kept, as finish_reason "interrupt"."""
-    ids, texts, reason = [], [], "length"
     before = speculation and (speculation.rounds, speculation.proposed, speculation.accepted)
-    detokenize, stop = tokenizer.stream(), stop_at(args.stop)
     with hold_interrupt() as interrupted:
-        start = time.perf_counter()
+        transcript = Transcript(tokenizer, len(prompt_ids), args, emit)
         logits = prefill(model, cache, prompt_ids, speculation)
         if logits.is_cuda:
             torch.cuda.synchronize()
-        prefilled = first = last = time.perf_counter()
+        transcript.prefilled = time.perf_counter()
         for token_id in continue_from(model, cache, logits, args.max_new_tokens, args.ignore_eos,
                                       speculation, generator=generator, **sampling(args)):
-            last = time.perf_counter()
-            first = first if ids else last
-            ids.append(token_id)
-            text, stopped = stop(detokenize(token_id))
-            texts.append(text)
-            emit(text)
-            if stopped or interrupted:
-                reason = "stop" if stopped else "interrupt"
+            if transcript.add(token_id):
                 break
-        else:
-            if token_id in model.config.eos_ids and not args.ignore_eos:
-                reason = "eos"
-    if reason != "stop":
-        text, _ = stop(detokenize(None), final=True)
-        texts.append(text)
-        emit(text)
-    record = dict(
-        prompt_tokens=len(prompt_ids), new_tokens=len(ids), text="".join(texts), token_ids=ids,
-        ttft_s=first - start, prefill_tok_s=len(prompt_ids) / (prefilled - start),
-        decode_tok_s=(len(ids) - 1) / (last - first) if len(ids) > 1 else None,
-        compile_s=args.compile_s, evicted=max(0, int(cache.length) - cache.n_sink - cache.window),
-        finish_reason=reason, seed=args.seed, weight_bytes=weight_bytes(model),
-        cache_bytes=cache.nbytes())
+            if interrupted:
+                transcript.reason = "interrupt"
+                break
+    record = transcript.end(model, int(cache.length), cache)
     if speculation:
         record.update(rounds=speculation.rounds - before[0],
                       proposed=speculation.proposed - before[1],
