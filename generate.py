@@ -141,16 +141,15 @@ def compile_step(model: Transformer, device: torch.device) -> None:
     model.step = (lambda *inputs: graph(*inputs).clone()) if on_gpu else graph
 
 
-def make_cache(model: Transformer, n_sink: int | None = None,
-               window: int | None = None) -> KVCache:
-    """A cache of one row for a loaded model. None is 4 sinks, and as window all of the trained
-    context that the sinks leave, at most MAX_DEFAULT_WINDOW. Raises ValueError naming a size that
-    cannot be."""
+def make_cache(model: Transformer, n_sink: int | None = None, window: int | None = None,
+               batch_size: int = 1) -> KVCache:
+    """A cache for a loaded model. None is 4 sinks, and as window all of the trained context that
+    the sinks leave, at most MAX_DEFAULT_WINDOW. Raises ValueError naming a size that cannot be."""
     config, n_sink = model.config, 4 if n_sink is None else n_sink
     if window is None:
         window = default_window(config, n_sink)
     weight = model.norm.weight
-    return KVCache(config, 1, n_sink, window, LARGE_CHUNK, weight.dtype, weight.device)
+    return KVCache(config, batch_size, n_sink, window, LARGE_CHUNK, weight.dtype, weight.device)
 
 
 def default_window(config: ModelConfig, n_sink: int) -> int:
@@ -164,18 +163,13 @@ def default_window(config: ModelConfig, n_sink: int) -> int:
 # ------------------------------------------------------------------------------ prefill and decode
 
 
-@torch.no_grad()
 def prefill(model: Transformer, cache: KVCache, prompt_ids: list[int],
             speculation: Speculation | None = None) -> Tensor:
     """Write a prompt into a cache of one row; logits (1, 1, V) after its last token.
 
-    Any length is cut into chunks of two fixed sizes. The last one is padded, and the padding
-    un-written. Raises ValueError for an empty prompt or an id outside the vocabulary."""
-    if not prompt_ids:
-        raise ValueError("the prompt is empty")
-    if min(prompt_ids) < 0 or max(prompt_ids) >= model.config.vocab_size:
-        raise ValueError(f"the prompt has token ids outside 0 to {model.config.vocab_size - 1}")
-    large, small = min(LARGE_CHUNK, cache.max_chunk), min(SMALL_CHUNK, cache.max_chunk)
+    Raises ValueError for an empty prompt or an id outside the vocabulary."""
+    for logits in prefill_chunks(model, cache, prompt_ids):
+        pass
     if speculation is not None:
         speculation.history.extend(prompt_ids)
         if speculation.draft and speculation.size:
@@ -183,6 +177,21 @@ def prefill(model: Transformer, cache: KVCache, prompt_ids: list[int],
             speculation.unread = [last]
             if read:
                 prefill(speculation.draft, speculation.cache, read)
+    return logits
+
+
+@torch.no_grad()
+def prefill_chunks(model: Transformer, cache: KVCache,
+                   prompt_ids: list[int]) -> Iterator[Tensor | None]:
+    """`prefill` in pieces: yields after every chunk, None until the last one's logits (1, 1, V).
+
+    Any length is cut into chunks of two fixed sizes. The last one is padded, and the padding
+    un-written."""
+    if not prompt_ids:
+        raise ValueError("the prompt is empty")
+    if min(prompt_ids) < 0 or max(prompt_ids) >= model.config.vocab_size:
+        raise ValueError(f"the prompt has token ids outside 0 to {model.config.vocab_size - 1}")
+    large, small = min(LARGE_CHUNK, cache.max_chunk), min(SMALL_CHUNK, cache.max_chunk)
     done, fresh = 0, not cache.length.any()
     while done < len(prompt_ids):
         # A padded large chunk costs more than the small ones that would do, up to half of it.
@@ -196,16 +205,17 @@ def prefill(model: Transformer, cache: KVCache, prompt_ids: list[int],
         if len(chunk) < size:
             cache.rollback(size - len(chunk))
         done += size
-    return logits
+        yield logits if done >= len(prompt_ids) else None
 
 
-def start_reading(token: Tensor) -> Callable[[], int]:
-    """Copy a token to the host without waiting for what is queued after this; call to get it."""
-    if not token.is_cuda:
-        return token.item
-    host, arrived = token.to("cpu", non_blocking=True), torch.cuda.Event()
+def start_reading(tokens: Tensor) -> Callable[[], list[int]]:
+    """Copy tokens to the host without waiting for what is queued after this; call to get them."""
+    tokens = tokens.flatten()
+    if not tokens.is_cuda:
+        return tokens.tolist
+    host, arrived = tokens.to("cpu", non_blocking=True), torch.cuda.Event()
     arrived.record()
-    return lambda: arrived.synchronize() or host.item()
+    return lambda: arrived.synchronize() or host.tolist()
 
 
 @torch.no_grad()
@@ -219,7 +229,7 @@ def decode(model: Transformer, cache: KVCache, token: Tensor, max_new_tokens: in
     for _ in range(max_new_tokens):
         read = start_reading(token)
         following = sample(model(token, cache), **sampling)
-        token_id = read()
+        [token_id] = read()
         yield token_id
         if token_id in model.config.eos_ids and not ignore_eos:
             return
@@ -276,6 +286,49 @@ def warm(model: Transformer, cache: KVCache, speculation: Speculation | None = N
 # ------------------------------------------------------------------------------ one answer
 
 
+class Transcript:
+    """What one stream says, as it comes: its ids, its text up to a stop text, and when."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_tokens: int, args,
+                 emit: Callable[[str], None] = lambda text: None):
+        """Starts the clock. args are a program's (cli.make_parser); emit shows the text."""
+        self.prompt_tokens, self.args, self.emit = prompt_tokens, args, emit
+        self.ids, self.texts, self.reason = [], [], "length"
+        self.detokenize, self.stop = tokenizer.stream(), stop_at(args.stop)
+        self.start = self.prefilled = self.first = self.last = time.perf_counter()
+
+    def add(self, token_id: int) -> bool:
+        """Take the next token. True when it completes a stop text."""
+        self.last = time.perf_counter()
+        self.first = self.first if self.ids else self.last
+        self.ids.append(token_id)
+        text, stopped = self.stop(self.detokenize(token_id))
+        self.show(text)
+        self.reason = "stop" if stopped else self.reason
+        return stopped
+
+    def show(self, text: str) -> None:
+        self.texts.append(text)
+        self.emit(text)
+
+    def end(self, model: Transformer, length: int, *caches: KVCache) -> dict:
+        """The figures that --json prints; length is how far the stream has come in its cache."""
+        if self.reason != "stop":
+            self.show(self.stop(self.detokenize(None), final=True)[0])
+        ids, eos_ids = self.ids, () if self.args.ignore_eos else model.config.eos_ids
+        if self.reason == "length" and ids[-1] in eos_ids:
+            self.reason = "eos"
+        seen = caches[0].n_sink + caches[0].window
+        return dict(
+            prompt_tokens=self.prompt_tokens, new_tokens=len(ids), text="".join(self.texts),
+            token_ids=ids, ttft_s=self.first - self.start,
+            prefill_tok_s=self.prompt_tokens / (self.prefilled - self.start),
+            decode_tok_s=(len(ids) - 1) / (self.last - self.first) if len(ids) > 1 else None,
+            compile_s=self.args.compile_s, evicted=max(0, length - seen),
+            finish_reason=self.reason, seed=self.args.seed, weight_bytes=weight_bytes(model),
+            cache_bytes=sum(cache.nbytes() for cache in caches))
+
+
 def answer(model: Transformer, cache: KVCache, tokenizer: Tokenizer, prompt_ids: list[int], args,
            generator: torch.Generator, emit: Callable[[str], None],
            speculation: Speculation | None = None) -> dict:
@@ -283,40 +336,21 @@ def answer(model: Transformer, cache: KVCache, tokenizer: Tokenizer, prompt_ids:
 
     args are a program's (cli.make_parser). Returns the figures that --json prints. Ctrl-C ends the
     answer, and what was said by then is kept, as finish_reason "interrupt"."""
-    ids, texts, reason = [], [], "length"
     before = speculation and (speculation.rounds, speculation.proposed, speculation.accepted)
-    detokenize, stop = tokenizer.stream(), stop_at(args.stop)
     with hold_interrupt() as interrupted:
-        start = time.perf_counter()
+        transcript = Transcript(tokenizer, len(prompt_ids), args, emit)
         logits = prefill(model, cache, prompt_ids, speculation)
         if logits.is_cuda:
             torch.cuda.synchronize()
-        prefilled = first = last = time.perf_counter()
+        transcript.prefilled = time.perf_counter()
         for token_id in continue_from(model, cache, logits, args.max_new_tokens, args.ignore_eos,
                                       speculation, generator=generator, **sampling(args)):
-            last = time.perf_counter()
-            first = first if ids else last
-            ids.append(token_id)
-            text, stopped = stop(detokenize(token_id))
-            texts.append(text)
-            emit(text)
-            if stopped or interrupted:
-                reason = "stop" if stopped else "interrupt"
+            if transcript.add(token_id):
                 break
-        else:
-            if token_id in model.config.eos_ids and not args.ignore_eos:
-                reason = "eos"
-    if reason != "stop":
-        text, _ = stop(detokenize(None), final=True)
-        texts.append(text)
-        emit(text)
-    record = dict(
-        prompt_tokens=len(prompt_ids), new_tokens=len(ids), text="".join(texts), token_ids=ids,
-        ttft_s=first - start, prefill_tok_s=len(prompt_ids) / (prefilled - start),
-        decode_tok_s=(len(ids) - 1) / (last - first) if len(ids) > 1 else None,
-        compile_s=args.compile_s, evicted=max(0, int(cache.length) - cache.n_sink - cache.window),
-        finish_reason=reason, seed=args.seed, weight_bytes=weight_bytes(model),
-        cache_bytes=cache.nbytes())
+            if interrupted:
+                transcript.reason = "interrupt"
+                break
+    record = transcript.end(model, int(cache.length), cache)
     if speculation:
         record.update(rounds=speculation.rounds - before[0],
                       proposed=speculation.proposed - before[1],

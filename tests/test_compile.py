@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from batch import Batch, generate_batch
 from generate import compile_step, generate, load, make_cache, prefill, warm
 from helpers import TINY, random_model, run
 
@@ -35,6 +36,25 @@ def test_nothing_is_compiled_after_warming_for_any_prompt_or_length(compiled):
         prefill(model, another, [5] * 40)
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"]
+
+
+def test_a_batch_adds_one_graph_however_its_rows_are_refilled(compiled):
+    model, _ = compiled
+    batch = Batch(model, 3, 4, WINDOW)
+    graphs = counters["stats"]["unique_graphs"]
+    list(generate_batch(model, [[0]], max_new_tokens=1, batch=batch))
+    assert counters["stats"]["unique_graphs"] == graphs + 1
+    prompts = [[7 + n] * n for n in (1, 40, 17, 300, 5, 64, 130)]
+    lengths = [30, 5, 40, 12, 1, 25, 9]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        events = list(generate_batch(model, prompts, max_new_tokens=lengths, ignore_eos=True,
+                                     batch=batch))
+    assert counters["stats"]["unique_graphs"] == graphs + 1
+    assert not counters["graph_break"]
+    eager, _ = load(TINY.parent / "tiny-draft", device="cpu", dtype=torch.float32)
+    for index, (prompt, n) in enumerate(zip(prompts, lengths)):
+        ids = list(generate(eager, make_cache(eager, 4, WINDOW), prompt, n, ignore_eos=True))
+        assert [token_id for i, token_id in events if i == index] == [*ids, None]
 
 
 def test_compiled_equals_eager(compiled):

@@ -135,10 +135,10 @@ def test_the_decode_loop_reads_the_device_once_a_token(monkeypatch):
     model, events = random_model(), []
     cache = KVCache(model.config, 1, 4, 28, 64)
     logits = prefill(model, cache, [1, 2, 3])
-    step, item = model.step, torch.Tensor.item
+    step, tolist = model.step, torch.Tensor.tolist
     monkeypatch.setattr(model, "step", lambda *a: events.append("step") or step(*a))
-    monkeypatch.setattr(torch.Tensor, "item", lambda t: events.append("read") or item(t))
-    for name in ("tolist", "__bool__", "__int__", "__float__", "cpu", "numpy"):
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: events.append("read") or tolist(t))
+    for name in ("item", "__bool__", "__int__", "__float__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, lambda *a: pytest.fail(f"{name} in decode"))
     list(decode(model, cache, sample(logits, 0.7), 5, ignore_eos=True, temperature=0.7))
     assert events == ["step", "read"] * 5

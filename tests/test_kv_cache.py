@@ -114,6 +114,44 @@ def test_rows_of_different_lengths_do_not_touch_each_other():
     assert cache.length.tolist() == [126, 70, 77]
 
 
+@pytest.mark.parametrize("ahead, behind", [(9, 3), (70, 5), (41, 64)])  # a ring of 27 slots
+def test_a_copied_row_goes_on_as_the_original_and_leaves_the_others_alone(ahead, behind):
+    """A staged row of its own length, 7 tokens of it rolled back, replaces row 1 of three."""
+    model = random_model()
+    cache, staged = (KVCache(model.config, rows, 2, WINDOW, CHUNK) for rows in (3, 1))
+    oracles = [Stream(model, 2, WINDOW) for _ in range(3)]
+    for part in tokens_of(behind, seed=1, rows=3).split(CHUNK, dim=1):
+        model(part, cache)
+        for row in (0, 2):
+            for t in part[row]:
+                oracles[row].feed(t)
+    for part in tokens_of(ahead, seed=2).split(CHUNK, dim=1):
+        model(part, staged)
+        for t in part[0]:
+            oracles[1].feed(t)
+    oracles[1].rollback(n_back := min(ahead, 7))
+    staged.rollback(n_back)
+    cache.copy_row(1, staged)
+    assert cache.length.tolist() == [behind, ahead - n_back, behind]
+    assert cache.overhang == [0, n_back, 0]
+    staged.reset()
+    for part in tokens_of(40, seed=3).split(CHUNK, dim=1):  # the staged row moves on
+        model(part, staged)
+    for part in tokens_of(30, seed=4, rows=3).split(5, dim=1):
+        logits = model(part, cache)
+        for row, oracle in enumerate(oracles):
+            expected = [oracle.feed(t) for t in part[row]]
+            assert largest_difference(logits[row], expected) < 1e-4
+
+
+def test_rows_are_not_copied_between_caches_of_different_sizes():
+    model = random_model()
+    cache = KVCache(model.config, 2, 4, WINDOW, CHUNK)
+    for sizes in ((3, WINDOW + 1, CHUNK), (4, WINDOW + 1, CHUNK - 1)):  # as many slots in all
+        with pytest.raises(ValueError, match=f"{WINDOW + 1}"):
+            cache.copy_row(0, KVCache(model.config, 1, *sizes))
+
+
 @pytest.mark.parametrize("position", [10**3, 10**8])
 def test_the_stream_is_as_exact_at_a_far_position(position):
     """The sinks are read at the start; then the stream stands at `position` at once. Its slots hold
