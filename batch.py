@@ -165,7 +165,7 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[list[i
                 if transcripts[index].add(token_id):
                     stream.left = 0
             if token_id is None or time.perf_counter() - shown > 0.5:
-                print(f"\r{state():<79}", end="\r", file=sys.stderr, flush=True)
+                say(f"\r{state():<79}", end="\r")
                 shown = time.perf_counter()
     say(f"{state()} of {batch.steps} steps, compiled in {args.compile_s:.1f} s, seed {args.seed}")
     return bool(interrupted)

@@ -31,6 +31,7 @@ from kv_cache import KVCache, check_target, load_session, save_session
 from model import Transformer
 from speculate import Speculation
 from tokenizer import Tokenizer
+from tp import n_ranks, rank, tell_all
 
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401  (input() then edits lines and remembers them)
@@ -40,22 +41,21 @@ HELP = ("/reset forgets everything, /save FILE keeps the conversation, /load FIL
 
 
 def typed() -> Iterator[str]:
-    """Lines from the terminal, or from a pipe."""
+    """Lines from the terminal, or from a pipe. Under torchrun rank 0 reads them for all."""
     terminal = sys.stdin.isatty()
     if terminal:
         say(HELP)
-    while True:
-        try:
-            line = input("> " if terminal and sys.stdout.isatty() else "").strip()
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            say(f"\n{HELP}")
-            continue
-        if line == "/quit":
-            return
+    prompt, line = "> " if terminal and sys.stdout.isatty() else "", ""
+    while line != "/quit":
         if line:
             yield line
+        try:
+            line = tell_all(input(prompt).strip() if rank() == 0 else "")
+        except EOFError:
+            line = tell_all("/quit")
+        except KeyboardInterrupt:
+            say(f"\n{HELP}")
+            line = ""
 
 
 def from_file(entries: list[dict], limit: int | None) -> list[tuple[str, bool]]:
@@ -78,6 +78,107 @@ class Conversation:
 
     def caches(self) -> dict[str, tuple[Transformer, KVCache]]:
         """As kv_cache.save_session takes them."""
+        caches = {"model": (self.model, self.cache)}
+        if self.speculation and self.speculation.draft:
+            caches["draft"] = self.speculation.draft, self.speculation.cache
+        return caches
+
+
+def turn_ids(talk: Conversation, text: str, raw: bool) -> list[int]:
+    """The ids that a turn adds. Before the first answer, what is held is the system turn."""
+    held = int(talk.cache.length)
+    if raw:
+        return talk.tokenizer.encode(text, bos=not held)
+    if not held or talk.last_id is None and talk.system:
+        return talk.tokenizer.first_turn(text, talk.system)[held:]
+    return talk.tokenizer.next_turn(text, talk.last_id)
+
+
+def reset(talk: Conversation) -> None:
+    talk.cache.reset()
+    if talk.speculation:
+        talk.speculation.reset()
+    talk.last_id = None
+
+
+def save(path: str | Path, talk: Conversation) -> None:
+    """Save the conversation, or before its first turn the pinned system turn."""
+    check_target(path)
+    if not talk.cache.length.any():
+        if talk.system is None:
+            raise ValueError(f"{path}: not written, since nothing has been said yet")
+        ids = talk.tokenizer.encode(talk.tokenizer.system_turn(talk.system))
+        prefill(talk.model, talk.cache, ids, talk.speculation)
+    unread = talk.speculation.unread if talk.speculation else []
+    save_session(path, talk.caches(), system=talk.system, last_id=talk.last_id, unread=unread)
+    say(f"saved {path}: {int(talk.cache.length)} tokens so far")
+
+
+def load(path: str | Path, talk: Conversation) -> None:
+    """Go on with a saved conversation."""
+    facts = load_session(path, talk.caches(), system=talk.system)
+    talk.last_id = facts.get("last_id")
+    if talk.speculation:
+        talk.speculation.unread = facts.get("unread") or []
+    say(f"loaded {path}: {int(talk.cache.length)} tokens so far")
+    if not all(cache.length.any() for _, cache in talk.caches().values()):
+        say("the draft begins anew: the session holds none like it")
+
+
+def obey(line: str, talk: Conversation) -> None:
+    """Do what a typed command says. A refusal changes nothing."""
+    command, *paths = line.split(maxsplit=1)
+    try:
+        if command == "/reset":
+            reset(talk)
+        elif n_ranks() > 1:
+            raise ValueError(f"{command} works without torchrun")
+        elif not paths:
+            raise ValueError(f"{command} needs a file: {command} FILE")
+        else:  # no shell has expanded the path
+            {"/save": save, "/load": load}[command](Path(paths[0]).expanduser(), talk)
+    except (ValueError, OSError, RuntimeError) as error:
+        say(str(error).splitlines()[0])
+
+
+def totals(records: list[dict]) -> str:
+    """One line about a whole conversation."""
+    waits = sorted(record["ttft_s"] for record in records)
+    decoding = sum((r["new_tokens"] - 1) / r["decode_tok_s"] for r in records if r["decode_tok_s"])
+    decoded = sum(r["new_tokens"] - 1 for r in records if r["decode_tok_s"])
+    return (f"{len(records)} turns, {sum(r['prompt_tokens'] for r in records)} prompt + "
+            f"{sum(r['new_tokens'] for r in records)} new tokens, decode "
+            f"{decoded / decoding if decoding else 0:.1f} tok/s, first token after "
+            f"{waits[len(waits) // 2]:.3f} s (median), {waits[-1]:.3f} s (worst), "
+            f"{records[-1]['evicted']} evicted, cache {records[-1]['cache_bytes'] / 1e6:.1f} MB")
+
+
+def main():
+    parser = add_generation(make_parser(__doc__))
+    parser.add_argument("--prompts", metavar="FILE", help="turns to say, a JSON object a line")
+    parser.add_argument("--limit", type=number(int, 1), metavar="N", help="first N turns only")
+    parser.add_argument("--pin-system", metavar="TEXT", help="a system turn that is never evicted")
+    parser.add_argument("--save-session", metavar="FILE", help="keep the conversation at its end")
+    parser.add_argument("--load-session", metavar="FILE", help="go on with one that was kept")
+    args = parser.parse_args()
+    with user_errors(parser):
+        if args.limit and not args.prompts:
+            raise ValueError("--limit goes with --prompts")
+        if n_ranks() > 1 and (args.save_session or args.load_session):
+            raise ValueError("--save-session and --load-session work without torchrun")
+        if args.save_session:
+            check_target(args.save_session)  # now, and not when everything has been said
+        turns = from_file(read_prompts(args.prompts), args.limit) if args.prompts else None
+        model, tokenizer = open_model(args)
+        if args.pin_system is not None:
+            if args.sink is not None:
+                raise ValueError("--pin-system decides the number of sinks; leave --sink out")
+            if turns and any(raw for _, raw in turns):
+                raise ValueError('--pin-system needs a template: {"prompt": ...} lines have none')
+            check_text("--pin-system", args.pin_system)
+            args.sink = len(tokenizer.encode(tokenizer.system_turn(args.pin_system)))
+        cache = make_cache(model, args.sink, args.window)
+        speculation = open_speculation(model, cache, tokenizer, args)
         generator = get_ready(model, cache, args, speculation)
         talk = Conversation(model, tokenizer, cache, speculation, args.pin_system)
         if args.load_session:

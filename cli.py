@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+import tp
 from convert_hf import DTYPES
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "tiny"
@@ -82,8 +83,15 @@ def user_errors(parser: argparse.ArgumentParser):
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        sys.stderr.write(f"{parser.prog}: error: {str(error).splitlines()[0]}\n")
+        if tp.rank() == 0 or not isinstance(error, ValueError):  # those are the same on every rank
+            sys.stderr.write(f"{parser.prog}: error: {str(error).splitlines()[0]}\n")
         sys.exit(2)
+    except RuntimeError as error:
+        if tp.n_ranks() == 1:
+            raise
+        sys.stderr.write(f"{parser.prog}: error: rank {tp.rank()}: a process was lost, or failed: "
+                         f"{str(error).splitlines()[0]}\n")
+        sys.exit(1)
 
 
 def check_text(source: str, text: str) -> str:
@@ -126,8 +134,12 @@ def read_prompts(path: str) -> list[dict]:
 @contextlib.contextmanager
 def hold_interrupt():
     """Collect Ctrl-C in the list that this yields instead of raising it: half a step would leave
-    the cache's length and its slots apart. A second one is raised as usual."""
+    the cache's length and its slots apart. A second one is raised as usual. (Under torchrun it ends
+    every process, and torchrun: see tp.start.)"""
     caught = []
+    if tp.n_ranks() > 1:
+        yield caught
+        return
 
     def note(signal_number, frame):
         if caught:
@@ -141,8 +153,9 @@ def hold_interrupt():
         signal.signal(signal.SIGINT, before)
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def say(line: str, end: str = "\n") -> None:
+    if tp.rank() == 0:
+        print(line, end=end, file=sys.stderr, flush=True)
 
 
 def show(text: str) -> None:

@@ -127,9 +127,9 @@ def hf_parts(config: ModelConfig) -> dict[str, dict[str, int]]:
 
 
 def read_weights(folder: Path, raw: dict, config: ModelConfig,
-                 shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield our tensors one after the other, from our folder or a Hugging Face one, which have to
-    have these shapes (quantize.stored_shapes).
+                 shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, list[Tensor]]]:
+    """Yield our tensors one after the other, each as what it stacks, from our folder or a Hugging
+    Face one, which have to have these shapes (quantize.stored_shapes).
     Raises ValueError naming a missing, extra or misshapen tensor, before the first is yielded."""
     if "gpt_stream" in raw:
         parts = {name: {name: shape[0]} for name, shape in shapes.items()}
@@ -151,8 +151,11 @@ def read_weights(folder: Path, raw: dict, config: ModelConfig,
                 or extra == "lm_head.weight" and config.tied_embeddings):
             raise ValueError(f"{folder}: tensor {extra} does not belong to this architecture")
     for name, stacked in parts.items():
-        rows = [tensors[part] for part in stacked]
-        yield name, rows[0] if len(rows) == 1 else torch.cat(rows)
+        yield name, [tensors[part] for part in stacked]
+
+
+def stack(blocks: list[Tensor]) -> Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 # ------------------------------------------------------------------------------ converting
@@ -166,8 +169,8 @@ def convert(source: Path, out: Path, dtype: torch.dtype | None = None, progress=
         raise ValueError(f"{source}: is quantized; convert the original instead")
     with torch.device("meta"):
         shapes = {n: tuple(p.shape) for n, p in Transformer(config).named_parameters()}
-    weights = ((name, tensor.to(dtype or tensor.dtype))
-               for name, tensor in read_weights(source, raw, config, shapes))
+    weights = ((name, stack(blocks).to(dtype or blocks[0].dtype))
+               for name, blocks in read_weights(source, raw, config, shapes))
     new = {**raw, "gpt_stream": {"format": 1}}
     if dtype:
         new.pop("torch_dtype", None)  # what older files call it

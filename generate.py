@@ -23,9 +23,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import tp
 from cli import (add_generation, check_text, figures, hold_interrupt, make_parser, say, show,
                  user_errors)
-from convert_hf import DTYPES, read_config, read_weights
+from convert_hf import DTYPES, read_config, read_weights, stack
 from kv_cache import KVCache
 from model import Linear, ModelConfig, Transformer, rope_frequencies
 from quantize import Int4Linear, empty_model, quantization_of, store, stored_shapes
@@ -42,38 +43,58 @@ MAX_DEFAULT_WINDOW = 4096  # sinks and window together, where nothing is asked f
 
 
 def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype | None = None,
-         quantize: str | None = None, compile: bool = False,
-         group_size: int = 32) -> tuple[Transformer, Tokenizer]:
+         quantize: str | None = None, compile: bool = False, group_size: int = 32,
+         parallel: bool = True) -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer from our folder or a Hugging Face one.
 
     device None is the GPU if there is one; dtype None is the checkpoint's own; quantize is "int8",
-    "int4" (in groups of group_size) or None. On a CPU, in the checkpoint's dtype, unquantized
-    weights stay memory-mapped. Raises ValueError naming what is wrong."""
-    device, folder = check_device(device), Path(checkpoint)
-    raw, config = read_config(folder)
-    quantization = quantization_of(raw, quantize, group_size, folder)
-    model = empty_model(config, quantization)
-    tokenizer = Tokenizer(folder)
-    shapes = stored_shapes(model)
-    weights = {}
-    for name, tensor in read_weights(folder, raw, config,
-                                     stored_shapes(empty_model(config)) if quantize else shapes):
-        tensor = tensor.to(device)
-        weights.update(store(name, tensor, shapes, quantization) if quantize else {name: tensor})
-    # A file may mix dtypes: the embedding's counts, or if it is quantized, the last norm's.
-    dtype = dtype or weights["norm.weight" if quantization else "embed.weight"].dtype
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() and not name.endswith(".scale"):
-            weights[name] = tensor.to(dtype)
-    if config.tied_embeddings:
-        weights.update({name.replace("embed", "output"): tensor for name, tensor in weights.items()
-                        if name.startswith("embed.")})
-    model.fingerprint = fingerprint(config, dtype, quantization, weights)
-    finish(model, weights, device)
-    del weights  # compiling lays them out anew
+    "int4" (in groups of group_size) or None. Under torchrun each process takes its slice of the
+    model (tp.py), or if not parallel, the whole. On a CPU, in the checkpoint's dtype, unquantized
+    weights stay memory-mapped until they are compiled. Raises ValueError naming what is wrong."""
+    device, folder = check_device(tp.start(device)), Path(checkpoint)
+    with tp.together():
+        raw, config = read_config(folder)
+        quantization = quantization_of(raw, quantize, group_size, folder)
+        tokenizer = Tokenizer(folder)
+        n = tp.n_ranks() if parallel else 1
+        local = config if n == 1 else tp.share(config, n, (quantization or {}).get("group_size"))
+        model = empty_model(local, quantization)
+        weights = read_slices(folder, raw, config, n, None if quantize else quantization,
+                              quantization if quantize else None, device)
+        # A file may mix dtypes: the embedding's counts, or if it is quantized, the last norm's.
+        dtype = dtype or weights["norm.weight" if quantization else "embed.weight"].dtype
+        for name, tensor in weights.items():
+            if tensor.is_floating_point() and not name.endswith(".scale"):
+                weights[name] = tensor.to(dtype)
+        if config.tied_embeddings:
+            for part in [name for name in weights if name.startswith("embed.")]:
+                name = part.replace("embed", "output")
+                weights[name] = tp.own_slice(name, [weights[part]], config, n)
+        model.fingerprint = fingerprint(config, dtype, quantization, weights)
+        finish(model, weights, device)
+        del weights  # compiling lays them out anew
     if compile:
         compile_step(model, device)
     return model, tokenizer
+
+
+def read_slices(folder: Path, raw: dict, config: ModelConfig, n: int, stored: dict | None,
+                wanted: dict | None, device: torch.device) -> dict[str, Tensor]:
+    """This rank's weights, of n: as they are stored, or quantized as is wanted."""
+    shapes = stored_shapes(empty_model(config, stored))
+    quantized = stored_shapes(empty_model(config, wanted)) if wanted else {}
+    weights = {}
+    for name, blocks in read_weights(folder, raw, config, shapes):
+        # A row's scale comes from the whole row: columns are then cut after quantizing.
+        late = wanted and tp.is_cut_by_columns(name)
+        tensor = stack(blocks) if n == 1 or late else tp.own_slice(name, blocks, config, n)
+        parts = {name: tensor.to(device)}
+        if wanted:
+            parts = store(name, parts[name], quantized, wanted)
+        if n > 1 and late:
+            parts = {part: tp.own_slice(part, [t], config, n) for part, t in parts.items()}
+        weights.update(parts)
+    return weights
 
 
 def fingerprint(config: ModelConfig, dtype: torch.dtype, quantization: dict | None,
@@ -92,7 +113,7 @@ def fingerprint(config: ModelConfig, dtype: torch.dtype, quantization: dict | No
 def finish(model: Transformer, weights: dict[str, Tensor], device: torch.device) -> None:
     """Give an empty model its weights, ready to run."""
     model.load_state_dict(weights, assign=True)
-    if model.config.tied_embeddings:
+    if model.config.tied_embeddings and model.config.n_ranks == 1:
         model.output.weight = model.embed.weight
     model.frequencies = rope_frequencies(model.config, device)
     model.requires_grad_(False).eval()
@@ -393,7 +414,7 @@ def open_speculation(model: Transformer, cache: KVCache, tokenizer: Tokenizer,
     if args.lookup:
         return Speculation(fixed=args.speculate)
     draft, its_tokenizer = load(args.draft, args.device, DTYPES.get(args.dtype),
-                                compile=args.compile)
+                                compile=args.compile, parallel=False)
     text = "Does it read \u00e9t\u00e9, 12:30 and\n two lines alike?"
     if (draft.config.vocab_size != model.config.vocab_size
             or its_tokenizer.encode(text) != tokenizer.encode(text)):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kv_cache import KVCache, write
+from tp import all_gather, all_reduce
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPE_TYPES = ("default", "linear", "llama3")
@@ -47,6 +48,7 @@ class ModelConfig:
     tied_embeddings: bool = False
     sliding_window: int | None = None  # the widest window that the model was trained with
     eos_ids: tuple[int, ...] = ()
+    n_ranks: int = 1  # processes that share the model; heads and ffn_dim are then those of one
 
     @classmethod
     def from_hf(cls, hf: dict) -> ModelConfig:
@@ -317,6 +319,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
+        self.n_ranks = config.n_ranks
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
@@ -325,8 +328,9 @@ class Block(nn.Module):
     @torch.compiler.nested_compile_region  # compiled once, called for every layer
     def forward(self, x: Tensor, at: Step, k_cache: Tensor | None,
                 v_cache: Tensor | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), at, k_cache, v_cache)
-        return x + self.feed_forward(self.ffn_norm(x))
+        attended = self.attention(self.attention_norm(x), at, k_cache, v_cache)
+        x = x + all_reduce(attended, self.n_ranks)
+        return x + all_reduce(self.feed_forward(self.ffn_norm(x)), self.n_ranks)
 
 
 @dataclass
@@ -351,8 +355,8 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = Linear(config.dim, config.vocab_size, bias=False)
-        if config.tied_embeddings:
+        self.output = Linear(config.dim, -(-config.vocab_size // config.n_ranks), bias=False)
+        if config.tied_embeddings and config.n_ranks == 1:
             self.output.weight = self.embed.weight
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
@@ -388,4 +392,5 @@ class Transformer(nn.Module):
             x = block(x, at, k, v)
         if last is not None:
             x = x[torch.arange(len(x), device=x.device), last][:, None]  # (B, 1, dim)
-        return self.output(self.norm(x)).float()
+        logits = self.output(self.norm(x))  # of this rank's part of the vocabulary
+        return all_gather(logits, self.config.n_ranks, self.config.vocab_size).float()

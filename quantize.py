@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from cli import say, user_errors
-from convert_hf import progress, read_config, read_weights, write_checkpoint
+from convert_hf import progress, read_config, read_weights, stack, write_checkpoint
 from model import ModelConfig, Transformer, is_row, linear, row_times_matrix
 
 MODES, GROUP_SIZES = ("int8", "int4"), (32, 64, 128)
@@ -196,10 +196,10 @@ def empty_model(config: ModelConfig, quantization: dict | None = None) -> Transf
         if mode not in MODES or mode == "int4" and group_size not in GROUP_SIZES:
             raise ValueError(f"quantization {quantization} is unknown; it is int8, or int4 with "
                              f"group_size {', '.join(map(str, GROUP_SIZES))}")
-        for name, linear in list(model.layers.named_modules()):
-            if not isinstance(linear, nn.Linear):
+        for name, plain in list(model.layers.named_modules()):
+            if not isinstance(plain, nn.Linear):
                 continue
-            N, K, bias = linear.out_features, linear.in_features, linear.bias is not None
+            N, K, bias = plain.out_features, plain.in_features, plain.bias is not None
             if mode == "int4" and K % group_size:
                 raise ValueError(
                     f"group size {group_size} does not divide the {K} inputs of layers.{name}; "
@@ -211,7 +211,7 @@ def empty_model(config: ModelConfig, quantization: dict | None = None) -> Transf
             parent, _, child = name.rpartition(".")
             setattr(model.layers.get_submodule(parent), child, quantized)
         model.embed = Int8Embedding(config.vocab_size, config.dim)
-        model.output = Int8Linear(config.dim, config.vocab_size, bias=False)
+        model.output = Int8Linear(config.dim, model.output.out_features, bias=False)
     return model
 
 
@@ -225,7 +225,7 @@ def stored_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
 # ------------------------------------------------------------------------------ command line
 
 
-def quantize_checkpoint(source: Path, out: Path, mode: str, group_size: int, progress=None) -> None:
+def quantize_checkpoint(source: Path, out: Path, mode: str, group_size: int, show=None) -> None:
     """Write the checkpoint at `source`, quantized, to the new folder `out`, whole or not at all.
     Raises ValueError naming the file, the tensor or the size."""
     raw, config = read_config(source)
@@ -234,11 +234,11 @@ def quantize_checkpoint(source: Path, out: Path, mode: str, group_size: int, pro
     plain = stored_shapes(empty_model(config))
 
     def weights():
-        for name, tensor in read_weights(source, raw, config, plain):
-            yield from store(name, tensor, shapes, quantization).items()
+        for name, blocks in read_weights(source, raw, config, plain):
+            yield from store(name, stack(blocks), shapes, quantization).items()
 
     new = {**raw, "gpt_stream": {"format": 1, "quantization": quantization}}
-    write_checkpoint(out, source, new, weights(), len(shapes), progress)
+    write_checkpoint(out, source, new, weights(), len(shapes), show)
 
 
 def quantization_of(raw: dict, mode: str | None, group_size: int, source: Path) -> dict | None:

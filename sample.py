@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from tp import in_step
+
 
 def probabilities(logits: Tensor, temperature: float, top_k: int | None = None,
                   top_p: float | None = None) -> Tensor:
@@ -63,4 +65,4 @@ def sample(logits: Tensor, temperature: float = 0.0, top_k: int | None = None,
     """Token ids (...) int64 for logits (..., V); the likeliest at temperature 0."""
     if temperature > 0:
         logits = probabilities(logits, temperature, top_k, top_p)
-    return draw(logits, temperature, generator)
+    return in_step(draw(logits, temperature, generator))

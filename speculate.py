@@ -11,7 +11,6 @@ of the latest few tokens. Rejected tokens are rolled back, in both caches.
 
 from __future__ import annotations
 
-import sys
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cli import say
 from kv_cache import KVCache
 from model import Transformer
 from sample import distribution, draw, sample
+from tp import in_step
 
 SIZES = (2, 5)  # proposals a round that are tried where none is asked for, and 0 when neither pays
 LOOKED_AT = 1 << 14  # latest tokens that a lookup searches
@@ -66,8 +67,7 @@ class Speculation:
         self.size = 5 if share >= 0.6 else 2 if share >= 0.33 else 0
         self.trial = [0, 0]
         if not self.size:
-            print(f"speculation stopped: {self.accepted} of {self.proposed} proposals accepted",
-                  file=sys.stderr, flush=True)
+            say(f"speculation stopped: {self.accepted} of {self.proposed} proposals accepted")
 
 
 def propose(speculation: Speculation, token: Tensor, size: int, vocab_size: int,
@@ -89,7 +89,7 @@ def propose(speculation: Speculation, token: Tensor, size: int, vocab_size: int,
         distributions.append(distribution(logits, temperature, **sampling))
         reads = draw(distributions[-1], temperature, generator)[None]
         tokens.append(reads)
-    return torch.cat(tokens, dim=1), torch.cat(distributions)
+    return in_step(torch.cat(tokens, dim=1)), torch.cat(distributions)
 
 
 def look_up(history: array, size: int) -> list[int] | None:
@@ -154,7 +154,9 @@ def speculate(model: Transformer, cache: KVCache, token: Tensor, max_new_tokens:
             logits = model(torch.cat([token, proposals], dim=1), cache)[0]  # (K + 1, V)
             p = distribution(logits, temperature, **sampling)
             n, following = verify(p, q, proposals[0], temperature, generator)
-            n, *ids = torch.cat([n, proposals[0]]).tolist()  # the one wait of a round
+            decided = in_step(torch.cat([n, following, proposals[0]]))
+            following = decided[1:2]
+            n, _, *ids = decided.tolist()  # the one wait of a round
             forget(cache, speculation, size - n)
             speculation.count(size, n)
             run, token = [token_id, *ids[:n]], following[None]

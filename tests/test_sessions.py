@@ -143,7 +143,6 @@ def rewrite(path, change_tensors=None, change_facts=None):
     *[lambda path, bad=bad: rewrite(path, None, lambda f: f["model"].update(bad)) for bad in (
         {"length": None}, {"length": [-1]}, {"length": 40}, {"overhang": []}, {"overhang": ["1"]})],
     lambda path: rewrite(path, None, lambda f: f.update(model=[])),
-    lambda path: rewrite(path, None, lambda f: f.pop("system")),
     lambda path: save_file(load_file(path), path, {kv_cache.SESSION: "{"})])
 def test_a_damaged_or_foreign_file_changes_nothing(saved, damage):
     caches = new_caches()

@@ -1,0 +1,220 @@
+"""Tensor parallelism (Megatron-LM, Shoeybi et al., 2019, section 3) over torch.distributed.
+
+    torchrun --nproc-per-node 2 generate.py --compile
+
+Every process ("rank") holds a slice of every layer: some heads of the attention, with their part of
+the cache, and some columns of the feed-forward. A layer's two sums over all of them are the only
+traffic within it. The output projection is sliced by vocabulary and its logits are gathered. The
+embedding is whole on every rank: a step reads one row of it, and slicing would cost another sum.
+
+NCCL carries what is on GPUs, gloo what is on CPUs. Where the processes are is torchrun's business:
+RANK, WORLD_SIZE and LOCAL_RANK are all that is read here, so several machines work as one does.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import datetime
+import functools
+import os
+import signal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def n_ranks() -> int:
+    """How many processes share the model; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+# ------------------------------------------------------------------------------ processes
+
+
+def start(device: str | None) -> str | None:
+    """Meet the other ranks, once; the device of this one. Raises ValueError when this machine has
+    fewer GPUs than ranks."""
+    if n_ranks() == 1:
+        return device
+    on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    if on_gpu:
+        if device not in (None, "cuda"):
+            raise ValueError(f"device {device!r}: under torchrun it is cpu or cuda, and each "
+                             "process takes the GPU of its own number")
+        wanted, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if there < wanted:
+            raise ValueError(f"device 'cuda': {wanted} processes on this machine need a GPU each, "
+                             f"and this PyTorch sees {there}")
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        text_group()
+        atexit.register(dist.destroy_process_group)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # torchrun ends then, and with it every rank
+        if rank():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # rank 0 speaks for all
+    return device or "cpu"
+
+
+@functools.cache
+def text_group() -> dist.ProcessGroup:
+    """For texts, which may wait for a person to type them. A lost rank is noticed all the same."""
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+
+
+def tell_all(text: str) -> str:
+    """Rank 0's text, on every rank."""
+    return text if n_ranks() == 1 else gather_texts(text)[0]
+
+
+def gather_texts(text: str) -> list[str]:
+    """Every rank's text, on every rank."""
+    raw = text.encode(errors="surrogateescape")
+    sizes = torch.zeros(n_ranks(), dtype=torch.int64)
+    sizes[rank()] = len(raw)
+    dist.all_reduce(sizes, group=text_group())
+    longest = int(sizes.max())
+    mine = torch.tensor(list(raw.ljust(longest)), dtype=torch.uint8)
+    every = [torch.empty_like(mine) for _ in sizes]
+    dist.all_gather(every, mine, group=text_group())
+    return [bytes(message[:size].tolist()).decode(errors="surrogateescape")
+            for message, size in zip(every, sizes.tolist())]
+
+
+@contextlib.contextmanager
+def together():
+    """What fails on one rank inside fails on all of them, so that none waits for one that left."""
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if n_ranks() > 1:
+        for number, report in enumerate(gather_texts(str(failure) if failure else "")):
+            if report and not failure:
+                raise ValueError(f"rank {number}: {report}")
+    if failure:
+        raise failure
+
+
+# ------------------------------------------------------------------------------ in the model
+
+# A collective takes a tensor and returns a new one, so that it is one call in a graph. (PyTorch's
+# own functional ones do not compile inside a nested region in torch 2.11.)
+torch.library.define("gpt_stream::all_reduce", "(Tensor x) -> Tensor")
+torch.library.define("gpt_stream::all_gather", "(Tensor x, int n_ranks) -> Tensor")
+
+
+@torch.library.impl("gpt_stream::all_reduce", "default")
+def _(x):
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
+
+
+@torch.library.register_fake("gpt_stream::all_reduce")
+def _(x):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.impl("gpt_stream::all_gather", "default")
+def _(x, n_ranks):
+    every = x.new_empty(n_ranks, *x.shape)
+    dist.all_gather(list(every.unbind()), x.contiguous())
+    return every
+
+
+@torch.library.register_fake("gpt_stream::all_gather")
+def _(x, n_ranks):
+    return x.new_empty(n_ranks, *x.shape)
+
+
+def all_reduce(x: Tensor, n_ranks: int) -> Tensor:
+    """The sum of every rank's x."""
+    return x if n_ranks == 1 else torch.ops.gpt_stream.all_reduce(x)
+
+
+def all_gather(x: Tensor, n_ranks: int, size: int) -> Tensor:
+    """Every rank's x (B, T, n) side by side, of which the first `size` count: (B, T, size)."""
+    if n_ranks == 1:
+        return x
+    every = torch.ops.gpt_stream.all_gather(x, n_ranks)  # (n_ranks, B, T, n)
+    return every.permute(1, 2, 0, 3).flatten(2)[..., :size]
+
+
+def in_step(ids: Tensor) -> Tensor:
+    """Rank 0's ids, on every rank: all go on with the same tokens, however they were drawn, and
+    even where unequal machines add up to other last bits."""
+    if n_ranks() > 1:
+        dist.broadcast(ids, src=0)
+    return ids
+
+
+# ------------------------------------------------------------------------------ slices
+
+
+def share(config, n: int, group_size: int | None = None):
+    """The ModelConfig of one of n ranks. Raises ValueError naming the numbers of ranks that can
+    share the model, its int4 groups of columns whole."""
+    unit = group_size or 1
+
+    def fits(n):
+        return (config.n_heads % n == 0 and config.ffn_dim % (n * unit) == 0
+                and (config.n_kv_heads % n == 0 or n % config.n_kv_heads == 0)
+                and config.n_heads * config.head_dim % (n * unit) == 0)
+
+    if not fits(n):
+        groups = f", in groups of {group_size}" if group_size else ""
+        raise ValueError(
+            f"{n} processes cannot share {config.n_heads} heads of {config.head_dim}, "
+            f"{config.n_kv_heads} key-value heads and {config.ffn_dim} feed-forward columns{groups}"
+            f"; {', '.join(str(m) for m in range(1, config.n_heads + 1) if fits(m))} can")
+    return dataclasses.replace(
+        config, n_ranks=n, n_heads=config.n_heads // n, ffn_dim=config.ffn_dim // n,
+        n_kv_heads=max(config.n_kv_heads // n, 1))
+
+
+def is_cut_by_columns(name: str) -> bool:
+    """Whether a rank holds some inputs of this layer, and not some of its outputs."""
+    return "attention.out." in name or "feed_forward.down." in name
+
+
+def own_slice(name: str, blocks: list[Tensor], config, n: int) -> Tensor:
+    """This rank's part of a stored tensor, given as what it stacks or as a whole; of a weight, or
+    of its int8 or int4 parts. config is the whole model's.
+
+    Slices of memory-mapped tensors: of the file, only they are read."""
+    if "attention.qkv." in name:
+        q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        q, k, v = blocks if len(blocks) == 3 else blocks[0].split([q, kv, kv])
+        # With more ranks than key-value heads, several hold the same one.
+        holders = max(n // config.n_kv_heads, 1)
+        return torch.cat([nth(q, rank(), n), nth(k, rank() // holders, n // holders),
+                          nth(v, rank() // holders, n // holders)])
+    if "feed_forward.gate_up." in name:
+        gate, up = blocks if len(blocks) == 2 else blocks[0].chunk(2)
+        return torch.cat([nth(gate, rank(), n), nth(up, rank(), n)])
+    [whole] = blocks
+    if name.startswith("output."):
+        return nth(whole, rank(), n)
+    if is_cut_by_columns(name) and name.endswith(".bias"):
+        return whole if rank() == 0 else torch.zeros_like(whole)  # the sum has it once
+    if is_cut_by_columns(name) and whole.ndim == 2:
+        return nth(whole.t(), rank(), n).t().contiguous()
+    return whole
+
+
+def nth(x: Tensor, index: int, n: int) -> Tensor:
+    """Part `index` of n equal ones of x's rows, the last filled up with zeros."""
+    size = -(-len(x) // n)
+    part = x[index * size:(index + 1) * size]
+    return F.pad(part, [0, 0] * (x.ndim - 1) + [0, size - len(part)]) if len(part) < size else part
