@@ -116,6 +116,8 @@ torch.library.define("gpt_stream::all_gather", "(Tensor x, int n_ranks) -> Tenso
 
 @torch.library.impl("gpt_stream::all_reduce", "default")
 def _(x):
+    if not x.is_cuda:
+        return torch.stack(exchange(x)).sum(0)
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total)
     return total
@@ -128,6 +130,8 @@ def _(x):
 
 @torch.library.impl("gpt_stream::all_gather", "default")
 def _(x, n_ranks):
+    if not x.is_cuda:
+        return torch.stack(exchange(x))
     every = x.new_empty(n_ranks, *x.shape)
     dist.all_gather(list(every.unbind()), x.contiguous())
     return every
@@ -136,6 +140,21 @@ def _(x, n_ranks):
 @torch.library.register_fake("gpt_stream::all_gather")
 def _(x, n_ranks):
     return x.new_empty(n_ranks, *x.shape)
+
+
+def exchange(x: Tensor) -> list[Tensor]:
+    """Every rank's x, on CPUs: each sends its own to each. For the few kilobytes of a token that
+    takes gloo 0.04 ms between two processes, its all-reduce 0.5 ms; and all ranks add up in the
+    same order, to the same bits."""
+    x = x.contiguous()
+    every = [x if other == rank() else torch.empty_like(x) for other in range(n_ranks())]
+    others = [other for other in range(n_ranks()) if other != rank()]
+    sent = [dist.isend(x, other) for other in others]
+    for other in others:
+        dist.recv(every[other], other)
+    for message in sent:
+        message.wait()
+    return every
 
 
 def all_reduce(x: Tensor, n_ranks: int) -> Tensor:

@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -55,26 +56,24 @@ def findings(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def of_the_traffic(folder: Path) -> dict[str, torch.Tensor]:
-    """Calls and bytes of what the ranks tell each other for a token, counted."""
+    """Bytes of each thing that a rank tells the others for a token, counted."""
     model, _ = load(folder / "wide", device="cpu", dtype=torch.bfloat16)
     cache = make_cache(model, 4, 12)
-    count = {name: [0, 0] for name in ("all_reduce", "all_gather", "broadcast")}
-    originals = {name: getattr(torch.distributed, name) for name in count}
+    sent = []
 
-    def counting(name):
-        def call(*inputs, **options):
-            tensor = inputs[name == "all_gather"]
-            count[name] = [count[name][0] + 1, count[name][1] + tensor.nbytes]
-            return originals[name](*inputs, **options)
-        return call
+    def exchange(x, original=tp.exchange):
+        sent.append(x.nbytes)
+        return original(x)
 
-    for name in count:
-        setattr(torch.distributed, name, counting(name))
-    with torch.no_grad():
+    def broadcast(x, src, original=torch.distributed.broadcast):
+        sent.append(x.nbytes)
+        return original(x, src)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(tp, "exchange", exchange)
+        patch.setattr(torch.distributed, "broadcast", broadcast)
         sample(model(torch.tensor([[7]]), cache))
-    for name, original in originals.items():
-        setattr(torch.distributed, name, original)
-    return {f"traffic {name}": torch.tensor(numbers) for name, numbers in count.items()}
+    return {"traffic": torch.tensor(sent)}
 
 
 def said(model, cache, **options) -> torch.Tensor:
