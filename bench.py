@@ -25,8 +25,8 @@ import torch
 
 from cli import make_parser, number, say, user_errors
 from convert_hf import DTYPES
-from generate import (LARGE_CHUNK, check_device, compile_step, finish, generate, load, make_cache,
-                      prefill, warm, weight_bytes)
+from generate import LARGE_CHUNK, generate, load, make_cache, prefill, warm, weight_bytes
+from load import check_device, compile_step, finish
 from kv_cache import KVCache
 from model import ModelConfig, Transformer
 from quantize import empty_model, quantization_of

@@ -27,8 +27,9 @@ from pathlib import Path
 from cli import (add_generation, check_text, figures, make_parser, number, read_prompts, say, show,
                  user_errors)
 from generate import answer, get_ready, make_cache, open_model, open_speculation, prefill
-from kv_cache import KVCache, check_target, load_session, save_session
+from kv_cache import KVCache
 from model import Transformer
+from session import check_target, load_session, save_session
 from speculate import Speculation
 from tokenizer import Tokenizer
 from tp import n_ranks, rank, tell_all

@@ -77,6 +77,7 @@ def user_errors(parser: argparse.ArgumentParser):
     reads its output any more."""
     try:
         yield
+        tp.part()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

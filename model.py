@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kv_cache import KVCache, write
+from linear import Linear, in_memory
 from tp import all_gather, all_reduce
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -115,11 +116,6 @@ def read_rope(hf: dict) -> tuple[float, dict | None]:
 # ------------------------------------------------------------------------------ rotary positions
 
 
-def in_memory(x: Tensor) -> Tensor:
-    """x itself; inductor stores it here instead of computing it again wherever it is used."""
-    return x.as_strided(x.shape, x.stride())
-
-
 def rope_frequencies(config: ModelConfig, device=None) -> Tensor:
     """(D / 2,) float64, radians a position: RoFormer's theta^(-2i/D), scaled as the config says."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device)
@@ -169,76 +165,6 @@ class RMSNorm(nn.Module):
         x32 = x.float()
         normal = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return normal.type_as(x) * self.weight
-
-
-# oneDNN's matmul with a weight in its own layout, under a name of ours: inductor (2.11 to 2.13)
-# takes the original with constant weights only.
-torch.library.define("gpt_stream::packed_linear", "(Tensor x, Tensor packed, int n) -> Tensor")
-
-
-@torch.library.impl("gpt_stream::packed_linear", "default")
-def _(x, packed, n):
-    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-
-
-@torch.library.register_fake("gpt_stream::packed_linear")
-def _(x, packed, n):
-    return x.new_empty(*x.shape[:-1], n)
-
-
-class Linear(nn.Linear):
-    """y = x W^T + b."""
-
-    packed = False
-
-    def pack(self) -> None:
-        """Lay W out as oneDNN likes it, where there is oneDNN. It then reads W at the speed of the
-        memory for one token and, what a layout in rows does not allow, for eight."""
-        supported = self.weight.dtype == torch.float32 or (
-            self.weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        if torch.backends.mkldnn.is_available() and supported and not self.packed:
-            packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data, None)
-            self.weight, self.packed = nn.Parameter(packed, requires_grad=False), True
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.packed:
-            y = torch.ops.gpt_stream.packed_linear(x, self.weight, self.out_features)
-        elif is_row(x):
-            y = row_times_matrix(x, self.weight).type_as(x)
-        else:
-            return linear(x, self.weight, self.bias)
-        return y if self.bias is None else y + self.bias
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear. In a graph compiled for a CPU, for a chunk of a prompt, W times x transposed: the
-    library then need not lay W out anew (32 tokens: 2.3 ms instead of 3.7)."""
-    tokens = x.numel() // x.shape[-1]
-    if x.is_cuda or not torch.compiler.is_compiling() or not 12 <= tokens <= 512:
-        return F.linear(x, weight, bias)
-    y = (weight @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
-    return y if bias is None else y + bias
-
-
-def is_row(x: Tensor) -> bool:
-    """Whether this is one token in a graph compiled for a CPU."""
-    return x.numel() == x.shape[-1] and not x.is_cuda and torch.compiler.is_compiling()
-
-
-def row_times_matrix(x: Tensor, weight: Tensor) -> Tensor:
-    """x (1, 1, K) times weight (N, K) transposed, -> (1, 1, N) float32, for inductor: it makes one
-    pass over W of a product and a sum, twice as fast as the library's matmul of one row.
-
-    x has to be in memory, and in float32, or what computes it would be fused in and computed again
-    for every row. Reading several parts of W side by side and adding rows up in pieces keeps more
-    of the memory busy: 0.95 of its speed instead of 0.85 (over 4096 terms inductor's sum is slower,
-    too). How many was measured: four parts of int8, two of bf16."""
-    K = weight.shape[1]
-    pieces = next(n for n in range(min(2, K), K + 1) if K % n == 0 and K // n <= 4096)
-    x = in_memory(x.reshape(-1).float())
-    sums = [(part.float() * x).view(-1, pieces, K // pieces).sum(-1)
-            for part in weight.chunk(max(1, 4 // weight.itemsize))]
-    return torch.cat(sums).sum(-1)[None, None]
 
 
 class Attention(nn.Module):

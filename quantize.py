@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from cli import say, user_errors
 from convert_hf import progress, read_config, read_weights, stack, write_checkpoint
-from model import ModelConfig, Transformer, is_row, linear, row_times_matrix
+from linear import Int4Linear, Int8Embedding, Int8Linear
+from model import ModelConfig, Transformer
 
 MODES, GROUP_SIZES = ("int8", "int4"), (32, 64, 128)
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a group's range, to choose from
@@ -90,95 +91,6 @@ def quantize_weight(name: str, weight: Tensor, mode: str, group_size: int) -> di
     pieces = [quantize_int8(rows) if int8 else quantize_int4(rows, group_size)
               for rows in weight.split(256)]  # few rows at a time stay in a CPU's caches
     return {layer + part: torch.cat([piece[part] for piece in pieces]) for part in pieces[0]}
-
-
-# ------------------------------------------------------------------------------ modules
-
-# PyTorch's CPU kernels under names of our own: what inductor (2.11 to 2.13) does with the originals
-# fails for an input that is not in memory yet, and for a group size in a nested compile region.
-define, implement = torch.library.define, torch.library.impl
-define("gpt_stream::int8_matmul", "(Tensor x, Tensor weight, Tensor scale) -> Tensor")
-define("gpt_stream::int4_matmul",
-       "(Tensor x, Tensor weight, int group_size, Tensor scales_and_zeros) -> Tensor")
-implement("gpt_stream::int8_matmul", "cpu")(torch._weight_int8pack_mm)
-implement("gpt_stream::int4_matmul", "cpu")(torch._weight_int4pack_mm_for_cpu)
-
-
-@torch.library.register_fake("gpt_stream::int8_matmul")
-def _(x, weight, scale):
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
-@torch.library.register_fake("gpt_stream::int4_matmul")
-def _(x, weight, group_size, scales_and_zeros):
-    return x.new_empty(x.shape[0], scales_and_zeros.shape[1])
-
-
-class Int8Linear(nn.Module):
-    """y = x W^T + b with W in int8."""
-
-    def __init__(self, K: int, N: int, bias: bool):
-        super().__init__()
-        self.register_buffer("weight", torch.empty(N, K, dtype=torch.int8))
-        self.register_buffer("scale", torch.empty(N))
-        self.bias = nn.Parameter(torch.empty(N)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        few = x.numel() // x.shape[-1] <= 16  # tokens; from there on unpacking first is faster
-        if is_row(x):
-            y = (row_times_matrix(x, self.weight) * self.scale).type_as(x)
-        elif few and not x.is_cuda:
-            y = torch.ops.gpt_stream.int8_matmul(x.flatten(0, -2).contiguous(), self.weight,
-                                                 self.scale.type_as(x))
-            y = y.unflatten(0, x.shape[:-1])
-        else:  # 1024 rows at a time stay in a CPU's caches between unpacking and use
-            parts = [self.weight] if x.is_cuda else self.weight.split(1024)
-            y = torch.cat([linear(x, part.float().type_as(x)) for part in parts], dim=-1)
-            y = (y * self.scale).type_as(x)
-        return y if self.bias is None else y + self.bias
-
-
-class Int8Embedding(nn.Module):
-    def __init__(self, vocab_size: int, dim: int):
-        super().__init__()
-        self.register_buffer("weight", torch.empty(vocab_size, dim, dtype=torch.int8))
-        self.register_buffer("scale", torch.empty(vocab_size))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.weight[tokens] * self.scale[tokens][..., None]
-
-
-class Int4Linear(nn.Module):
-    """y = x W^T + b with W in int4, as it is stored until `pack` lays it out for the device."""
-
-    def __init__(self, K: int, N: int, bias: bool, group_size: int):
-        super().__init__()
-        self.group_size = group_size
-        self.register_buffer("weight", torch.empty(N, K // 2, dtype=torch.uint8))
-        self.register_buffer("scale", torch.empty(N, K // group_size))
-        self.register_buffer("zero", torch.empty(N, K // group_size, dtype=torch.uint8))
-        self.bias = nn.Parameter(torch.empty(N)) if bias else None
-
-    def pack(self, dtype: torch.dtype) -> None:
-        """Lay the stored tensors out for the device's kernel, which computes
-        (nibble - 8) * scale + zero in the given dtype."""
-        zero = (8 - self.zero / 16) * self.scale
-        both = torch.stack([self.scale, zero], dim=-1).transpose(0, 1)  # (K / g, N, 2)
-        self.register_buffer("scales_and_zeros", both.to(dtype).contiguous())
-        if self.weight.is_cuda:  # wants the even column in the high four bits
-            swapped = self.weight << 4 | self.weight >> 4
-            self.weight = torch._convert_weight_to_int4pack(swapped, 8)
-        else:
-            nibbles = torch.stack([self.weight & 15, self.weight >> 4], dim=-1).flatten(1)
-            self.weight = torch._convert_weight_to_int4pack_for_cpu(nibbles.int(), 1)
-        del self.scale, self.zero
-
-    def forward(self, x: Tensor) -> Tensor:
-        kernel = torch._weight_int4pack_mm if x.is_cuda else torch.ops.gpt_stream.int4_matmul
-        rows = x.flatten(0, -2).contiguous()
-        y = kernel(rows, self.weight, self.group_size, self.scales_and_zeros)
-        y = y.unflatten(0, x.shape[:-1])
-        return y if self.bias is None else y + self.bias
 
 
 # ------------------------------------------------------------------------------ models

@@ -5,7 +5,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from batch import Batch, generate_batch
-from generate import compile_step, generate, load, make_cache, prefill, warm
+from generate import generate, load, make_cache, prefill, warm
+from load import compile_step
 from helpers import TINY, random_model, run
 
 WINDOW = 28

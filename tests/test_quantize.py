@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from generate import generate, load, make_cache, prefill, weight_bytes
 from helpers import TINY, run
-from quantize import (Int4Linear, Int8Linear, dequantize, quantize_checkpoint, quantize_int4,
+from linear import Int4Linear, Int8Linear
+from quantize import (dequantize, quantize_checkpoint, quantize_int4,
                       quantize_int8, quantize_weight)
 
 DRAFT = TINY.parent / "tiny-draft"

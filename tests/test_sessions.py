@@ -9,10 +9,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import kv_cache
+import session
 from generate import generate, load, make_cache
 from helpers import TINY, random_model, run
-from kv_cache import KVCache, load_session, save_session
+from kv_cache import KVCache
+from session import load_session, save_session
 from test_errors import refused
 from test_generate import records
 from test_kv_cache import tokens_of
@@ -123,12 +124,12 @@ def test_a_session_of_another_model_or_cache_changes_nothing(saved, other, words
 
 def rewrite(path, change_tensors=None, change_facts=None):
     """Change what a session file holds, keeping it a valid safetensors file."""
-    with kv_cache.safetensors.safe_open(path, framework="pt") as file:
-        facts = json.loads(file.metadata()[kv_cache.SESSION])
+    with session.safetensors.safe_open(path, framework="pt") as file:
+        facts = json.loads(file.metadata()[session.SESSION])
     tensors = load_file(path)
     (change_tensors or (lambda t: None))(tensors)
     (change_facts or (lambda f: None))(facts)
-    save_file(tensors, path, {kv_cache.SESSION: json.dumps(facts)})
+    save_file(tensors, path, {session.SESSION: json.dumps(facts)})
 
 
 @pytest.mark.parametrize("damage", [
@@ -143,7 +144,7 @@ def rewrite(path, change_tensors=None, change_facts=None):
     *[lambda path, bad=bad: rewrite(path, None, lambda f: f["model"].update(bad)) for bad in (
         {"length": None}, {"length": [-1]}, {"length": 40}, {"overhang": []}, {"overhang": ["1"]})],
     lambda path: rewrite(path, None, lambda f: f.update(model=[])),
-    lambda path: save_file(load_file(path), path, {kv_cache.SESSION: "{"})])
+    lambda path: save_file(load_file(path), path, {session.SESSION: "{"})])
 def test_a_damaged_or_foreign_file_changes_nothing(saved, damage):
     caches = new_caches()
     feed(caches, tokens_of(20, seed=3))
@@ -183,7 +184,7 @@ def half_then(error):
     KeyboardInterrupt()])
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(saved, monkeypatch, error):
     before = saved.read_bytes()
-    monkeypatch.setattr(kv_cache, "save_file", half_then(error))
+    monkeypatch.setattr(session, "save_file", half_then(error))
     with pytest.raises((OSError, KeyboardInterrupt)):
         save_session(saved, new_caches())
     assert saved.read_bytes() == before and os.listdir(saved.parent) == [saved.name]

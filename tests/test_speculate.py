@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from generate import compile_step, generate, load, make_cache, warm
+from generate import generate, load, make_cache, warm
+from load import compile_step
 from helpers import TINY, random_model, run
 from kv_cache import KVCache
 from sample import distribution

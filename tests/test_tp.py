@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 import tp
 import tp_worker
-from generate import load
 from helpers import TINY, random_model, run
 from model import ModelConfig
 from quantize import quantize_checkpoint
@@ -138,9 +137,10 @@ def free_port():
 def test_two_agents_that_meet_over_loopback_stand_for_two_machines():
     meet = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "x",
             "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1"]
-    argv = [*TORCHRUN, *meet, "generate.py", *map(str, tp_worker.QUICK)]
-    agents = [subprocess.Popen(argv, cwd=ROOT, env=ONE_THREAD, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    agents = [subprocess.Popen(
+        [*TORCHRUN, *meet, "--rdzv-conf", f"is_host={host}", "generate.py",
+         *map(str, tp_worker.QUICK)], cwd=ROOT, env=ONE_THREAD, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True) for host in (1, 0)]
     said = [agent.communicate(timeout=120) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
     [line] = [line for out, _ in said for line in out.splitlines()]  # rank 0 alone prints

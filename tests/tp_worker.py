@@ -119,3 +119,4 @@ if __name__ == "__main__":
     if tp.rank() == 0:
         found = {name: tensor.contiguous() for name, tensor in found.items()}
         save_file(found, folder / f"ranks-{tp.n_ranks()}.safetensors")
+    tp.part()

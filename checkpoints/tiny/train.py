@@ -165,9 +165,10 @@ def main():
     valid_loss = validate(compiled, valid_ids, tokenizer.bos_id(), args.batch, args.device)
     per_byte = valid_loss * len(valid_ids) / len(valid_text.encode()) / math.log(2)
     result = dict(parameters=size, train_tokens=len(ids), steps=args.steps, batch=args.batch,
-                  context=CONTEXT, minutes=round((time.time() - start) / 60, 1), device=str(args.device),
-                  torch=torch.__version__, train_loss=round(training_loss, 4),
-                  valid_loss=round(valid_loss, 4), valid_bits_per_byte=round(per_byte, 4))
+                  context=CONTEXT, minutes=round((time.time() - start) / 60, 1),
+                  device=str(args.device), torch=torch.__version__,
+                  train_loss=round(training_loss, 4), valid_loss=round(valid_loss, 4),
+                  valid_bits_per_byte=round(per_byte, 4))
     print(json.dumps(result))
 
     args.out.mkdir(parents=True, exist_ok=True)  # nothing is written before all is there

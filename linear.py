@@ -1,0 +1,177 @@
+"""y = x W^T + b, with W in bf16 or float32, int8 or int4, as each device reads it fastest.
+
+One token at a time, a model is as fast as its weights are read, so this is what there is to be fast
+at. A GPU's libraries and compiler do it by themselves; most of this file is about CPUs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ------------------------------------------------------------------------------ kernels
+
+# oneDNN's matmul with a weight in its own layout, under a name of ours: inductor (2.11 to 2.13)
+# takes the original with constant weights only.
+torch.library.define("gpt_stream::packed_linear", "(Tensor x, Tensor packed, int n) -> Tensor")
+
+
+@torch.library.impl("gpt_stream::packed_linear", "default")
+def _(x, packed, n):
+    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+
+@torch.library.register_fake("gpt_stream::packed_linear")
+def _(x, packed, n):
+    return x.new_empty(*x.shape[:-1], n)
+
+
+# PyTorch's CPU kernels under names of our own: what inductor (2.11 to 2.13) does with the originals
+# fails for an input that is not in memory yet, and for a group size in a nested compile region.
+define, implement = torch.library.define, torch.library.impl
+define("gpt_stream::int8_matmul", "(Tensor x, Tensor weight, Tensor scale) -> Tensor")
+define("gpt_stream::int4_matmul",
+       "(Tensor x, Tensor weight, int group_size, Tensor scales_and_zeros) -> Tensor")
+implement("gpt_stream::int8_matmul", "cpu")(torch._weight_int8pack_mm)
+implement("gpt_stream::int4_matmul", "cpu")(torch._weight_int4pack_mm_for_cpu)
+
+
+@torch.library.register_fake("gpt_stream::int8_matmul")
+def _(x, weight, scale):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("gpt_stream::int4_matmul")
+def _(x, weight, group_size, scales_and_zeros):
+    return x.new_empty(x.shape[0], scales_and_zeros.shape[1])
+
+
+def in_memory(x: Tensor) -> Tensor:
+    """x itself; inductor stores it here instead of computing it again wherever it is used."""
+    return x.as_strided(x.shape, x.stride())
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear. In a graph compiled for a CPU, for a chunk of a prompt, W times x transposed: the
+    library then need not lay W out anew (32 tokens: 2.3 ms instead of 3.7)."""
+    tokens = x.numel() // x.shape[-1]
+    if x.is_cuda or not torch.compiler.is_compiling() or not 12 <= tokens <= 512:
+        return F.linear(x, weight, bias)
+    y = (weight @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
+    return y if bias is None else y + bias
+
+
+def is_row(x: Tensor) -> bool:
+    """Whether this is one token in a graph compiled for a CPU."""
+    return x.numel() == x.shape[-1] and not x.is_cuda and torch.compiler.is_compiling()
+
+
+def row_times_matrix(x: Tensor, weight: Tensor) -> Tensor:
+    """x (1, 1, K) times weight (N, K) transposed, -> (1, 1, N) float32, for inductor: it makes one
+    pass over W of a product and a sum, twice as fast as the library's matmul of one row.
+
+    x has to be in memory, and in float32, or what computes it would be fused in and computed again
+    for every row. Reading several parts of W side by side and adding rows up in pieces keeps more
+    of the memory busy: 0.95 of its speed instead of 0.85 (over 4096 terms inductor's sum is slower,
+    too). How many was measured: four parts of int8, two of bf16."""
+    K = weight.shape[1]
+    pieces = next(n for n in range(min(2, K), K + 1) if K % n == 0 and K // n <= 4096)
+    x = in_memory(x.reshape(-1).float())
+    sums = [(part.float() * x).view(-1, pieces, K // pieces).sum(-1)
+            for part in weight.chunk(max(1, 4 // weight.itemsize))]
+    return torch.cat(sums).sum(-1)[None, None]
+
+
+# ------------------------------------------------------------------------------ modules
+
+
+class Linear(nn.Linear):
+    """y = x W^T + b."""
+
+    packed = False
+
+    def pack(self) -> None:
+        """Lay W out as oneDNN likes it, where there is oneDNN. It then reads W at the speed of the
+        memory for one token and, what a layout in rows does not allow, for eight."""
+        supported = self.weight.dtype == torch.float32 or (
+            self.weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        if torch.backends.mkldnn.is_available() and supported and not self.packed:
+            packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data, None)
+            self.weight, self.packed = nn.Parameter(packed, requires_grad=False), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed:
+            y = torch.ops.gpt_stream.packed_linear(x, self.weight, self.out_features)
+        elif is_row(x):
+            y = row_times_matrix(x, self.weight).type_as(x)
+        else:
+            return linear(x, self.weight, self.bias)
+        return y if self.bias is None else y + self.bias
+
+
+class Int8Linear(nn.Module):
+    """y = x W^T + b with W in int8."""
+
+    def __init__(self, K: int, N: int, bias: bool):
+        super().__init__()
+        self.register_buffer("weight", torch.empty(N, K, dtype=torch.int8))
+        self.register_buffer("scale", torch.empty(N))
+        self.bias = nn.Parameter(torch.empty(N)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        few = x.numel() // x.shape[-1] <= 16  # tokens; from there on unpacking first is faster
+        if is_row(x):
+            y = (row_times_matrix(x, self.weight) * self.scale).type_as(x)
+        elif few and not x.is_cuda:
+            y = torch.ops.gpt_stream.int8_matmul(x.flatten(0, -2).contiguous(), self.weight,
+                                                 self.scale.type_as(x))
+            y = y.unflatten(0, x.shape[:-1])
+        else:  # 1024 rows at a time stay in a CPU's caches between unpacking and use
+            parts = [self.weight] if x.is_cuda else self.weight.split(1024)
+            y = torch.cat([linear(x, part.float().type_as(x)) for part in parts], dim=-1)
+            y = (y * self.scale).type_as(x)
+        return y if self.bias is None else y + self.bias
+
+
+class Int8Embedding(nn.Module):
+    def __init__(self, vocab_size: int, dim: int):
+        super().__init__()
+        self.register_buffer("weight", torch.empty(vocab_size, dim, dtype=torch.int8))
+        self.register_buffer("scale", torch.empty(vocab_size))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.weight[tokens] * self.scale[tokens][..., None]
+
+
+class Int4Linear(nn.Module):
+    """y = x W^T + b with W in int4, as it is stored until `pack` lays it out for the device."""
+
+    def __init__(self, K: int, N: int, bias: bool, group_size: int):
+        super().__init__()
+        self.group_size = group_size
+        self.register_buffer("weight", torch.empty(N, K // 2, dtype=torch.uint8))
+        self.register_buffer("scale", torch.empty(N, K // group_size))
+        self.register_buffer("zero", torch.empty(N, K // group_size, dtype=torch.uint8))
+        self.bias = nn.Parameter(torch.empty(N)) if bias else None
+
+    def pack(self, dtype: torch.dtype) -> None:
+        """Lay the stored tensors out for the device's kernel, which computes
+        (nibble - 8) * scale + zero in the given dtype."""
+        zero = (8 - self.zero / 16) * self.scale
+        both = torch.stack([self.scale, zero], dim=-1).transpose(0, 1)  # (K / g, N, 2)
+        self.register_buffer("scales_and_zeros", both.to(dtype).contiguous())
+        if self.weight.is_cuda:  # wants the even column in the high four bits
+            swapped = self.weight << 4 | self.weight >> 4
+            self.weight = torch._convert_weight_to_int4pack(swapped, 8)
+        else:
+            nibbles = torch.stack([self.weight & 15, self.weight >> 4], dim=-1).flatten(1)
+            self.weight = torch._convert_weight_to_int4pack_for_cpu(nibbles.int(), 1)
+        del self.scale, self.zero
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = torch._weight_int4pack_mm if x.is_cuda else torch.ops.gpt_stream.int4_matmul
+        rows = x.flatten(0, -2).contiguous()
+        y = kernel(rows, self.weight, self.group_size, self.scales_and_zeros)
+        y = y.unflatten(0, x.shape[:-1])
+        return y if self.bias is None else y + self.bias
