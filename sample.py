@@ -51,7 +51,7 @@ def distribution(logits: Tensor, temperature: float = 0.0, top_k: int | None = N
 
 
 def draw(weights: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
-    """Token ids (...) int64 drawn in proportion to weights (..., V), at temperature 0 the likeliest.
+    """Ids (...) int64 drawn in proportion to weights (..., V); at temperature 0 the likeliest.
 
     argmax(p / e) with e ~ Exp(1) draws from p, and unlike multinomial never waits for the GPU."""
     if temperature == 0:
