@@ -1,36 +1,47 @@
-"""Speed and memory against the machine's measured limits, and against a peer, in one run.
+"""Speed and memory against the machine's measured limits, and against peers, in one run.
 
-    python bench.py --shape 1.1b
-    python bench.py --shape 1.1b --peer transformers
+    python bench.py --shape 1.1b [--peer transformers]           steps: decode and prefill
+    python bench.py --shape 1.1b --window 508 --turns mt_bench.jsonl [--peer streaming]
+    python bench.py --shape 1.1b --streams 64 [--batch 8] [--peer transformers]
 
 Reading every weight once a token, a step can take no less than bytes / bandwidth. Shared machines
-drift, so the limits and every figure are measured in turns, round after round; what is printed is
-the median of the rounds, and the share of the limit is the median of each round's own share.
+drift, so whatever is compared is measured in turns, round after round; what is printed of steps is
+the median of the rounds, and a ratio is the median of each round's own. The two others say the
+turns of a file as one endless conversation, and generate from many prompts by continuous batching.
 A --shape has random weights, made on the device: speed does not depend on their values.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
+import math
 import multiprocessing
 import os
+import random
 import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
-from cli import make_parser, number, say, user_errors
+import peers
+from batch import Batch, generate_batch
+from chat import from_file
+from cli import make_parser, number, read_prompts, say, user_errors
 from convert_hf import DTYPES
-from generate import LARGE_CHUNK, generate, load, make_cache, prefill, warm, weight_bytes
+from generate import generate, load, make_cache, prefill, warm, weight_bytes
 from load import check_device, compile_step, finish
 from kv_cache import KVCache
 from model import ModelConfig, Transformer
 from quantize import empty_model, quantization_of
 from speculate import Speculation
+from tokenizer import Tokenizer
 
 SHAPES = {  # dim, layers, heads, KV heads, ffn, vocabulary, context, tied
     "135m": (576, 30, 9, 3, 1536, 49152, 8192, True),  # SmolLM2
@@ -69,44 +80,105 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype,
     return model
 
 
-def open_model(args) -> tuple[Transformer, KVCache, float]:
-    """The model, not yet compiled, its cache, and the seconds that loading took."""
-    start = time.perf_counter()
+def open_model(args) -> Transformer:
+    """The model, not yet compiled."""
     dtype = DTYPES.get(args.dtype)
-    if args.shape:
-        config = ModelConfig.from_hf(shape_config(args.shape))
-        model = random_model(config, check_device(args.device), dtype or torch.bfloat16,
-                             quantization_of({}, args.quantize, args.group_size, args.shape))
-    else:
-        model, _ = load(args.checkpoint, args.device, dtype, args.quantize,
-                        group_size=args.group_size)
-    seconds = time.perf_counter() - start
-    single = make_cache(model, args.sink, args.window)
-    if args.batch == 1:
-        return model, single, seconds
-    weight = model.norm.weight
-    return model, KVCache(model.config, args.batch, single.n_sink, single.window, LARGE_CHUNK,
-                          weight.dtype, weight.device), seconds
+    if not args.shape:
+        return load(args.checkpoint, args.device, dtype, args.quantize,
+                    group_size=args.group_size)[0]
+    return random_model(ModelConfig.from_hf(shape_config(args.shape)), check_device(args.device),
+                        dtype or torch.bfloat16,
+                        quantization_of({}, args.quantize, args.group_size, args.shape))
 
 
-def compile_all(model: Transformer, cache: KVCache) -> float:
+def peer_settings(args) -> tuple[dict, torch.dtype, torch.device]:
+    """What peers.py makes a model of."""
+    return shape_config(args.shape), DTYPES[args.dtype or "bf16"], check_device(args.device)
+
+
+def compile_all(model: Transformer, *caches: KVCache) -> float:
     """Compile and run every graph once; seconds."""
+    def run():
+        compile_step(model, model.norm.weight.device)
+        for cache in caches:
+            warm(model, cache) if cache.batch_size == 1 else step(model, cache)
+    return seconds(run)
+
+
+def sizes(cache: KVCache) -> dict:
+    return dict(sink=cache.n_sink, window=cache.window, batch=cache.batch_size)
+
+
+# ------------------------------------------------------------------------------ clocks
+
+
+def seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
-    compile_step(model, cache.length.device)
-    if cache.batch_size == 1:
-        warm(model, cache)
-    else:
-        step(model, cache)
+    run()
     return time.perf_counter() - start
 
 
-def compile_cold(args, results) -> None:
-    """In a process of its own, with an empty compile cache."""
-    model, cache, _ = open_model(args)
-    results.put(compile_all(model, cache))
+def median_step(run: Callable[[], object]) -> float:
+    return statistics.median(seconds(run) for _ in range(STEPS))
 
 
-# ------------------------------------------------------------------------------ what is timed
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that this process had, since `forget_peak` where that works."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):  # Linux, where ru_maxrss begins with the parent's
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def forget_peak(device: torch.device) -> None:
+    """What loading and compiling took would hide how much memory running takes."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+@contextlib.contextmanager
+def apart(make: Callable[..., Callable], *args) -> Iterator[Callable]:
+    """The function that make(*args) returns, in a process of its own, to be called from here. It
+    is ready, and the process at rest, when the block begins."""
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    process = spawn.Process(target=serve, args=(there, make, args))
+    process.start()
+    there.close()  # only the process has it now, so its end is seen here
+
+    def answer():
+        try:
+            result = here.recv()
+        except (EOFError, ConnectionError):
+            raise ValueError("a process was lost, see above") from None
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    try:
+        answer()
+        yield lambda *given: here.send(given) or answer()
+    finally:
+        here.close()
+        process.join()
+
+
+def serve(pipe, make: Callable[..., Callable], args: tuple) -> None:
+    with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):  # nobody asks any more
+        try:
+            function = make(*args)
+            pipe.send(None)
+            while True:
+                pipe.send(function(*pipe.recv()))
+        except (ValueError, torch.OutOfMemoryError) as error:
+            pipe.send(error)
+
+
+# ------------------------------------------------------------------------------ steps
 
 
 @torch.no_grad()
@@ -116,28 +188,38 @@ def step(model: Transformer, cache: KVCache) -> None:
     logits.argmax(-1).tolist()
 
 
-def median_step(run: Callable[[], None]) -> float:
-    times = []
-    for _ in range(STEPS):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-@torch.no_grad()
-def recompute(model: Transformer, cache: KVCache) -> float:
-    """Seconds of a token when the whole window is computed anew for it, with no cache at all."""
-    tokens = torch.full((1, cache.n_sink + cache.window), 7, device=cache.length.device)
-    last = torch.tensor([tokens.shape[1] - 1], device=tokens.device)
-    start = time.perf_counter()
-    model(tokens, last=last)[0, 0].argmax().item()
-    return time.perf_counter() - start
-
-
 def decode_at(model: Transformer, cache: KVCache, position: int) -> float:
     cache.length.fill_(position)
     return median_step(lambda: step(model, cache))
+
+
+def prefill_anew(model: Transformer, cache: KVCache, length: int) -> None:
+    cache.reset()
+    prefill(model, cache, [7] * length)[0, 0, 0].item()
+
+
+@torch.no_grad()
+def recompute(model: Transformer, cache: KVCache) -> None:
+    """A token when the whole window is computed anew for it, with no cache at all."""
+    tokens = torch.full((1, cache.n_sink + cache.window), 7, device=cache.length.device)
+    last = torch.tensor([tokens.shape[1] - 1], device=tokens.device)
+    model(tokens, last=last)[0, 0].argmax().item()
+
+
+def bandwidth(buffers: list[torch.Tensor]) -> float:
+    """GB/s: reading on a CPU, the best of three; reading and writing a copy on a GPU."""
+    def run():
+        if buffers[0].is_cuda:
+            buffers[1].copy_(buffers[0])
+            torch.cuda.synchronize()
+        else:
+            buffers[0].sum()
+    return sum(b.nbytes for b in buffers) / min(seconds(run) for _ in range(3)) / 1e9
+
+
+def matmul_rate(a: torch.Tensor) -> float:
+    """TFLOP/s of a square matmul in the model's dtype."""
+    return 2 * len(a) ** 3 / seconds(lambda: (a @ a)[0, 0].item()) / 1e12
 
 
 def speculators(model: Transformer, cache: KVCache, size: int) -> dict[str, Callable[[], float]]:
@@ -172,104 +254,29 @@ def seconds_a_token(model: Transformer, cache: KVCache, speculation=None, length
     cache.reset()
     stream = generate(model, cache, [7] * 32, length + 1, speculation=speculation)
     next(stream)
-    start = time.perf_counter()
-    for _ in stream:
-        pass
-    return (time.perf_counter() - start) / length
+    return seconds(lambda: list(stream)) / length
 
 
-def timed_prefill(model: Transformer, cache: KVCache, length: int) -> float:
-    cache.reset()
-    start = time.perf_counter()
-    prefill(model, cache, [7] * length)[0, 0, 0].item()
-    return time.perf_counter() - start
-
-
-def bandwidth(buffers: list[torch.Tensor]) -> float:
-    """GB/s: reading on a CPU, the best of three; reading and writing a copy on a GPU."""
-    best, source = 0.0, buffers[0]
-    for _ in range(3):
-        start = time.perf_counter()
-        if source.is_cuda:
-            buffers[1].copy_(source)
-            torch.cuda.synchronize()
-        else:
-            source.sum()
-        best = max(best, sum(b.nbytes for b in buffers) / (time.perf_counter() - start) / 1e9)
-    return best
-
-
-def matmul_rate(a: torch.Tensor) -> float:
-    """TFLOP/s of a square matmul in the model's dtype."""
-    start = time.perf_counter()
-    (a @ a)[0, 0].item()
-    return 2 * len(a) ** 3 / (time.perf_counter() - start) / 1e12
-
-
-def peer_transformers(args, config: dict, device, compiled: bool) -> tuple[Callable, Callable]:
-    """(seconds of a 128-token prefill, seconds of a step) of transformers on the same shape."""
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError("--peer needs transformers: pip install transformers") from None
-    settings = {k: v for k, v in config.items() if k != "architectures"}
-    with torch.device(device):
-        model = transformers.LlamaForCausalLM._from_config(
-            transformers.LlamaConfig(**settings), dtype=DTYPES[args.dtype or "bf16"]).eval()
-    cache = (transformers.StaticCache(config=model.config, max_cache_len=512) if compiled
-             else transformers.DynamicCache(config=model.config))
-    mode = "reduce-overhead" if device.type == "cuda" else None
-    forward = torch.compile(model.forward, mode=mode) if compiled else model.forward
-    state = {"position": 128}
-
-    @torch.no_grad()
-    def time_prefill() -> float:
-        tokens = torch.full((1, 128), 7, device=device)
-        start = time.perf_counter()
-        model(tokens, use_cache=True, logits_to_keep=1).logits[0, 0, 0].item()
-        return time.perf_counter() - start
-
-    @torch.no_grad()
-    def one_step() -> None:
-        position = torch.tensor([state["position"]], device=device)
-        token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        forward(token, past_key_values=cache, use_cache=True, cache_position=position,
-                position_ids=position[None]).logits[0, -1].argmax().item()
-        state["position"] = 128 + (state["position"] - 127) % 256
-
-    if not compiled:
-        with torch.no_grad():
-            model(torch.full((1, 128), 7, device=device), past_key_values=cache, use_cache=True)
-    for _ in range(3):
-        one_step()
-    return time_prefill, lambda: median_step(one_step)
-
-
-# ------------------------------------------------------------------------------ in turns
-
-
-def measure(args, model: Transformer, cache: KVCache, config: dict | None) -> dict:
+def measure(args, model: Transformer, cache: KVCache) -> dict[str, list[float]]:
     """Run everything in turns; {name: the rounds' values}, seconds but for the two limits."""
-    device, single = cache.length.device, cache.batch_size == 1
+    device, size = cache.length.device, cache.n_sink + cache.window
     buffers = [torch.zeros(1 << 28, device=device) for _ in range(2 if cache.length.is_cuda else 1)]
     square = torch.ones(2048, 2048, device=device, dtype=model.norm.weight.dtype)
-    size = cache.n_sink + cache.window
     runs = {"decode": lambda: decode_at(model, cache, size),
             "decode_10_windows": lambda: decode_at(model, cache, 10 * size)}
     if args.recompute:
         recompute(model, cache)  # compiles it
-        runs["recompute"] = lambda: recompute(model, cache)
-    if single:
-        runs["prefill_128"] = lambda: timed_prefill(model, cache, 128)
-        if cache.n_sink + cache.window >= 256:
-            runs["prefill_2048"] = lambda: timed_prefill(model, cache, 2048)
-    if args.peer:
-        for name, compiled in (("eager", False), ("compiled", True)):
-            say(f"preparing transformers {name}")
-            time_prefill, time_step = peer_transformers(args, config, device, compiled)
-            runs[f"transformers_{name}_decode"] = time_step
-            if not compiled:
-                runs["transformers_prefill_128"] = time_prefill
+        runs["recompute"] = lambda: seconds(lambda: recompute(model, cache))
+    if cache.batch_size == 1:
+        runs["prefill_128"] = lambda: seconds(lambda: prefill_anew(model, cache, 128))
+        if size >= 256:
+            runs["prefill_2048"] = lambda: seconds(lambda: prefill_anew(model, cache, 2048))
+    for name, compiled in (("eager", False), ("compiled", True)) if args.peer else ():
+        say(f"preparing transformers {name}")
+        their_prefill, their_step = peers.prefill_and_step(*peer_settings(args), compiled)
+        runs[f"transformers_{name}_decode"] = functools.partial(median_step, their_step)
+        if not compiled:
+            runs["transformers_prefill_128"] = functools.partial(seconds, their_prefill)
     if args.speculate:
         say("preparing drafts")
         runs.update(speculators(model, cache, args.speculate))
@@ -285,86 +292,247 @@ def measure(args, model: Transformer, cache: KVCache, config: dict | None) -> di
     return rounds
 
 
-def report(model: Transformer, cache: KVCache, rounds: dict) -> dict:
+def report(model: Transformer, cache: KVCache, rounds: dict[str, list[float]]) -> dict:
     """The figures: medians, and ratios round by round."""
-    def middle(name):
-        return statistics.median(rounds[name])
+    middle = {name: statistics.median(values) for name, values in rounds.items()}
 
-    weights = weight_bytes(model)
+    def ratio(name: str, other: str) -> float:
+        return statistics.median(a / b for a, b in zip(rounds[name], rounds[other]))
+
+    B, weights = cache.batch_size, weight_bytes(model)
     table = 0 if model.config.tied_embeddings else model.embed.weight.nbytes
     read = weights - table + cache.nbytes()  # of the embedding table a step reads one row
-    shares = [read / seconds / 1e9 / limit
-              for seconds, limit in zip(rounds["decode"], rounds["bandwidth"])]
+    shares = [read / t / 1e9 / limit for t, limit in zip(rounds["decode"], rounds["bandwidth"])]
     out = dict(
-        decode_tok_s=cache.batch_size / middle("decode"), decode_GB_s=read / middle("decode") / 1e9,
-        decode_tok_s_spread=[cache.batch_size / max(rounds["decode"]),
-                             cache.batch_size / min(rounds["decode"])],
-        bandwidth_GB_s=middle("bandwidth"), share_of_bandwidth=statistics.median(shares),
-        matmul_TFLOP_s=middle("matmul"), weight_bytes=weights, cache_bytes=cache.nbytes())
-    out["decode_after_10_windows"] = statistics.median(
-        late / early for early, late in zip(rounds["decode"], rounds["decode_10_windows"]))
+        decode_tok_s=B / middle["decode"], decode_GB_s=read / middle["decode"] / 1e9,
+        decode_tok_s_spread=[B / max(rounds["decode"]), B / min(rounds["decode"])],
+        bandwidth_GB_s=middle["bandwidth"], share_of_bandwidth=statistics.median(shares),
+        matmul_TFLOP_s=middle["matmul"], weight_bytes=weights, cache_bytes=cache.nbytes(),
+        decode_after_10_windows=ratio("decode_10_windows", "decode"))
     if "recompute" in rounds:
-        out["recompute_tok_s"] = 1 / middle("recompute")
-        out["over_recompute"] = statistics.median(
-            slow / fast for fast, slow in zip(rounds["decode"], rounds["recompute"]))
-    for name in ("agreeing", "contrary"):
-        if name in rounds:
-            out[f"speculation_{name}_over_plain"] = statistics.median(
-                plain / it for plain, it in zip(rounds["plain"], rounds[name]))
+        out["recompute_tok_s"] = 1 / middle["recompute"]
+        out["over_recompute"] = ratio("recompute", "decode")
+    if "plain" in rounds:
+        for name in ("agreeing", "contrary"):
+            out[f"speculation_{name}_over_plain"] = ratio("plain", name)
     for length in (128, 2048):
         if f"prefill_{length}" in rounds:
-            out[f"prefill_{length}_tok_s"] = length / middle(f"prefill_{length}")
+            out[f"prefill_{length}_tok_s"] = length / middle[f"prefill_{length}"]
     if "prefill_128" in rounds:
-        out["ttft_128_s"] = middle("prefill_128") + middle("decode")
-    for name, theirs in rounds.items():
+        out["ttft_128_s"] = middle["prefill_128"] + middle["decode"]
+    for name in rounds:
         if name.startswith("transformers"):
-            ours = rounds["prefill_128" if "prefill" in name else "decode"]
-            out[name + "_tok_s"] = (128 if "prefill" in name else 1) / statistics.median(theirs)
-            out["over_" + name] = statistics.median(t / o for t, o in zip(theirs, ours))
+            ours, tokens = ("prefill_128", 128) if "prefill" in name else ("decode", 1)
+            out[name + "_tok_s"] = tokens / middle[name]
+            out["over_" + name] = ratio(name, ours)
     return out
+
+
+def compiling(args) -> Callable[[], float]:
+    model = open_model(args)
+    cache = make_cache(model, args.sink, args.window, args.batch)
+    return lambda: compile_all(model, cache)
+
+
+def bench_steps(args, model: Transformer) -> dict:
+    cache = make_cache(model, args.sink, args.window, args.batch)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        say("compiling from nothing, in another process")
+        with apart(compiling, args) as compile_there:
+            cold = compile_there()
+        say("compiling again, from the compile cache")
+        compile_warm_s = compile_all(model, cache)
+        peak = peak_bytes(cache.length.device)
+        figures = report(model, cache, measure(args, model, cache))
+    return dict(**sizes(cache), compile_cold_s=cold, compile_warm_s=compile_warm_s,
+                peak_bytes=peak, **figures)
+
+
+# ------------------------------------------------------------------------------ turns
+
+
+def turn_prompts(args) -> list[list[int]]:
+    """The ids that each turn of a conversation adds, the same whatever the answers were."""
+    tokenizer = Tokenizer(args.checkpoint)  # with a shape, the embedded one
+    turns = from_file(read_prompts(args.turns), args.limit or 20)
+    return [tokenizer.encode(text, bos=n == 0) if raw
+            else tokenizer.next_turn(text) if n else tokenizer.first_turn(text)
+            for n, (text, raw) in enumerate(turns)]
+
+
+def timed_turn(stream: Iterator[int], device: torch.device) -> dict:
+    """Listen to an answer."""
+    start = time.perf_counter()
+    times = [time.perf_counter() - start for _ in stream]
+    return dict(new_tokens=len(times), ttft_s=times[0], seconds=times[-1],
+                peak_bytes=peak_bytes(device))
+
+
+def streaming_talker(args, n_sink: int, window: int) -> Callable[[list[int]], dict]:
+    """The peer in a conversation, for a process of its own, whose memory is then only its own."""
+    config, dtype, device = peer_settings(args)
+    model = peers.streaming_model(config, dtype, device)
+
+    def say_turn(past: list, prompt_ids: list[int], max_new_tokens: int) -> dict:
+        stream = peers.streaming_turn(model, past, prompt_ids, max_new_tokens, n_sink, window)
+        record = timed_turn(stream, device)
+        return dict(record, cache_bytes=sum(k.nbytes + v.nbytes for k, v in past))
+
+    say_turn(peers.streaming_past(model), [7] * 32, 3)  # the first steps of a process are slow
+    past = peers.streaming_past(model)
+    forget_peak(device)
+    return lambda prompt_ids: say_turn(past, prompt_ids, args.max_new_tokens)
+
+
+def conversation(records: list[dict]) -> dict:
+    """The figures of all turns: decoding is what comes after each first token."""
+    waits = sorted(r["ttft_s"] for r in records)
+    total, tokens = sum(r["seconds"] for r in records), sum(r["new_tokens"] for r in records)
+    out = dict(tok_s=tokens / total, decode_tok_s=(tokens - len(records)) / (total - sum(waits)),
+               ttft_p50_s=statistics.median(waits),
+               ttft_p99_s=waits[math.ceil(0.99 * len(waits)) - 1])
+    for name in ("cache_bytes", "peak_bytes"):
+        out.update({f"{name}_first_turn": records[0][name], f"{name}_last_turn": records[-1][name]})
+    return out
+
+
+def bench_turns(args, model: Transformer) -> dict:
+    prompts, cache = turn_prompts(args), make_cache(model, args.sink, args.window)
+    say("compiling")
+    compile_s = compile_all(model, cache)
+
+    def our_turn(prompt_ids: list[int]) -> dict:
+        stream = generate(model, cache, prompt_ids, args.max_new_tokens, ignore_eos=True)
+        return dict(timed_turn(stream, cache.length.device), cache_bytes=cache.nbytes())
+
+    with contextlib.ExitStack() as stack:
+        talkers = {"": our_turn}
+        if args.peer:
+            say("preparing StreamingLLM")
+            talkers["streaming_"] = stack.enter_context(
+                apart(streaming_talker, args, cache.n_sink, cache.window))
+        records = {name: [] for name in talkers}
+        forget_peak(cache.length.device)
+        for n, prompt_ids in enumerate(prompts):
+            for name, talker in talkers.items():
+                records[name].append(talker(prompt_ids))
+            speeds = (f"{r[-1]['new_tokens'] / r[-1]['seconds']:.1f}" for r in records.values())
+            say(f"turn {n + 1} of {len(prompts)}: {' and '.join(speeds)} tok/s")
+    out = dict(**sizes(cache), compile_s=compile_s, turns=len(prompts),
+               prompt_tokens=sum(map(len, prompts)), new_tokens=len(prompts) * args.max_new_tokens)
+    for name in talkers:
+        out.update({name + figure: v for figure, v in conversation(records[name]).items()})
+    for figure in ("tok_s", "decode_tok_s") if args.peer else ():
+        out[f"{figure}_over_streaming"] = out[figure] / out[f"streaming_{figure}"]
+    return out
+
+
+# ------------------------------------------------------------------------------ streams
+
+
+def synthetic(n: int, vocab_size: int) -> tuple[list[list[int]], list[int]]:
+    """Prompts of 10 to 400 tokens, and how many new ones each of them wants, 10 to 200."""
+    numbers = random.Random(0)
+    prompts = [[numbers.randrange(vocab_size) for _ in range(numbers.randint(10, 400))]
+               for _ in range(n)]
+    return prompts, [numbers.randint(10, 200) for _ in range(n)]
+
+
+def listen(events: Iterator[tuple[int, int | None]], n: int) -> None:
+    """Take what generate_batch yields until n more streams have ended."""
+    for _, token_id in events:
+        n -= token_id is None
+        if not n:
+            return
+
+
+def bench_streams(args, model: Transformer) -> dict:
+    prompts, wanted = synthetic(args.streams, model.config.vocab_size)
+    batch = Batch(model, args.batch, args.sink, args.window)
+    say("compiling")
+    compile_s = compile_all(model, batch.staging, batch.cache)
+    list(generate_batch(model, [[0]], max_new_tokens=3, ignore_eos=True, batch=batch))
+    peer = args.peer and peers.static_batches(*peer_settings(args))
+    batch.steps = batch.busy = 0
+    events = generate_batch(model, prompts, max_new_tokens=wanted, ignore_eos=True, batch=batch)
+    ours, theirs = [], []
+    for first in range(0, len(prompts), args.batch):  # in turns: as many streams end here as there
+        some = slice(first, first + args.batch)
+        ours.append(seconds(lambda: listen(events, len(prompts[some]))))
+        if peer:
+            theirs.append(seconds(lambda: peer(prompts[some], max(wanted[some]))))
+        say(f"{len(prompts[:some.stop])} of {len(prompts)} streams")
+    size, rounds = batch.cache.n_sink + batch.cache.window, []
+    for n in range(ROUNDS):
+        say(f"round {n + 1} of {ROUNDS}")
+        rounds.append([decode_at(model, cache, size) for cache in (batch.staging, batch.cache)])
+    out = dict(**sizes(batch.cache), compile_s=compile_s, streams=len(prompts),
+               prompt_tokens=sum(map(len, prompts)), new_tokens=sum(wanted),
+               tok_s=sum(wanted) / sum(ours), steps=batch.steps,
+               rows_busy=batch.busy / (batch.steps * args.batch),
+               single_step_s=statistics.median(one for one, _ in rounds),
+               batch_step_s=statistics.median(many for _, many in rounds),
+               batch_over_single=statistics.median(args.batch * a / b for a, b in rounds))
+    if peer:
+        out["transformers_static_tok_s"] = sum(wanted) / sum(theirs)
+        out["over_transformers_static"] = sum(theirs) / sum(ours)
+    return out
+
+
+# ------------------------------------------------------------------------------ command line
+
+
+def check(args) -> None:
+    """Refuse flags that do not go together."""
+    steps, rows = not (args.turns or args.streams), args.batch or 1
+    for given, together, rule in (
+            (args.turns, not args.streams, "--turns and --streams exclude each other"),
+            (args.limit, args.turns, "--limit goes with --turns"),
+            (args.max_new_tokens, args.turns, "--max-new-tokens goes with --turns"),
+            (args.turns, rows == 1, "--turns goes with one row"),
+            (args.speculate, steps and args.shape and rows == 1 and not args.quantize,
+             "--speculate goes with --shape, one row and no --quantize"),
+            (args.recompute, steps and rows == 1, "--recompute goes with one row"),
+            (args.peer, args.shape and (args.streams or rows == 1),
+             "--peer goes with --shape and one row, or with --shape and --streams"),
+            (args.peer == "streaming", args.turns, "--peer streaming goes with --turns"),
+            (args.peer == "transformers", not args.turns,
+             "--peer transformers does not go with --turns; --peer streaming does")):
+        if given and not together:
+            raise ValueError(rule)
+    args.batch = args.batch or (8 if args.streams else 1)
+    args.max_new_tokens = args.max_new_tokens or 128
 
 
 def main():
     parser = make_parser(__doc__)
-    parser.add_argument("--sink", type=number(int, 0), metavar="S", help="default 4")
-    parser.add_argument("--shape", choices=SHAPES, help="random weights instead of a checkpoint")
-    parser.add_argument("--batch", type=number(int, 1), default=1, metavar="B")
-    parser.add_argument("--peer", choices=["transformers"], help="time it too, in turns with ours")
-    parser.add_argument("--recompute", action="store_true",
-                        help="time the sliding window with recomputation too")
-    parser.add_argument("--speculate", type=number(int, 1), metavar="K",
-                        help="time speculation at its best (K proposals, all accepted) and worst")
+    add = parser.add_argument
+    add("--sink", type=number(int, 0), metavar="S", help="default 4")
+    add("--shape", choices=SHAPES, help="random weights instead of a checkpoint")
+    add("--batch", type=number(int, 1), metavar="B", help="default 1, with --streams 8")
+    add("--peer", choices=["transformers", "streaming"], help="time it too, in turns with ours")
+    add("--recompute", action="store_true", help="time the sliding window with recomputation too")
+    add("--speculate", type=number(int, 1), metavar="K",
+        help="time speculation at its best (K proposals, all accepted) and worst")
+    add("--turns", metavar="FILE", help="time an endless conversation of a prompts file's turns")
+    add("--limit", type=number(int, 1), metavar="N", help="first N turns only; default 20")
+    add("--max-new-tokens", type=number(int, 2), metavar="M", help="tokens a turn; default 128")
+    add("--streams", type=number(int, 1), metavar="N",
+        help="time continuous batching of N synthetic prompts")
     args = parser.parse_args()
     with user_errors(parser):
-        if args.speculate and (not args.shape or args.batch > 1 or args.quantize):
-            raise ValueError("--speculate goes with --shape, one row and no --quantize")
-        if args.recompute and args.batch > 1:
-            raise ValueError("--recompute goes with one row")
-        if args.peer and (not args.shape or args.batch > 1):
-            raise ValueError("--peer goes with --shape and one row")
-        model, cache, load_s = open_model(args)
-        with tempfile.TemporaryDirectory() as folder:
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-            say("compiling from nothing, in another process")
-            spawn = multiprocessing.get_context("spawn")
-            results = spawn.Queue()
-            process = spawn.Process(target=compile_cold, args=(args, results))
-            process.start()
-            process.join()
-            if process.exitcode:
-                raise ValueError("the compiling process failed, see above")
-            cold = results.get()
-            say("compiling again, from the compile cache")
-            compile_warm_s = compile_all(model, cache)
-            peak = (torch.cuda.max_memory_allocated() if cache.length.is_cuda
-                    else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-            config = shape_config(args.shape) if args.shape else None
-            figures = report(model, cache, measure(args, model, cache, config))
-    figures = dict(model=args.shape or str(args.checkpoint), device=str(cache.length.device),
+        check(args)
+        start = time.perf_counter()
+        model = open_model(args)
+        load_s = time.perf_counter() - start
+        bench = bench_turns if args.turns else bench_streams if args.streams else bench_steps
+        figures = bench(args, model)
+    weight = model.norm.weight
+    figures = dict(model=args.shape or str(args.checkpoint), device=str(weight.device),
                    torch=torch.__version__, threads=torch.get_num_threads(),
-                   dtype=str(model.norm.weight.dtype), quantize=args.quantize, sink=cache.n_sink,
-                   window=cache.window, batch=args.batch, load_s=None if args.shape else load_s,
-                   compile_cold_s=cold, compile_warm_s=compile_warm_s, peak_bytes=peak, **figures)
+                   dtype=str(weight.dtype), quantize=args.quantize,
+                   load_s=None if args.shape else load_s, **figures)
     if args.json:
         print(json.dumps(figures))
         return

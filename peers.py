@@ -1,0 +1,161 @@
+"""Other people's ways to run the same model, for bench.py to time beside ours.
+
+On transformers' own Llama modules, with random weights: a step and a prefill, eager and compiled;
+StreamingLLM (Xiao et al., 2023) the way its authors run it; and static batches. All of them run in
+the dtype that ours does; only the compiled step is compiled.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+
+def llama(config: dict, dtype: torch.dtype, device: torch.device):
+    """transformers' model for the settings of a config.json."""
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("--peer needs transformers: pip install transformers") from None
+    settings = {k: v for k, v in config.items() if k != "architectures"}
+    with torch.device(device):
+        return transformers.LlamaForCausalLM._from_config(
+            transformers.LlamaConfig(**settings), dtype=dtype).eval()
+
+
+def prefill_and_step(config: dict, dtype: torch.dtype, device: torch.device,
+                     compiled: bool) -> tuple[Callable, Callable]:
+    """To be timed: a prefill of 128 tokens into no cache, and a decode step."""
+    from transformers import DynamicCache, StaticCache
+    model = llama(config, dtype, device)
+    cache = (StaticCache(config=model.config, max_cache_len=512) if compiled
+             else DynamicCache(config=model.config))
+    mode = "reduce-overhead" if device.type == "cuda" else None
+    forward = torch.compile(model.forward, mode=mode) if compiled else model.forward
+    prompt, state = torch.full((1, 128), 7, device=device), {"position": 128}
+
+    @torch.no_grad()
+    def prefill() -> None:
+        model(prompt, use_cache=True, logits_to_keep=1).logits[0, 0, 0].item()
+
+    @torch.no_grad()
+    def step() -> None:
+        position = torch.tensor([state["position"]], device=device)
+        token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        forward(token, past_key_values=cache, use_cache=True, cache_position=position,
+                position_ids=position[None]).logits[0, -1].argmax().item()
+        state["position"] = 128 + (state["position"] - 127) % 256
+
+    if not compiled:
+        with torch.no_grad():
+            model(prompt, past_key_values=cache, use_cache=True)
+    for _ in range(3):
+        step()
+    return prefill, step
+
+
+# ------------------------------------------------------------------------------ StreamingLLM
+
+# As in the paper's own implementation, on which the speed depends: keys are kept un-rotated; each
+# token is appended with cat; every key is rotated anew at every token, at its place in the cache;
+# and what is evicted is cut out with cat. (Its loop over the layers is written out here, which
+# spares it the work that transformers does around one, and the angles are made once for all.)
+
+
+def streaming_model(config: dict, dtype: torch.dtype, device: torch.device):
+    """A Llama whose attention reads and extends a `streaming_past`."""
+    model = llama(config, dtype, device)
+    for layer in model.model.layers:
+        layer.self_attn.forward = types.MethodType(streaming_attention, layer.self_attn)
+    return model
+
+
+def streaming_past(model) -> list[tuple[Tensor, Tensor]]:
+    """Of every layer, the un-rotated keys and the values, (1, kv_heads, n, D) each; n is 0 yet."""
+    config, weight = model.config, model.lm_head.weight
+    empty = weight.new_zeros(1, config.num_key_value_heads, 0, config.head_dim)
+    return [(empty, empty)] * config.num_hidden_layers
+
+
+def streaming_attention(self, hidden_states: Tensor, past_key_values: list,
+                        position_embeddings: tuple[Tensor, Tensor], attention_mask: Tensor | None,
+                        **_) -> tuple[Tensor, None]:
+    """In place of LlamaAttention.forward: T new tokens see all n in the cache, their own included.
+
+    position_embeddings are of the places 0 .. n - 1."""
+    from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
+    B, T, _ = hidden_states.shape
+    q, k, v = (project(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
+               for project in (self.q_proj, self.k_proj, self.v_proj))  # (B, heads, T, D)
+    past_k, past_v = past_key_values[self.layer_idx]
+    k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)  # (B, kv_heads, n, D)
+    past_key_values[self.layer_idx] = k, v
+    cos, sin = position_embeddings  # (1, n, D)
+    q = q * cos[:, -T:] + rotate_half(q) * sin[:, -T:]
+    k = k * cos + rotate_half(k) * sin
+    y, _ = eager_attention_forward(self, q, k, v, attention_mask, self.scaling)
+    return self.o_proj(y.reshape(B, T, -1)), None
+
+
+@torch.no_grad()
+def streaming_forward(model, past: list, tokens: Tensor) -> Tensor:
+    """Logits (1, 1, V) after tokens (1, T), which join the past."""
+    T, n = tokens.shape[1], past[0][0].shape[2] + tokens.shape[1]
+    x = model.model.embed_tokens(tokens)  # (1, T, dim)
+    angles = model.model.rotary_emb(x, torch.arange(n, device=x.device)[None])
+    mask = None
+    if T > 1:
+        mask = torch.full((T, n), -torch.inf, dtype=x.dtype, device=x.device).triu(n - T + 1)
+    for layer in model.model.layers:
+        x = layer(x, attention_mask=mask, past_key_values=past, position_embeddings=angles)
+    return model.lm_head(model.model.norm(x[:, -1:]))
+
+
+def evict(past: list, n_sink: int, recent: int, coming: int = 0) -> None:
+    """Keep the sinks and the latest `recent` tokens, fewer where room is made for coming ones."""
+    n = past[0][0].shape[2]
+    if n + coming <= n_sink + recent:
+        return
+    start = min(n, max(n_sink, n - recent + coming))
+    for i, layer in enumerate(past):
+        past[i] = tuple(torch.cat([x[:, :, :n_sink], x[:, :, start:]], dim=2) for x in layer)
+
+
+def streaming_turn(model, past: list, prompt_ids: list[int], max_new_tokens: int, n_sink: int,
+                   window: int) -> Iterator[int]:
+    """Yield a greedy answer. Room for the prompt and for all of the answer is made at once, then
+    the prompt is one forward and each token another. A query sees itself besides the recent."""
+    evict(past, n_sink, window - 1, len(prompt_ids) + max_new_tokens)
+    tokens = torch.tensor([prompt_ids], device=model.device)
+    for _ in range(max_new_tokens):
+        tokens = streaming_forward(model, past, tokens).argmax(-1)  # (1, 1)
+        evict(past, n_sink, window - 1)  # a turn may be longer than the room
+        yield tokens.item()
+
+
+# ------------------------------------------------------------------------------ static batches
+
+
+def static_batches(config: dict, dtype: torch.dtype,
+                   device: torch.device) -> Callable[[list[list[int]], int], None]:
+    """To be timed: model.generate of prompts side by side, padded on the left, for as many tokens
+    as the longest of their answers has."""
+    model = llama(config, dtype, device)
+    model.generation_config.eos_token_id = None  # random weights say it at random
+
+    def run(prompts: list[list[int]], max_new_tokens: int) -> None:
+        longest = max(map(len, prompts))
+        tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
+        mask = torch.zeros_like(tokens)
+        for row, prompt_ids in enumerate(prompts):
+            tokens[row, longest - len(prompt_ids):] = torch.tensor(prompt_ids)
+            mask[row, longest - len(prompt_ids):] = 1
+        ids = model.generate(tokens.to(device), attention_mask=mask.to(device), pad_token_id=0,
+                             max_new_tokens=max_new_tokens, do_sample=False)
+        assert len(ids[0].tolist()) == longest + max_new_tokens
+
+    run([[7] * 32], 3)
+    return run

@@ -1,0 +1,120 @@
+"""What bench.py measures of a tiny model: that the figures are there and belong together. Nothing
+is compiled here, and peers run in this process."""
+
+import contextlib
+import json
+
+import pytest
+import torch
+
+import bench
+from helpers import run
+from test_chat import write_turns
+from test_errors import refused
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Small, nothing compiled, few rounds."""
+    monkeypatch.setitem(bench.SHAPES, "small", (32, 2, 4, 2, 48, 4096, 256, True))
+    monkeypatch.setattr("bench.compile_step", lambda model, device: None)
+    monkeypatch.setattr("bench.STEPS", 2)
+    monkeypatch.setattr("bench.ROUNDS", 2)
+    monkeypatch.setattr("bench.apart", lambda make, *args: contextlib.nullcontext(make(*args)))
+    torch.manual_seed(0)
+
+
+def figures(*argv):
+    status, out, err = run("bench", *argv, "--json", "--device", "cpu")
+    assert status == 0, err
+    return json.loads(out)
+
+
+@pytest.mark.parametrize("argv, naming", [
+    (["--turns", "f", "--streams", "3"], ["--turns", "--streams"]), (["--limit", "3"], ["--turns"]),
+    (["--max-new-tokens", "3"], ["--turns"]), (["--turns", "f", "--max-new-tokens", "1"], ["2"]),
+    (["--turns", "f", "--batch", "2"], ["--turns", "one row"]), (["--streams", "0"], ["--streams"]),
+    (["--turns", "/no/such.jsonl"], ["/no/such.jsonl"]),
+    (["--shape", "1.1b", "--peer", "streaming"], ["--peer streaming", "--turns"]),
+    (["--shape", "1.1b", "--peer", "streaming", "--streams", "3"], ["--peer streaming", "--turns"]),
+    (["--shape", "1.1b", "--peer", "transformers", "--turns", "f"], ["--peer", "--turns"]),
+    (["--peer", "streaming", "--turns", "f"], ["--peer", "--shape"]),
+    (["--shape", "1.1b", "--peer", "transformers", "--batch", "2"], ["--peer", "one row"]),
+    (["--shape", "1.1b", "--turns", "f", "--recompute"], ["--recompute"]),
+    (["--shape", "1.1b", "--streams", "3", "--speculate", "3"], ["--speculate"])])
+def test_flags_that_do_not_go_together(argv, naming):
+    refused("bench", *argv, naming=naming)
+
+
+def test_steps_beside_everything(quick, monkeypatch):
+    monkeypatch.setattr("torch.compile", lambda function, **_: function)
+    monkeypatch.setattr("bench.bandwidth", lambda buffers: 1.0)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    out = figures("--shape", "small", "--window", 252, "--peer", "transformers", "--recompute",
+                  "--speculate", 3)
+    assert out["bandwidth_GB_s"] == 1 and out["decode_tok_s"] > 0 < out["prefill_2048_tok_s"]
+    for peer in ("recompute", "transformers_eager_decode", "transformers_compiled_decode",
+                 "transformers_prefill_128"):
+        assert out[f"{peer}_tok_s"] > 0 < out[f"over_{peer}"]
+    assert out["speculation_agreeing_over_plain"] > 0 < out["speculation_contrary_over_plain"]
+
+
+def test_a_conversation_beside_streaming_llm(quick, tmp_path):
+    turns = write_turns(tmp_path / "turns.jsonl", 8)
+    out = figures("--shape", "small", "--turns", turns, "--limit", 6, "--max-new-tokens", 10,
+                  "--window", 60, "--peer", "streaming")
+    assert (out["turns"], out["new_tokens"], out["sink"], out["window"]) == (6, 60, 4, 60)
+    for who in ("", "streaming_"):
+        assert out[who + "decode_tok_s"] > 0 < out[who + "ttft_p50_s"] <= out[who + "ttft_p99_s"]
+        assert out[who + "peak_bytes_first_turn"] <= out[who + "peak_bytes_last_turn"]
+    assert out["cache_bytes_first_turn"] == out["cache_bytes_last_turn"]
+    token = 2 * 2 * 2 * 8 * 2  # K and V, layers, KV heads, head size, bytes
+    assert out["streaming_cache_bytes_last_turn"] <= 63 * token
+    assert out["tok_s_over_streaming"] == out["tok_s"] / out["streaming_tok_s"]
+
+
+def test_a_conversation_of_a_checkpoint(quick, tmp_path):
+    turns = tmp_path / "raw.jsonl"
+    turns.write_text('{"prompt": "A cat"}\n{"prompt": "and a dog"}\n')
+    out = figures("--turns", turns, "--max-new-tokens", 2)
+    assert (out["turns"], out["new_tokens"]) == (2, 4) and "tok_s_over_streaming" not in out
+
+
+def test_streams_beside_static_batches(quick, monkeypatch):
+    monkeypatch.setattr("bench.synthetic", lambda n, vocab: ([[7] * (3 + i) for i in range(n)],
+                                                             [3 + 5 * (i % 2) for i in range(n)]))
+    out = figures("--shape", "small", "--streams", 5, "--batch", 2, "--peer", "transformers")
+    assert (out["streams"], out["batch"], out["new_tokens"]) == (5, 2, 3 * 3 + 2 * 8)
+    assert out["steps"] >= 13 and 0.5 < out["rows_busy"] <= 1
+    assert out["over_transformers_static"] == pytest.approx(
+        out["tok_s"] / out["transformers_static_tok_s"])
+    assert out["batch_over_single"] > 0
+
+
+def test_synthetic_prompts_are_the_same_every_time():
+    prompts, wanted = bench.synthetic(64, 1000)
+    assert bench.synthetic(64, 1000) == (prompts, wanted)
+    assert 10 <= min(map(len, prompts)) < 50 and 350 < max(map(len, prompts)) <= 400
+    assert 10 <= min(wanted) < 30 and 170 < max(wanted) <= 200
+    assert 0 <= min(map(min, prompts)) and max(map(max, prompts)) < 1000
+
+
+def counter(start):
+    held = [start]
+
+    def add(n):
+        if n < 0:
+            raise ValueError(f"{n} is negative")
+        held[0] += n
+        return held[0]
+
+    return add
+
+
+def test_a_function_in_a_process_of_its_own():
+    with bench.apart(counter, 5) as add:
+        assert [add(1), add(2)] == [6, 8]
+        with pytest.raises(ValueError, match="-1 is negative"):
+            add(-1)
+    with pytest.raises(ValueError, match="invalid literal"), bench.apart(int, "x"):
+        pass
