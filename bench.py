@@ -91,9 +91,10 @@ def open_model(args) -> Transformer:
                         quantization_of({}, args.quantize, args.group_size, args.shape))
 
 
-def peer_settings(args) -> tuple[dict, torch.dtype, torch.device]:
-    """What peers.py makes a model of."""
-    return shape_config(args.shape), DTYPES[args.dtype or "bf16"], check_device(args.device)
+def peer_settings(args) -> tuple:
+    """What peers.py makes a model of: settings, dtype, device."""
+    config = shape_config(args.shape) if args.shape else None
+    return config, DTYPES[args.dtype or "bf16"], check_device(args.device)
 
 
 def compile_all(model: Transformer, *caches: KVCache) -> float:
@@ -176,6 +177,16 @@ def serve(pipe, make: Callable[..., Callable], args: tuple) -> None:
                 pipe.send(function(*pipe.recv()))
         except (ValueError, torch.OutOfMemoryError) as error:
             pipe.send(error)
+
+
+def beside(args, make: Callable[..., Callable], *peer_args):
+    """The peer, if one is asked for, apart: the memory that it takes is then only its own, and
+    importing transformers does not make ours compile again (it registers pytree nodes, which
+    every graph has a guard on)."""
+    if not args.peer:
+        return contextlib.nullcontext()
+    say(f"preparing {args.peer}")
+    return apart(make, *peer_args)
 
 
 # ------------------------------------------------------------------------------ steps
@@ -370,7 +381,7 @@ def timed_turn(stream: Iterator[int], device: torch.device) -> dict:
 
 
 def streaming_talker(args, n_sink: int, window: int) -> Callable[[list[int]], dict]:
-    """The peer in a conversation, for a process of its own, whose memory is then only its own."""
+    """The peer in a conversation."""
     config, dtype, device = peer_settings(args)
     model = peers.streaming_model(config, dtype, device)
 
@@ -406,12 +417,8 @@ def bench_turns(args, model: Transformer) -> dict:
         stream = generate(model, cache, prompt_ids, args.max_new_tokens, ignore_eos=True)
         return dict(timed_turn(stream, cache.length.device), cache_bytes=cache.nbytes())
 
-    with contextlib.ExitStack() as stack:
-        talkers = {"": our_turn}
-        if args.peer:
-            say("preparing StreamingLLM")
-            talkers["streaming_"] = stack.enter_context(
-                apart(streaming_talker, args, cache.n_sink, cache.window))
+    with beside(args, streaming_talker, args, cache.n_sink, cache.window) as peer:
+        talkers = {"": our_turn, **({"streaming_": peer} if peer else {})}
         records = {name: [] for name in talkers}
         forget_peak(cache.length.device)
         for n, prompt_ids in enumerate(prompts):
@@ -453,16 +460,16 @@ def bench_streams(args, model: Transformer) -> dict:
     say("compiling")
     compile_s = compile_all(model, batch.staging, batch.cache)
     list(generate_batch(model, [[0]], max_new_tokens=3, ignore_eos=True, batch=batch))
-    peer = args.peer and peers.static_batches(*peer_settings(args))
     batch.steps = batch.busy = 0
     events = generate_batch(model, prompts, max_new_tokens=wanted, ignore_eos=True, batch=batch)
     ours, theirs = [], []
-    for first in range(0, len(prompts), args.batch):  # in turns: as many streams end here as there
-        some = slice(first, first + args.batch)
-        ours.append(seconds(lambda: listen(events, len(prompts[some]))))
-        if peer:
-            theirs.append(seconds(lambda: peer(prompts[some], max(wanted[some]))))
-        say(f"{len(prompts[:some.stop])} of {len(prompts)} streams")
+    with beside(args, peers.static_batches, *peer_settings(args)) as peer:
+        for first in range(0, len(prompts), args.batch):  # in turns: as many end here as there
+            some = slice(first, first + args.batch)
+            ours.append(seconds(lambda: listen(events, len(prompts[some]))))
+            if peer:
+                theirs.append(seconds(lambda: peer(prompts[some], max(wanted[some]))))
+            say(f"{len(prompts[:some.stop])} of {len(prompts)} streams")
     size, rounds = batch.cache.n_sink + batch.cache.window, []
     for n in range(ROUNDS):
         say(f"round {n + 1} of {ROUNDS}")
@@ -474,7 +481,7 @@ def bench_streams(args, model: Transformer) -> dict:
                single_step_s=statistics.median(one for one, _ in rounds),
                batch_step_s=statistics.median(many for _, many in rounds),
                batch_over_single=statistics.median(args.batch * a / b for a, b in rounds))
-    if peer:
+    if theirs:
         out["transformers_static_tok_s"] = sum(wanted) / sum(theirs)
         out["over_transformers_static"] = sum(theirs) / sum(ours)
     return out
