@@ -93,7 +93,7 @@ def of_the_compiled() -> dict[str, torch.Tensor]:
 def of_the_programs(folder: Path) -> dict[str, torch.Tensor]:
     """What the programs print, as bytes."""
     runs = {"generate": run("generate", *QUICK, "--draft", DRAFT),
-            "chat": run("chat", *QUICK, "--lookup", stdin="Hello there\nAnd you?\n/save x\n"),
+            "chat": run("chat", *QUICK, "--lookup", stdin=f"Hello\nAnd you?\n/save {folder}/s\n"),
             "batch": run("batch", *QUICK, "--batch", 3, "--prompts", folder / "prompts.jsonl"),
             "cuda": run("generate", "--device", "cuda:0"),
             "session": run("chat", *QUICK, "--save-session", folder / "s")}
