@@ -27,6 +27,7 @@ from generate import (Transcript, get_ready, make_cache, open_model, prefill_chu
 from model import Transformer
 from sample import sample
 from tokenizer import Tokenizer
+from tp import agree
 
 
 @dataclass
@@ -185,7 +186,7 @@ def main():
                 raise ValueError(f"--{flag} works on one stream, and batch.py has many")
         entries = read_prompts(args.prompts)[:args.limit]
         model, tokenizer = open_model(args)
-        prompts = [opening(tokenizer, entry) for entry in entries]
+        prompts = agree([opening(tokenizer, entry) for entry in entries])
         batch = Batch(model, args.batch, args.sink, args.window)
         generator = get_ready(model, batch.staging, args)
         if args.compile:  # the step of all rows, as often as generate.warm runs the others

@@ -26,7 +26,8 @@ from pathlib import Path
 
 from cli import (add_generation, check_text, figures, make_parser, number, read_prompts, say, show,
                  user_errors)
-from generate import answer, get_ready, make_cache, open_model, open_speculation, prefill
+from generate import (answer, check_ids, get_ready, make_cache, open_model, open_speculation,
+                      prefill)
 from kv_cache import KVCache
 from model import Transformer
 from session import check_target, load_session, save_session
@@ -43,16 +44,16 @@ HELP = ("/reset forgets everything, /save FILE keeps the conversation, /load FIL
 
 def typed() -> Iterator[str]:
     """Lines from the terminal, or from a pipe. Under torchrun rank 0 reads them for all."""
-    terminal = sys.stdin.isatty()
+    terminal = sys.stdin is not None and sys.stdin.isatty()
     if terminal:
-        say(HELP)
+        say(HELP if n_ranks() == 1 else "/reset forgets everything, /quit leaves, Ctrl-C ends all")
     prompt, line = "> " if terminal and sys.stdout.isatty() else "", ""
     while line != "/quit":
         if line:
             yield line
         try:
             line = tell_all(input(prompt).strip() if rank() == 0 else "")
-        except EOFError:
+        except (EOFError, RuntimeError):  # the latter where stdin is closed
             line = tell_all("/quit")
         except KeyboardInterrupt:
             say(f"\n{HELP}")
@@ -78,7 +79,7 @@ class Conversation:
     last_id: int | None = None  # the last token of the latest answer
 
     def caches(self) -> dict[str, tuple[Transformer, KVCache]]:
-        """As kv_cache.save_session takes them."""
+        """As session.save_session takes them."""
         caches = {"model": (self.model, self.cache)}
         if self.speculation and self.speculation.draft:
             caches["draft"] = self.speculation.draft, self.speculation.cache
@@ -110,8 +111,10 @@ def save(path: str | Path, talk: Conversation) -> None:
             raise ValueError(f"{path}: not written, since nothing has been said yet")
         ids = talk.tokenizer.encode(talk.tokenizer.system_turn(talk.system))
         prefill(talk.model, talk.cache, ids, talk.speculation)
-    unread = talk.speculation.unread if talk.speculation else []
-    save_session(path, talk.caches(), system=talk.system, last_id=talk.last_id, unread=unread)
+    unread, caches = talk.speculation.unread if talk.speculation else [], talk.caches()
+    if talk.speculation and not (talk.speculation.fixed or talk.speculation.size):
+        caches.pop("draft", None)  # it has not read along since speculation stopped
+    save_session(path, caches, system=talk.system, last_id=talk.last_id, unread=unread)
     say(f"saved {path}: {int(talk.cache.length)} tokens so far")
 
 
@@ -120,7 +123,7 @@ def load(path: str | Path, talk: Conversation) -> None:
     facts = load_session(path, talk.caches(), system=talk.system)
     talk.last_id = facts.get("last_id")
     if talk.speculation:
-        talk.speculation.unread = facts.get("unread") or []
+        talk.speculation.begin(facts.get("unread") or [])
     say(f"loaded {path}: {int(talk.cache.length)} tokens so far")
     if not all(cache.length.any() for _, cache in talk.caches().values()):
         say("the draft begins anew: the session holds none like it")
@@ -194,6 +197,7 @@ def main():
                 say(f"\n> {text}")
             try:
                 ids = turn_ids(talk, check_text("the turn", text), raw)
+                check_ids(model, ids)
             except ValueError as error:
                 if turns:
                     raise

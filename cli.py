@@ -84,15 +84,24 @@ def user_errors(parser: argparse.ArgumentParser):
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        if tp.rank() == 0 or not isinstance(error, ValueError):  # those are the same on every rank
-            sys.stderr.write(f"{parser.prog}: error: {str(error).splitlines()[0]}\n")
+        if tp.local_rank() == 0 or not isinstance(error, ValueError):  # once a machine
+            fail(parser, str(error))
+        sys.exit(2)
+    except MemoryError:
+        fail(parser, "out of memory")
         sys.exit(2)
     except RuntimeError as error:
+        if "allocate memory" in str(error):  # of a CPU
+            fail(parser, str(error).partition("] . ")[2] or str(error))
+            sys.exit(2)
         if tp.n_ranks() == 1:
             raise
-        sys.stderr.write(f"{parser.prog}: error: rank {tp.rank()}: a process was lost, or failed: "
-                         f"{str(error).splitlines()[0]}\n")
+        fail(parser, f"rank {tp.rank()}: a process was lost, or failed: {error}")
         sys.exit(1)
+
+
+def fail(parser: argparse.ArgumentParser, message: str) -> None:
+    sys.stderr.write(f"{parser.prog}: error: {(message.splitlines() or ['no reason given'])[0]}\n")
 
 
 def check_text(source: str, text: str) -> str:

@@ -27,6 +27,7 @@ from model import ModelConfig, Transformer
 from sample import sample
 from speculate import Speculation, speculate
 from tokenizer import Tokenizer, stop_at
+from tp import agree
 
 SMALL_CHUNK, LARGE_CHUNK = 32, 128  # tokens of a prefill step; the small one is for short turns
 DEFAULT_PROMPT = "It was a dark and stormy night, and"
@@ -79,10 +80,7 @@ def prefill_chunks(model: Transformer, cache: KVCache,
 
     Any length is cut into chunks of two fixed sizes. The last one is padded, and the padding
     un-written."""
-    if not prompt_ids:
-        raise ValueError("the prompt is empty")
-    if min(prompt_ids) < 0 or max(prompt_ids) >= model.config.vocab_size:
-        raise ValueError(f"the prompt has token ids outside 0 to {model.config.vocab_size - 1}")
+    check_ids(model, prompt_ids)
     large, small = min(LARGE_CHUNK, cache.max_chunk), min(SMALL_CHUNK, cache.max_chunk)
     done, fresh = 0, not cache.length.any()
     while done < len(prompt_ids):
@@ -98,6 +96,14 @@ def prefill_chunks(model: Transformer, cache: KVCache,
             cache.rollback(size - len(chunk))
         done += size
         yield logits if done >= len(prompt_ids) else None
+
+
+def check_ids(model: Transformer, prompt_ids: list[int]) -> None:
+    """Raises ValueError unless there are any and all are in the vocabulary."""
+    if not prompt_ids:
+        raise ValueError("the prompt is empty")
+    if min(prompt_ids) < 0 or max(prompt_ids) >= model.config.vocab_size:
+        raise ValueError(f"the prompt has token ids outside 0 to {model.config.vocab_size - 1}")
 
 
 def start_reading(tokens: Tensor) -> Callable[[], list[int]]:
@@ -228,6 +234,7 @@ def answer(model: Transformer, cache: KVCache, tokenizer: Tokenizer, prompt_ids:
 
     args are a program's (cli.make_parser). Returns the figures that --json prints. Ctrl-C ends the
     answer, and what was said by then is kept, as finish_reason "interrupt"."""
+    prompt_ids = agree(prompt_ids)
     before = speculation and (speculation.rounds, speculation.proposed, speculation.accepted)
     with hold_interrupt() as interrupted:
         transcript = Transcript(tokenizer, len(prompt_ids), args, emit)
@@ -251,8 +258,10 @@ def answer(model: Transformer, cache: KVCache, tokenizer: Tokenizer, prompt_ids:
 
 
 def weight_bytes(model: Transformer) -> int:
-    tensors = model.state_dict(keep_vars=True).values()
-    return sum({id(t): t.nbytes for t in tensors}.values())
+    """Of this process. A tied output projection is the embedding, unless it was laid out anew."""
+    tied = model.config.tied_embeddings and not getattr(model.output, "packed", False)
+    return sum(tensor.nbytes for name, tensor in model.state_dict(keep_vars=True).items()
+               if not (tied and name.startswith("output.")))
 
 
 def sampling(args) -> dict:

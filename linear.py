@@ -1,4 +1,4 @@
-"""y = x W^T + b, with W in bf16 or float32, int8 or int4, as each device reads it fastest.
+"""y = x W^T + b, with W in floating point, int8 or int4, as each device reads it fastest.
 
 One token at a time, a model is as fast as its weights are read, so this is what there is to be fast
 at. A GPU's libraries and compiler do it by themselves; most of this file is about CPUs.
@@ -94,9 +94,11 @@ class Linear(nn.Linear):
     def pack(self) -> None:
         """Lay W out as oneDNN likes it, where there is oneDNN. It then reads W at the speed of the
         memory for one token and, what a layout in rows does not allow, for eight."""
-        supported = self.weight.dtype == torch.float32 or (
-            self.weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        if torch.backends.mkldnn.is_available() and supported and not self.packed:
+        if self.packed or not torch.backends.mkldnn.is_available():
+            return
+        dtype = self.weight.dtype
+        if dtype == torch.float32 or (
+                dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
             packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data, None)
             self.weight, self.packed = nn.Parameter(packed, requires_grad=False), True
 
@@ -163,7 +165,9 @@ class Int4Linear(nn.Module):
         self.register_buffer("scales_and_zeros", both.to(dtype).contiguous())
         if self.weight.is_cuda:  # wants the even column in the high four bits
             swapped = self.weight << 4 | self.weight >> 4
-            self.weight = torch._convert_weight_to_int4pack(swapped, 8)
+            K = 2 * self.weight.shape[1]
+            tiles = next(tiles for tiles in (8, 4, 2) if K % (16 * tiles) == 0)
+            self.weight = torch._convert_weight_to_int4pack(swapped, tiles)
         else:
             nibbles = torch.stack([self.weight & 15, self.weight >> 4], dim=-1).flatten(1)
             self.weight = torch._convert_weight_to_int4pack_for_cpu(nibbles.int(), 1)

@@ -41,6 +41,9 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
                               quantization if quantize else None, device)
         # A file may mix dtypes: the embedding's counts, or if it is quantized, the last norm's.
         dtype = dtype or weights["norm.weight" if quantization else "embed.weight"].dtype
+        if (quantization or {}).get("mode") == "int4" and device.type == "cuda" and (
+                dtype != torch.bfloat16):
+            raise ValueError(f"int4 on a GPU computes in bf16, not {dtype}; give --dtype bf16")
         for name, tensor in weights.items():
             if tensor.is_floating_point() and not name.endswith(".scale"):
                 weights[name] = tensor.to(dtype)
@@ -51,8 +54,8 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
         model.fingerprint = fingerprint(config, dtype, quantization, weights)
         finish(model, weights, device)
         del weights  # compiling lays them out anew
-    if compile:
-        compile_step(model, device)
+        if compile:
+            compile_step(model, device)
     return model, tokenizer
 
 

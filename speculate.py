@@ -45,9 +45,13 @@ class Speculation:
     proposed: int = 0
     accepted: int = 0
 
+    def begin(self, unread: list[int]) -> None:
+        """Start anew on a conversation of which the draft's cache holds all but `unread`."""
+        self.unread, self.history, self.size, self.trial = unread, array("q"), SIZES[-1], [0, 0]
+
     def reset(self) -> None:
         """Forget the conversation."""
-        self.unread, self.history = [], array("q")
+        self.begin([])
         if self.cache:
             self.cache.reset()
 
@@ -156,7 +160,7 @@ def speculate(model: Transformer, cache: KVCache, token: Tensor, max_new_tokens:
             n, following = verify(p, q, proposals[0], temperature, generator)
             decided = in_step(torch.cat([n, following, proposals[0]]))
             following = decided[1:2]
-            n, _, *ids = decided.tolist()  # the one wait of a round
+            n, _, *ids = decided.tolist()  # the host decides once a round
             forget(cache, speculation, size - n)
             speculation.count(size, n)
             run, token = [token_id, *ids[:n]], following[None]

@@ -8,7 +8,7 @@ traffic within it. The output projection is sliced by vocabulary and its logits 
 embedding is whole on every rank: a step reads one row of it, and slicing would cost another sum.
 
 NCCL carries what is on GPUs, gloo what is on CPUs. Where the processes are is torchrun's business:
-RANK, WORLD_SIZE and LOCAL_RANK are all that is read here, so several machines work as one does.
+nothing is read here but its environment variables, so several machines work as one does.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import json
 import os
 import signal
 
@@ -31,6 +32,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def local_rank() -> int:
+    """The number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
 def n_ranks() -> int:
     """How many processes share the model; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
@@ -40,8 +46,9 @@ def n_ranks() -> int:
 
 
 def start(device: str | None) -> str | None:
-    """Meet the other ranks, once; the device of this one. Raises ValueError when this machine has
-    fewer GPUs than ranks."""
+    """Meet the other ranks, once; the device of this one. From then on rank 0 alone writes to
+    stdout, and Ctrl-C ends the process. Raises ValueError when this machine has fewer GPUs than
+    ranks."""
     if n_ranks() == 1:
         return device
     on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
@@ -49,16 +56,17 @@ def start(device: str | None) -> str | None:
         if device not in (None, "cuda"):
             raise ValueError(f"device {device!r}: under torchrun it is cpu or cuda, and each "
                              "process takes the GPU of its own number")
-        wanted, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        wanted, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if there < wanted:
             raise ValueError(f"device 'cuda': {wanted} processes on this machine need a GPU each, "
                              f"and this PyTorch sees {there}")
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = f"cuda:{local_rank()}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
         text_group()
-        atexit.register(dist.destroy_process_group)
+        if not on_gpu:  # NCCL would wait for the CUDA graphs that hold its calls to go first
+            atexit.register(dist.destroy_process_group)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # torchrun ends then, and with it every rank
         if rank():
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # rank 0 speaks for all
@@ -84,6 +92,11 @@ def tell_all(text: str) -> str:
     return text if n_ranks() == 1 else gather_texts(text)[0]
 
 
+def agree(ids: list) -> list:
+    """Rank 0's token ids, on every rank: a template may hold the date, and machines may differ."""
+    return ids if n_ranks() == 1 else json.loads(tell_all(json.dumps(ids)))
+
+
 def gather_texts(text: str) -> list[str]:
     """Every rank's text, on every rank."""
     raw = text.encode(errors="surrogateescape")
@@ -107,9 +120,12 @@ def together():
     except Exception as error:
         failure = error
     if n_ranks() > 1:
-        for number, report in enumerate(gather_texts(str(failure) if failure else "")):
-            if report and not failure:
-                raise ValueError(f"rank {number}: {report}")
+        mine = str(failure) or type(failure).__name__ if failure else ""
+        reports = [f"rank {r}: {report}" for r, report in enumerate(gather_texts(mine)) if report]
+        if reports:
+            part()
+        if reports and not failure:
+            raise ValueError(reports[0])
     if failure:
         raise failure
 
@@ -219,7 +235,7 @@ def own_slice(name: str, blocks: list[Tensor], config, n: int) -> Tensor:
     """This rank's part of a stored tensor, given as what it stacks or as a whole; of a weight, or
     of its int8 or int4 parts. config is the whole model's.
 
-    Slices of memory-mapped tensors: of the file, only they are read."""
+    They are slices of memory-mapped tensors: of the file, only their pages are read."""
     if "attention.qkv." in name:
         q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         q, k, v = blocks if len(blocks) == 3 else blocks[0].split([q, kv, kv])

@@ -224,3 +224,8 @@ def test_a_failed_conversion_leaves_nothing(broken, tmp_path):
     save_file(weights, broken / "model.safetensors")
     refused("convert_hf", broken, tmp_path / "out", naming=["layers.4.ffn_norm.weight"])
     assert os.listdir(tmp_path) == ["broken"]
+
+
+def test_more_rows_than_memory(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}')
+    refused("batch", "--prompts", tmp_path / "p.jsonl", "--batch", 10**9, naming=["memory"])

@@ -9,11 +9,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import chat
 import session
 from generate import generate, load, make_cache
 from helpers import TINY, random_model, run
 from kv_cache import KVCache
 from session import load_session, save_session
+from speculate import Speculation
 from test_errors import refused
 from test_generate import records
 from test_kv_cache import tokens_of
@@ -236,6 +238,20 @@ def test_a_draft_that_the_session_does_not_hold_begins_anew(tmp_path):
     assert "the draft begins anew" in err
     for line, expected in zip(speculated.splitlines(), plain.splitlines(), strict=True):
         assert json.loads(line)["token_ids"] == json.loads(expected)["token_ids"]
+
+
+def test_a_draft_that_no_longer_reads_along_is_not_kept(tmp_path):
+    model, tokenizer = load(TINY, device="cpu")
+    draft, _ = load(DRAFT, device="cpu")
+    speculation = Speculation(draft, make_cache(draft, 4, 60))
+    talk = chat.Conversation(model, tokenizer, make_cache(model, 4, 60), speculation, None)
+    list(generate(model, talk.cache, [5, 6, 7], 40, speculation=speculation, ignore_eos=True))
+    speculation.size = 0  # it did not pay
+    list(generate(model, talk.cache, [8, 9], 3, speculation=speculation, ignore_eos=True))
+    chat.save(tmp_path / "s", talk)
+    chat.load(tmp_path / "s", talk)
+    assert talk.cache.length == 48 and talk.speculation.cache.length == 0
+    assert speculation.size > 0  # and may try again
 
 
 def test_typed_save_and_load_take_the_conversation_back(tmp_path):
