@@ -12,6 +12,7 @@ from generate import generate, load, make_cache, warm
 from load import compile_step
 from helpers import TINY, random_model, run
 from kv_cache import KVCache
+from quantize import quantize_checkpoint
 from sample import distribution
 from speculate import Speculation, look_up, verify
 
@@ -194,3 +195,18 @@ def test_the_programs_speculate_and_refuse_what_cannot_be(tmp_path):
                          (["--lookup", "--speculate", 0], "must be at least 1")):
         status, _, err = run("generate", *shared, *flags)
         assert status == 2 and words in err.splitlines()[-1]
+
+
+def test_quantized_models_and_stop_texts_inside_a_run(tmp_path):
+    quantize_checkpoint(DRAFT, tmp_path / "draft", "int4", 32)
+    shared = ["--max-new-tokens", 60, "--temperature", 0, "--json", "--dtype", "fp32",
+              "--quantize", "int8", "--window", 40]
+    _, out, _ = run("generate", *shared)
+    text = json.loads(out)["text"]
+    speculated = ["--draft", tmp_path / "draft", "--speculate", 5]
+    for stop in ([], ["--stop", text[30:36]], ["--stop", text[61:64]], ["--stop", text[95:101]]):
+        plain, ours = (json.loads(run("generate", *shared, *stop, *flags)[1])
+                       for flags in ([], speculated))
+        for key in ("text", "token_ids", "finish_reason", "evicted"):
+            assert ours[key] == plain[key], (stop, key)
+        assert ours["accepted"] > 0 and (ours["finish_reason"] == "stop") == bool(stop)
