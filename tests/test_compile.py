@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from batch import Batch, generate_batch
-from generate import generate, load, make_cache, prefill, warm
+from generate import generate, load, make_cache, prefill, warm, weight_bytes
 from load import compile_step
 from helpers import TINY, random_model, run
 
@@ -70,6 +70,19 @@ def test_compiled_equals_eager(compiled):
     options = dict(max_new_tokens=100, ignore_eos=True)
     assert list(generate(model, cache, prompt, **options)) == list(
         generate(eager, plain, prompt, **options))
+
+
+def test_packed_weights_say_the_same(monkeypatch):
+    """Large weights are laid out anew: here, all of them."""
+    monkeypatch.setattr("linear.PACKED_BYTES", 0)
+    packed, eager = random_model(qkv_bias=True), random_model(qkv_bias=True)
+    compile_step(packed, torch.device("cpu"))
+    assert packed.layers[0].feed_forward.down.packed
+    assert weight_bytes(packed) == weight_bytes(eager)
+    cache, plain = make_cache(packed, 4, WINDOW), make_cache(eager, 4, WINDOW)
+    for length in (32, 1, 6, 1):
+        tokens = torch.randint(0, 64, (1, length), generator=torch.Generator().manual_seed(length))
+        assert (packed(tokens, cache) - eager(tokens, plain)).abs().max() < 1e-4
 
 
 def test_a_rollback_between_compiled_calls(compiled):
