@@ -36,8 +36,8 @@ from chat import from_file
 from cli import make_parser, number, read_prompts, say, user_errors
 from convert_hf import DTYPES
 from generate import generate, load, make_cache, prefill, warm, weight_bytes
-from load import check_device, compile_step, finish
 from kv_cache import KVCache
+from load import check_device, compile_step, finish
 from model import ModelConfig, Transformer
 from quantize import empty_model, quantization_of
 from speculate import Speculation

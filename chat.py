@@ -112,7 +112,7 @@ def save(path: str | Path, talk: Conversation) -> None:
         ids = talk.tokenizer.encode(talk.tokenizer.system_turn(talk.system))
         prefill(talk.model, talk.cache, ids, talk.speculation)
     unread, caches = talk.speculation.unread if talk.speculation else [], talk.caches()
-    if talk.speculation and not (talk.speculation.fixed or talk.speculation.size):
+    if talk.speculation and not talk.speculation.size:
         caches.pop("draft", None)  # it has not read along since speculation stopped
     save_session(path, caches, system=talk.system, last_id=talk.last_id, unread=unread)
     say(f"saved {path}: {int(talk.cache.length)} tokens so far")

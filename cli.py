@@ -83,12 +83,9 @@ def user_errors(parser: argparse.ArgumentParser):
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         if tp.local_rank() == 0 or not isinstance(error, ValueError):  # once a machine
-            fail(parser, str(error))
-        sys.exit(2)
-    except MemoryError:
-        fail(parser, "out of memory")
+            fail(parser, str(error) or type(error).__name__)
         sys.exit(2)
     except RuntimeError as error:
         if "allocate memory" in str(error):  # of a CPU
@@ -101,7 +98,7 @@ def user_errors(parser: argparse.ArgumentParser):
 
 
 def fail(parser: argparse.ArgumentParser, message: str) -> None:
-    sys.stderr.write(f"{parser.prog}: error: {(message.splitlines() or ['no reason given'])[0]}\n")
+    sys.stderr.write(f"{parser.prog}: error: {message.splitlines()[0]}\n")
 
 
 def check_text(source: str, text: str) -> str:

@@ -16,12 +16,14 @@ PACKED_BYTES = 1 << 22
 
 # ------------------------------------------------------------------------------ kernels
 
+define, implement = torch.library.define, torch.library.impl
+
 # oneDNN's matmul with a weight in its own layout, under a name of ours: inductor (2.11 to 2.13)
 # takes the original with constant weights only.
-torch.library.define("gpt_stream::packed_linear", "(Tensor x, Tensor packed, int n) -> Tensor")
+define("gpt_stream::packed_linear", "(Tensor x, Tensor packed, int n) -> Tensor")
 
 
-@torch.library.impl("gpt_stream::packed_linear", "default")
+@implement("gpt_stream::packed_linear", "default")
 def _(x, packed, n):
     return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
@@ -33,7 +35,6 @@ def _(x, packed, n):
 
 # PyTorch's CPU kernels under names of our own: what inductor (2.11 to 2.13) does with the originals
 # fails for an input that is not in memory yet, and for a group size in a nested compile region.
-define, implement = torch.library.define, torch.library.impl
 define("gpt_stream::int8_matmul", "(Tensor x, Tensor weight, Tensor scale) -> Tensor")
 define("gpt_stream::int4_matmul",
        "(Tensor x, Tensor weight, int group_size, Tensor scales_and_zeros) -> Tensor")

@@ -37,8 +37,12 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
         n = tp.n_ranks() if parallel else 1
         local = config if n == 1 else tp.share(config, n, (quantization or {}).get("group_size"))
         model = empty_model(local, quantization)
-        weights = read_slices(folder, raw, config, n, None if quantize else quantization,
-                              quantization if quantize else None, device)
+        # What is quantized here is stored in floating point.
+        shapes = stored_shapes(empty_model(config, None if quantize else quantization))
+        weights = {}
+        for name, blocks in read_weights(folder, raw, config, shapes):
+            weights.update(own_parts(name, blocks, config, n, quantization if quantize else None,
+                                     device))
         # A file may mix dtypes: the embedding's counts, or if it is quantized, the last norm's.
         dtype = dtype or weights["norm.weight" if quantization else "embed.weight"].dtype
         if (quantization or {}).get("mode") == "int4" and device.type == "cuda" and (
@@ -59,23 +63,17 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
     return model, tokenizer
 
 
-def read_slices(folder: Path, raw: dict, config: ModelConfig, n: int, stored: dict | None,
-                wanted: dict | None, device: torch.device) -> dict[str, Tensor]:
-    """This rank's weights, of n: as they are stored, or quantized as is wanted."""
-    shapes = stored_shapes(empty_model(config, stored))
-    quantized = stored_shapes(empty_model(config, wanted)) if wanted else {}
-    weights = {}
-    for name, blocks in read_weights(folder, raw, config, shapes):
-        # A row's scale comes from the whole row: columns are then cut after quantizing.
-        late = wanted and tp.is_cut_by_columns(name)
-        tensor = stack(blocks) if n == 1 or late else tp.own_slice(name, blocks, config, n)
-        parts = {name: tensor.to(device)}
-        if wanted:
-            parts = store(name, parts[name], quantized, wanted)
-        if n > 1 and late:
-            parts = {part: tp.own_slice(part, [t], config, n) for part, t in parts.items()}
-        weights.update(parts)
-    return weights
+def own_parts(name: str, blocks: list[Tensor], config: ModelConfig, n: int, wanted: dict | None,
+              device: torch.device) -> dict[str, Tensor]:
+    """This rank's part, of n, of a stored tensor: as it is, or quantized as is wanted."""
+    if n == 1:
+        tensor = stack(blocks).to(device)
+        return store(name, tensor, wanted) if wanted else {name: tensor}
+    if wanted and tp.is_cut_by_columns(name):  # after quantizing: a row's scale needs the whole row
+        parts = store(name, stack(blocks).to(device), wanted)
+        return {part: tp.own_slice(part, [tensor], config, n) for part, tensor in parts.items()}
+    tensor = tp.own_slice(name, blocks, config, n).to(device)
+    return store(name, tensor, wanted) if wanted else {name: tensor}
 
 
 def fingerprint(config: ModelConfig, dtype: torch.dtype, quantization: dict | None,

@@ -147,7 +147,7 @@ def quantize_checkpoint(source: Path, out: Path, mode: str, group_size: int, sho
 
     def weights():
         for name, blocks in read_weights(source, raw, config, plain):
-            yield from store(name, stack(blocks), shapes, quantization).items()
+            yield from store(name, stack(blocks), quantization).items()
 
     new = {**raw, "gpt_stream": {"format": 1, "quantization": quantization}}
     write_checkpoint(out, source, new, weights(), len(shapes), show)
@@ -165,9 +165,9 @@ def quantization_of(raw: dict, mode: str | None, group_size: int, source: Path) 
     return {"mode": mode, **({"group_size": group_size} if mode == "int4" else {})}
 
 
-def store(name: str, tensor: Tensor, shapes: dict, quantization: dict) -> dict[str, Tensor]:
-    """The tensors that a float tensor is stored as."""
-    if name.removesuffix("weight") + "scale" not in shapes:
+def store(name: str, tensor: Tensor, quantization: dict) -> dict[str, Tensor]:
+    """The tensors that a float tensor is stored as: norms and biases as they are."""
+    if tensor.ndim == 1:
         return {name: tensor}
     return quantize_weight(name, tensor, quantization["mode"], quantization.get("group_size", 0))
 

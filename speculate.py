@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -37,17 +37,19 @@ class Speculation:
     draft: Transformer | None = None  # None: look the proposals up in the history
     cache: KVCache | None = None  # the draft's own
     fixed: int | None = None  # proposals a round; None: as many as pay
-    unread: list[int] = field(default_factory=list)  # by the draft: the last token
-    history: array = field(default_factory=lambda: array("q"))  # for lookups
-    size: int = SIZES[-1]  # proposals a round at present; 0: stopped
-    trial: list[int] = field(default_factory=lambda: [0, 0])  # proposed and accepted lately
     rounds: int = 0
     proposed: int = 0
     accepted: int = 0
 
+    def __post_init__(self):
+        self.begin([])
+
     def begin(self, unread: list[int]) -> None:
         """Start anew on a conversation of which the draft's cache holds all but `unread`."""
-        self.unread, self.history, self.size, self.trial = unread, array("q"), SIZES[-1], [0, 0]
+        self.unread = unread  # the last token, once there is one
+        self.history = array("q")  # for lookups
+        self.size = self.fixed or SIZES[-1]  # proposals a round at present; 0: stopped
+        self.trial = [0, 0]  # proposed and accepted lately
 
     def reset(self) -> None:
         """Forget the conversation."""
@@ -145,7 +147,7 @@ def speculate(model: Transformer, cache: KVCache, token: Tensor, max_new_tokens:
     closed, at whichever yield, the cache holds everything up to the token yielded, and no more; the
     draft's all but that token."""
     eos_ids = () if ignore_eos else model.config.eos_ids
-    while max_new_tokens > 0 and (size := speculation.fixed or speculation.size):
+    while max_new_tokens > 0 and (size := speculation.size):
         token_id = token.item()
         speculation.history.append(token_id)
         proposed = propose(speculation, token, size, model.config.vocab_size, temperature,

@@ -61,7 +61,6 @@ def start(device: str | None) -> str | None:
             raise ValueError(f"device 'cuda': {wanted} processes on this machine need a GPU each, "
                              f"and this PyTorch sees {there}")
         device = f"cuda:{local_rank()}"
-        torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
         text_group()
@@ -135,7 +134,7 @@ def together():
 # A collective takes a tensor and returns a new one, so that it is one call in a graph. (PyTorch's
 # own functional ones do not compile inside a nested region in torch 2.11.)
 torch.library.define("gpt_stream::all_reduce", "(Tensor x) -> Tensor")
-torch.library.define("gpt_stream::all_gather", "(Tensor x, int n_ranks) -> Tensor")
+torch.library.define("gpt_stream::all_gather", "(Tensor x, int n) -> Tensor")
 
 
 @torch.library.impl("gpt_stream::all_reduce", "default")
@@ -153,17 +152,17 @@ def _(x):
 
 
 @torch.library.impl("gpt_stream::all_gather", "default")
-def _(x, n_ranks):
+def _(x, n):
     if not x.is_cuda:
         return torch.stack(exchange(x))
-    every = x.new_empty(n_ranks, *x.shape)
+    every = x.new_empty(n, *x.shape)
     dist.all_gather(list(every.unbind()), x.contiguous())
     return every
 
 
 @torch.library.register_fake("gpt_stream::all_gather")
-def _(x, n_ranks):
-    return x.new_empty(n_ranks, *x.shape)
+def _(x, n):
+    return x.new_empty(n, *x.shape)
 
 
 def exchange(x: Tensor) -> list[Tensor]:
@@ -181,16 +180,16 @@ def exchange(x: Tensor) -> list[Tensor]:
     return every
 
 
-def all_reduce(x: Tensor, n_ranks: int) -> Tensor:
-    """The sum of every rank's x."""
-    return x if n_ranks == 1 else torch.ops.gpt_stream.all_reduce(x)
+def all_reduce(x: Tensor, n: int) -> Tensor:
+    """The sum of the x of n ranks."""
+    return x if n == 1 else torch.ops.gpt_stream.all_reduce(x)
 
 
-def all_gather(x: Tensor, n_ranks: int, size: int) -> Tensor:
-    """Every rank's x (B, T, n) side by side, of which the first `size` count: (B, T, size)."""
-    if n_ranks == 1:
+def all_gather(x: Tensor, n: int, size: int) -> Tensor:
+    """The x (B, T, V / n) of n ranks side by side; the first `size` count: (B, T, size)."""
+    if n == 1:
         return x
-    every = torch.ops.gpt_stream.all_gather(x, n_ranks)  # (n_ranks, B, T, n)
+    every = torch.ops.gpt_stream.all_gather(x, n)  # (n, B, T, V / n)
     return every.permute(1, 2, 0, 3).flatten(2)[..., :size]
 
 
