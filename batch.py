@@ -22,8 +22,16 @@ import torch
 from torch import Tensor
 
 from cli import add_generation, hold_interrupt, make_parser, number, read_prompts, say, user_errors
-from generate import (Transcript, get_ready, make_cache, open_model, prefill_chunks, sampling,
-                      start_reading)
+from convert_hf import progress
+from generate import (
+    Transcript,
+    get_ready,
+    make_cache,
+    open_model,
+    prefill_chunks,
+    sampling,
+    start_reading,
+)
 from model import Transformer
 from sample import sample
 from tokenizer import Tokenizer
@@ -137,15 +145,13 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[list[i
                   args, generator: torch.Generator) -> bool:
     """Print every stream's figures, a JSON line, as soon as it ends, and at last those of all.
     True if Ctrl-C came before: then the step is finished, and what has not ended is dropped."""
-    transcripts, done, new_tokens, steps, shown = {}, 0, 0, 0, 0.0
-    start = time.perf_counter()
+    from tqdm import tqdm
+    transcripts, done, new_tokens, steps, start = {}, 0, 0, 0, time.perf_counter()
 
-    def state() -> str:
-        return (f"{done} of {len(prompts)} prompts, {new_tokens} new tokens, "
-                f"{new_tokens / (time.perf_counter() - start):.1f} tok/s, rows busy "
-                f"{batch.busy / max(1, batch.steps * args.batch):.0%}")
+    def busy() -> str:
+        return f"rows busy {batch.busy / max(1, batch.steps * args.batch):.0%}"
 
-    with hold_interrupt() as interrupted:
+    with hold_interrupt() as interrupted, progress("generating", "tokens") as show:
         for index, token_id in generate_batch(
                 model, prompts, max_new_tokens=args.max_new_tokens, ignore_eos=args.ignore_eos,
                 batch=batch, generator=generator, **sampling(args)):
@@ -157,7 +163,8 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[list[i
                 transcript.start, transcript.prefilled = stream.started, stream.prefilled
                 length = len(prompts[index]) + len(transcript.ids)
                 record = transcript.end(model, length, batch.cache, batch.staging)
-                print(json.dumps({"index": index, **record}), flush=True)
+                tqdm.write(json.dumps({"index": index, **record}))  # above the progress bar
+                sys.stdout.flush()
                 done += 1
             else:
                 new_tokens += 1
@@ -165,10 +172,10 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[list[i
                     transcripts[index] = Transcript(tokenizer, len(prompts[index]), args)
                 if transcripts[index].add(token_id):
                     stream.left = 0
-            if token_id is None or time.perf_counter() - shown > 0.5:
-                say(f"\r{state():<79}", end="\r")
-                shown = time.perf_counter()
-    say(f"{state()} of {batch.steps} steps, compiled in {args.compile_s:.1f} s, seed {args.seed}")
+            show(new_tokens, note=f"{done} of {len(prompts)} prompts, {busy()}")
+    say(f"{done} of {len(prompts)} prompts, {new_tokens} new tokens, "
+        f"{new_tokens / (time.perf_counter() - start):.1f} tok/s, {busy()} of {batch.steps} steps, "
+        f"compiled in {args.compile_s:.1f} s, seed {args.seed}")
     return bool(interrupted)
 
 

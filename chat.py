@@ -24,10 +24,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import (add_generation, check_text, figures, make_parser, number, read_prompts, say, show,
-                 user_errors)
-from generate import (answer, check_ids, get_ready, make_cache, open_model, open_speculation,
-                      prefill)
+from cli import (
+    add_generation,
+    check_text,
+    figures,
+    make_parser,
+    number,
+    read_prompts,
+    say,
+    show,
+    user_errors,
+)
+from generate import answer, check_ids, get_ready, make_cache, open_model, open_speculation, prefill
 from kv_cache import KVCache
 from model import Transformer
 from session import check_target, load_session, save_session

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import math
 import os
 import signal
@@ -74,7 +75,11 @@ def add_generation(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 @contextlib.contextmanager
 def user_errors(parser: argparse.ArgumentParser):
     """End the program with one line and status 2 for what the user gave, and quietly when nobody
-    reads its output any more."""
+    reads its output any more. What the engine logs meanwhile is said."""
+    log, handler = logging.getLogger("gpt_stream"), logging.Handler()
+    handler.emit = lambda record: say(record.getMessage())
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
     try:
         yield
         tp.part()
@@ -95,6 +100,8 @@ def user_errors(parser: argparse.ArgumentParser):
             raise
         fail(parser, f"rank {tp.rank()}: a process was lost, or failed: {error}")
         sys.exit(1)
+    finally:
+        log.removeHandler(handler)
 
 
 def fail(parser: argparse.ArgumentParser, message: str) -> None:
@@ -160,9 +167,9 @@ def hold_interrupt():
         signal.signal(signal.SIGINT, before)
 
 
-def say(line: str, end: str = "\n") -> None:
+def say(line: str) -> None:
     if tp.rank() == 0:
-        print(line, end=end, file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
 
 
 def show(text: str) -> None:

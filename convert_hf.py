@@ -11,12 +11,14 @@ nothing until it is used, and converting holds about one output file in memory.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import pickle
 import shutil
 import sys
 import tempfile
+import types
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -25,6 +27,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import tp
 from model import ModelConfig, Transformer
 from tokenizer import read_json
 
@@ -208,14 +211,37 @@ def write_checkpoint(out: Path, source: Path, raw: dict, weights: Iterable[tuple
         for path in (partial, *partial.iterdir()):  # both are made private
             path.chmod(path.stat().st_mode | 0o444 | (0o111 if path.is_dir() else 0))
         os.replace(partial, out)
+    except safetensors.SafetensorError as error:  # a full disk is one
+        raise OSError(f"{out}: cannot be written: {error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def progress(doing: str) -> Callable[[int, int], None]:
-    def show(count, total):
-        print(f"\r{doing}: {count} of {total} tensors", end="", file=sys.stderr, flush=True)
-    return show
+@contextlib.contextmanager
+def progress(doing: str, unit: str) -> Iterator[Callable[..., None]]:
+    """How far long work is: yields show(count, total=None, note=""), to be called at each step.
+
+    On a terminal that is one moving line; elsewhere a plain line every ten seconds, and the last.
+    Under torchrun rank 0 shows it for all."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise ValueError("a progress bar needs tqdm: pip install tqdm") from None
+    plain = not sys.stderr.isatty()
+    # What tqdm would write over and over on one line, a line each.
+    lines = types.SimpleNamespace(flush=sys.stderr.flush, write=lambda text: (
+        sys.stderr.write(f"{line}\n") if (line := text.strip()) else None))
+    with tqdm(desc=doing, unit=f" {unit}", miniters=1, mininterval=10 if plain else 0.1,
+              delay=1e-9, dynamic_ncols=True, disable=tp.rank() > 0,
+              file=lines if plain else sys.stderr) as bar:
+        def show(count: int, total: int | None = None, note: str = "") -> None:
+            bar.total = total
+            if plain:
+                of = f" of {total}" if total else ""
+                bar.bar_format = f"{doing}: {count}{of} {unit}, {{elapsed}} passed{{postfix}}"
+            bar.set_postfix_str(note, refresh=False)
+            bar.update(count - bar.n)
+        yield show
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -223,19 +249,16 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def main():
+    from cli import say, user_errors  # which reads this file
     parser = argparse.ArgumentParser(description="Convert a Hugging Face checkpoint.")
     parser.add_argument("source", type=Path, metavar="HF_DIR")
     parser.add_argument("out", type=Path, metavar="OUT_DIR")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     args = parser.parse_args()
-
-    try:
-        convert(args.source, args.out, DTYPES.get(args.dtype),
-                progress("converting"))
-    except (ValueError, OSError, safetensors.SafetensorError) as error:
-        sys.stderr.write(f"\n{parser.prog}: error: {error}\n")
-        sys.exit(2)
-    print(f"\nwrote {args.out}", file=sys.stderr)
+    with user_errors(parser):
+        with progress("converting", "tensors") as show:
+            convert(args.source, args.out, DTYPES.get(args.dtype), show)
+        say(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

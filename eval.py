@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import lzma
 import math
-import sys
 import time
 from collections.abc import Iterator
 
@@ -21,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cli import make_parser, number, say, user_errors
-from convert_hf import DTYPES
+from cli import make_parser, number, user_errors
+from convert_hf import DTYPES, progress
 from generate import LARGE_CHUNK, default_window, load, make_cache
 from model import Transformer
 
@@ -69,7 +68,7 @@ def recomputed(model: Transformer, ids: Tensor, context: int) -> Iterator[Tensor
 
 
 def measure(model: Transformer, ids: Tensor, mode: str, n_sink: int, window: int) -> Tensor:
-    """Nats (N,) of every token of ids (N + 1,) but the first, with a progress line."""
+    """Nats (N,) of every token of ids (N + 1,) but the first, with a progress bar."""
     if mode == "dense":
         ids = ids[:min(model.config.max_seq_len, model.config.sliding_window or math.inf) + 1]
         parts = streamed(model, ids, 0, len(ids) - 1)
@@ -79,14 +78,12 @@ def measure(model: Transformer, ids: Tensor, mode: str, n_sink: int, window: int
         parts = streamed(model, ids, 0, n_sink + window)
     else:
         parts = streamed(model, ids, n_sink, window)
-    done, total = [], 0.0
-    for part in parts:
-        done.append(part)
-        total += part.sum().item()
-        count = sum(map(len, done))
-        print(f"\r{mode}: {count} of {len(ids) - 1} tokens, perplexity "
-              f"{math.exp(total / count):.3f}", end="", file=sys.stderr)
-    say("")
+    done, count, total = [], 0, 0.0
+    with progress(mode, "tokens") as show:
+        for part in parts:
+            done.append(part)
+            count, total = count + len(part), total + part.sum().item()
+            show(count, len(ids) - 1, f"perplexity {math.exp(total / count):.3f}")
     return torch.cat(done)
 
 

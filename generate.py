@@ -18,8 +18,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from cli import (add_generation, check_text, figures, hold_interrupt, make_parser, say, show,
-                 user_errors)
+from cli import (
+    add_generation,
+    check_text,
+    figures,
+    hold_interrupt,
+    make_parser,
+    say,
+    show,
+    user_errors,
+)
 from convert_hf import DTYPES
 from kv_cache import KVCache
 from load import load
@@ -61,8 +69,7 @@ def prefill(model: Transformer, cache: KVCache, prompt_ids: list[int],
     """Write a prompt into a cache of one row; logits (1, 1, V) after its last token.
 
     Raises ValueError for an empty prompt or an id outside the vocabulary."""
-    for logits in prefill_chunks(model, cache, prompt_ids):
-        pass
+    *_, logits = prefill_chunks(model, cache, prompt_ids)
     if speculation is not None:
         speculation.history.extend(prompt_ids)
         if speculation.draft and speculation.size:

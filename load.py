@@ -113,7 +113,9 @@ def check_device(name: str | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} is not there: this PyTorch sees "
                          f"{torch.cuda.device_count()} CUDA devices")
-    if device.type == "cuda":
+    if device.type == "cuda":  # plain "cuda" is the present one, which set_device wants by number
+        index = torch.cuda.current_device() if device.index is None else device.index
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     return device
 

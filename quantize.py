@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cli import say, user_errors
 from convert_hf import progress, read_config, read_weights, stack, write_checkpoint
 from linear import Int4Linear, Int8Embedding, Int8Linear
 from model import ModelConfig, Transformer
@@ -173,6 +172,7 @@ def store(name: str, tensor: Tensor, quantization: dict) -> dict[str, Tensor]:
 
 
 def main():
+    from cli import say, user_errors  # which reads this file
     parser = argparse.ArgumentParser(description="Quantize a checkpoint's weights.")
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR",
                         help="our folder or a Hugging Face one")
@@ -182,9 +182,9 @@ def main():
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     args = parser.parse_args()
     with user_errors(parser):
-        quantize_checkpoint(args.checkpoint, args.out, args.mode, args.group_size,
-                            progress("quantizing"))
-    say(f"\nwrote {args.out}")
+        with progress("quantizing", "tensors") as show:
+            quantize_checkpoint(args.checkpoint, args.out, args.mode, args.group_size, show)
+        say(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ of the latest few tokens. Rejected tokens are rolled back, in both caches.
 
 from __future__ import annotations
 
+import logging
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cli import say
 from kv_cache import KVCache
 from model import Transformer
 from sample import distribution, draw, sample
 from tp import in_step
 
+log = logging.getLogger("gpt_stream")
 SIZES = (2, 5)  # proposals a round that are tried where none is asked for, and 0 when neither pays
 LOOKED_AT = 1 << 14  # latest tokens that a lookup searches
 TRIAL = 32  # proposals between two changes of size
@@ -73,7 +74,8 @@ class Speculation:
         self.size = 5 if share >= 0.6 else 2 if share >= 0.33 else 0
         self.trial = [0, 0]
         if not self.size:
-            say(f"speculation stopped: {self.accepted} of {self.proposed} proposals accepted")
+            log.info("speculation stopped: %s of %s proposals accepted", self.accepted,
+                     self.proposed)
 
 
 def propose(speculation: Speculation, token: Tensor, size: int, vocab_size: int,

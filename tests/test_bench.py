@@ -1,4 +1,4 @@
-"""What bench.py measures of a tiny model: that the figures are there and belong together. Nothing
+"""What bench measures of a tiny model: that the figures are there and belong together. Nothing
 is compiled here, and peers run in this process."""
 
 import contextlib
@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-import bench
+from bench import apart, clocks, models, steps
+from bench.streams import synthetic
 from helpers import run
 from test_chat import write_turns
 from test_errors import refused
@@ -16,11 +17,14 @@ from test_errors import refused
 @pytest.fixture
 def quick(monkeypatch):
     """Small, nothing compiled, few rounds."""
-    monkeypatch.setitem(bench.SHAPES, "small", (32, 2, 4, 2, 48, 4096, 256, True))
-    monkeypatch.setattr("bench.compile_step", lambda model, device: None)
-    monkeypatch.setattr("bench.STEPS", 2)
-    monkeypatch.setattr("bench.ROUNDS", 2)
-    monkeypatch.setattr("bench.apart", lambda make, *args: contextlib.nullcontext(make(*args)))
+    monkeypatch.setitem(models.SHAPES, "small", (32, 2, 4, 2, 48, 4096, 256, True))
+    for module in (clocks, steps):
+        monkeypatch.setattr(module, "compile_step", lambda model, device: None)
+    for module in (apart, steps):
+        monkeypatch.setattr(module, "apart",
+                            lambda make, *args: contextlib.nullcontext(make(*args)))
+    monkeypatch.setattr(clocks, "STEPS", 2)
+    monkeypatch.setattr(clocks, "ROUNDS", 2)
     torch.manual_seed(0)
 
 
@@ -48,7 +52,7 @@ def test_flags_that_do_not_go_together(argv, naming):
 
 def test_steps_beside_everything(quick, monkeypatch):
     monkeypatch.setattr("torch.compile", lambda function, **_: function)
-    monkeypatch.setattr("bench.bandwidth", lambda buffers: 1.0)
+    monkeypatch.setattr("bench.steps.bandwidth", lambda buffers: 1.0)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
     out = figures("--shape", "small", "--window", 252, "--peer", "transformers", "--recompute",
                   "--speculate", 3)
@@ -81,8 +85,8 @@ def test_a_conversation_of_a_checkpoint(quick, tmp_path):
 
 
 def test_streams_beside_static_batches(quick, monkeypatch):
-    monkeypatch.setattr("bench.synthetic", lambda n, vocab: ([[7] * (3 + i) for i in range(n)],
-                                                             [3 + 5 * (i % 2) for i in range(n)]))
+    monkeypatch.setattr("bench.streams.synthetic", lambda n, vocab: (
+        [[7] * (3 + i) for i in range(n)], [3 + 5 * (i % 2) for i in range(n)]))
     out = figures("--shape", "small", "--streams", 5, "--batch", 2, "--peer", "transformers")
     assert (out["streams"], out["batch"], out["new_tokens"]) == (5, 2, 3 * 3 + 2 * 8)
     assert out["steps"] >= 13 and 0.5 < out["rows_busy"] <= 1
@@ -92,11 +96,11 @@ def test_streams_beside_static_batches(quick, monkeypatch):
 
 
 def test_synthetic_prompts_are_the_same_every_time():
-    prompts, wanted = bench.synthetic(64, 1000)
-    assert bench.synthetic(64, 1000) == (prompts, wanted)
+    prompts, wanted = synthetic(64, 1000)
+    assert synthetic(64, 1000) == (prompts, wanted)
     assert 10 <= min(map(len, prompts)) < 50 and 350 < max(map(len, prompts)) <= 400
     assert 10 <= min(wanted) < 30 and 170 < max(wanted) <= 200
-    assert 0 <= min(map(min, prompts)) and max(map(max, prompts)) < 1000
+    assert min(map(min, prompts)) >= 0 and max(map(max, prompts)) < 1000
 
 
 def counter(start):
@@ -112,9 +116,9 @@ def counter(start):
 
 
 def test_a_function_in_a_process_of_its_own():
-    with bench.apart(counter, 5) as add:
+    with apart.apart(counter, 5) as add:
         assert [add(1), add(2)] == [6, 8]
         with pytest.raises(ValueError, match="-1 is negative"):
             add(-1)
-    with pytest.raises(ValueError, match="invalid literal"), bench.apart(int, "x"):
+    with pytest.raises(ValueError, match="invalid literal"), apart.apart(int, "x"):
         pass

@@ -13,7 +13,8 @@ from test_generate import records
 
 
 def write_turns(path, n):
-    lines = [json.dumps({"turns": [f"Tell me of cat {i}.", f"And of dog {i}?"]}) for i in range(n // 2)]
+    lines = [json.dumps({"turns": [f"Tell me of cat {i}.", f"And of dog {i}?"]})
+             for i in range(n // 2)]
     path.write_text("\n".join(lines) + "\n")
     return path
 
@@ -23,7 +24,7 @@ def forty(tmp_path_factory):
     """The records of forty turns, greedy, through 4 sinks and a window of 60."""
     prompts = write_turns(tmp_path_factory.mktemp("chat") / "turns.jsonl", 44)
     return records("--prompts", prompts, "--limit", 40, "--window", 60, "--max-new-tokens", 12,
-                   "--temperature", 0, program="chat")
+                   "--temperature", 0, "--dtype", "fp32", program="chat")
 
 
 def test_each_of_forty_turns_prefills_only_its_own_tokens(forty):
@@ -41,7 +42,7 @@ def test_memory_does_not_grow(forty):
 
 def test_the_conversation_is_one_uninterrupted_stream(forty):
     """Replaying every id of it, one by one, gives the same greedy answers; nothing was lost."""
-    model, tokenizer = load(TINY, device="cpu")
+    model, tokenizer = load(TINY, device="cpu", dtype=torch.float32)
     cache = make_cache(model, 4, 60)
     seen, last_id = 0, None
     for turn, record in enumerate(forty[:12]):
@@ -50,9 +51,8 @@ def test_the_conversation_is_one_uninterrupted_stream(forty):
         for token_id in ids:
             logits = model(torch.tensor([[token_id]]), cache)
         for token_id in record["token_ids"]:
-            best = logits[0, 0].topk(2).values
-            # bf16: chunks and single tokens round differently, so near ties may fall either way
-            assert logits[0, 0, token_id] > best[0] - 0.15
+            # Chunks and single tokens round differently, so a near tie may fall either way.
+            assert logits[0, 0, token_id] > logits.max() - 1e-3
             logits = model(torch.tensor([[token_id]]), cache)
         seen += len(ids) + len(record["token_ids"])
         last_id = record["token_ids"][-1]
@@ -92,7 +92,8 @@ def test_a_typed_line_that_is_not_text_is_refused_and_the_conversation_goes_on()
 
 def test_raw_prompts_go_on_without_a_template(tmp_path):
     (tmp_path / "raw.jsonl").write_text('{"prompt": "The cat"}\n{"prompt": " and the dog"}\n')
-    first, second = records("--prompts", tmp_path / "raw.jsonl", "--max-new-tokens", 5, program="chat")
+    first, second = records("--prompts", tmp_path / "raw.jsonl", "--max-new-tokens", 5,
+                            program="chat")
     _, tokenizer = load(TINY, device="cpu")
     assert first["prompt_tokens"] == len(tokenizer.encode("The cat"))
     assert second["prompt_tokens"] == len(tokenizer.encode(" and the dog", bos=False))

@@ -6,8 +6,8 @@ from torch._dynamo.utils import counters
 
 from batch import Batch, generate_batch
 from generate import generate, load, make_cache, prefill, warm, weight_bytes
-from load import compile_step
 from helpers import TINY, random_model, run
+from load import compile_step
 
 WINDOW = 28
 

@@ -15,8 +15,8 @@ from generate import load
 from helpers import TINY, random_model, run
 from model import ModelConfig
 
-LLAMA = dict(architectures=["LlamaForCausalLM"], hidden_size=32, intermediate_size=48, vocab_size=64,
-             num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+LLAMA = dict(architectures=["LlamaForCausalLM"], hidden_size=32, intermediate_size=48,
+             vocab_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=128)
 
 
@@ -62,6 +62,27 @@ def test_rows_are_stacked_in_order_and_files_come_along(hf_folder, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_in_a_log_progress_is_few_plain_lines(capsys):
+    with convert_hf.progress("reading", "books") as show:
+        for n in range(1, 48):
+            show(n, 47, f"page {n}")
+    assert capsys.readouterr().err == "reading: 47 of 47 books, 00:00 passed, page 47\n"
+    with pytest.raises(KeyError), convert_hf.progress("reading", "books") as show:
+        show(3, 47)
+        raise KeyError
+    assert capsys.readouterr().err == "reading: 3 of 47 books, 00:00 passed\n"
+
+
+def test_on_a_terminal_progress_is_one_moving_line(hf_folder, tmp_path):
+    pexpect = pytest.importorskip("pexpect")
+    child = pexpect.spawn(sys.executable, ["convert_hf.py", str(hf_folder), str(tmp_path / "out")],
+                          cwd=TINY.parent.parent, encoding="utf-8", timeout=60)
+    child.expect(pexpect.EOF)
+    moving, said, end = child.before.split("\r\n")
+    assert "100%" in moving and "15/15" in moving and moving.startswith("\rconverting:")
+    assert (said, end) == (f"wrote {tmp_path / 'out'}", "")
+
+
 def test_several_files_are_written_one_after_the_other(hf_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(convert_hf, "FILE_BYTES", 10_000)
     convert(hf_folder, tmp_path / "out")
@@ -86,7 +107,8 @@ def test_a_checkpoint_of_mixed_dtypes_takes_its_embedding_s(hf_folder):
               hf_folder / "b.safetensors")
     model, _ = load(hf_folder, device="cpu")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert load(hf_folder, device="cpu", dtype=torch.bfloat16)[0].norm.weight.dtype == torch.bfloat16
+    model, _ = load(hf_folder, device="cpu", dtype=torch.bfloat16)
+    assert model.norm.weight.dtype == torch.bfloat16
 
 
 def test_old_files_extra_tables_and_tied_copies_are_no_obstacle(hf_folder, tmp_path):

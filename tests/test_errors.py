@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import TINY, run
+from load import check_device
 
 ROOT = TINY.parent.parent
 
@@ -20,18 +21,18 @@ def refused(program, *argv, naming, **kwargs):
     last = err.strip().splitlines()[-1]
     assert status == 2, err
     assert out == "" and "Traceback" not in err
-    assert last.startswith(f"{program}.py: error: ")
+    assert last.startswith((f"{program}.py: error: ", f"{program}: error: "))
     for name in naming:
         assert str(name) in last, last
     return last
 
 
 @pytest.mark.parametrize("flag, value", [
-    ("--window", "-1"), ("--window", "0"), ("--window", "many"), ("--sink", "-1"), ("--top-k", "-5"),
-    ("--top-k", "0"), ("--temperature", "-0.1"), ("--temperature", "nan"), ("--temperature", "inf"),
-    ("--top-p", "1.01"), ("--top-p", "-0.1"), ("--top-p", "nan"), ("--max-new-tokens", "-1"),
-    ("--max-new-tokens", "0"), ("--max-new-tokens", "1.5"), ("--seed", "-1"), ("--dtype", "int7"),
-    ("--dtype", "float64")])
+    ("--window", "-1"), ("--window", "0"), ("--window", "many"), ("--sink", "-1"),
+    ("--top-k", "-5"), ("--top-k", "0"), ("--temperature", "-0.1"), ("--temperature", "nan"),
+    ("--temperature", "inf"), ("--top-p", "1.01"), ("--top-p", "-0.1"), ("--top-p", "nan"),
+    ("--max-new-tokens", "-1"), ("--max-new-tokens", "0"), ("--max-new-tokens", "1.5"),
+    ("--seed", "-1"), ("--dtype", "int7"), ("--dtype", "float64")])
 def test_numbers_out_of_range(flag, value):
     refused("generate", f"{flag}={value}", naming=[flag, value])
 
@@ -96,7 +97,8 @@ def test_tensors_that_do_not_fit(broken, change, naming):
     refused("generate", "--checkpoint", broken, naming=naming)
 
 
-@pytest.mark.parametrize("outside", ["../model.safetensors", "/etc/passwd", "sub/x.safetensors", ".."])
+@pytest.mark.parametrize("outside", [
+    "../model.safetensors", "/etc/passwd", "sub/x.safetensors", ".."])
 def test_an_index_that_points_outside(broken, outside):
     index = broken / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"norm.weight": outside}}))
@@ -132,7 +134,8 @@ def test_no_tokenizer(broken):
 
 
 @pytest.mark.parametrize("name, content", [
-    ("tokenizer.model", "nonsense"), ("tokenizer_config.json", "{"), ("tokenizer_config.json", "[]"),
+    ("tokenizer.model", "nonsense"), ("tokenizer_config.json", "{"),
+    ("tokenizer_config.json", "[]"),
     ("tokenizer_config.json", '{"chat_template": [{"name": "tool_use", "template": "x"}]}'),
     ("added_tokens.json", "5")])
 def test_a_broken_tokenizer(broken, name, content):
@@ -206,7 +209,22 @@ def test_a_real_process_says_one_line_and_exits_2():
 def test_bytes_that_are_not_utf8_on_the_command_line():
     done = subprocess.run([sys.executable, "generate.py", "--prompt", b"caf\xe9"], cwd=ROOT,
                           capture_output=True)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith(b"--prompt is not UTF-8 text")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(b"--prompt is not UTF-8 text")
+
+
+def test_cuda_without_a_number_is_the_present_gpu(monkeypatch):
+    """set_device refuses a device without a number, as here on a machine without a GPU."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(
+        torch.cuda._utils._get_device_index(device)))
+    with pytest.raises(ValueError, match="index"):
+        torch.cuda.set_device(torch.device("cuda"))
+    assert check_device("cuda") == torch.device("cuda:1")
+    assert check_device("cuda:0") == torch.device("cuda:0")
+    assert chosen == [1, 0]
 
 
 # ------------------------------------------------------------------------------ convert_hf

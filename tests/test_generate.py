@@ -26,7 +26,8 @@ def test_top_k_keeps_exactly_k_even_among_equals():
     assert probabilities(torch.arange(5.0), 1.0, top_k=99).count_nonzero() == 5
 
 
-@pytest.mark.parametrize("top_p, kept", [(0.01, 1), (0.49, 1), (0.51, 2), (0.74, 2), (0.76, 3), (1.0, 4)])
+@pytest.mark.parametrize("top_p, kept", [
+    (0.01, 1), (0.49, 1), (0.51, 2), (0.74, 2), (0.76, 3), (1.0, 4)])
 def test_top_p_keeps_the_fewest_that_reach_the_mass(top_p, kept):
     p = torch.tensor([0.125, 0.5, 0.125, 0.25])
     probs = probabilities(p.log(), 1.0, top_p=top_p)
@@ -45,7 +46,8 @@ def test_a_tiny_temperature_is_the_likeliest_token():
     assert probabilities(logits, 1e-30).tolist() == [0, 1, 0]
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(top_k=5), dict(top_p=0.8), dict(top_k=6, top_p=0.7)])
+@pytest.mark.parametrize("settings", [
+    dict(), dict(top_k=5), dict(top_p=0.8), dict(top_k=6, top_p=0.7)])
 def test_draws_have_the_distribution(settings):
     """Chi-square over 20,000 draws: 99.9% of true samplers stay below the bound."""
     logits = torch.randn(10, generator=torch.Generator().manual_seed(3)) * 1.5
@@ -87,7 +89,7 @@ def test_a_prompt_of_ten_windows_then_ten_windows_of_decoding():
     cache, plain = KVCache(model.config, 1, 4, 28, 64), KVCache(model.config, 1, 4, 28, 1)
     prompt = torch.randint(0, 64, (280,)).tolist()
     ids = list(generate(model, cache, prompt, max_new_tokens=280))
-    expected, tokens = [], list(prompt)
+    expected = []
     for token in prompt:
         logits = model(torch.tensor([[token]]), plain)
     for _ in ids:
@@ -139,7 +141,8 @@ def test_the_decode_loop_reads_the_device_once_a_token(monkeypatch):
     monkeypatch.setattr(model, "step", lambda *a: events.append("step") or step(*a))
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: events.append("read") or tolist(t))
     for name in ("item", "__bool__", "__int__", "__float__", "cpu", "numpy"):
-        monkeypatch.setattr(torch.Tensor, name, lambda *a: pytest.fail(f"{name} in decode"))
+        monkeypatch.setattr(torch.Tensor, name, lambda *a, name=name: pytest.fail(
+            f"{name} in decode"))
     list(decode(model, cache, sample(logits, 0.7), 5, ignore_eos=True, temperature=0.7))
     assert events == ["step", "read"] * 5
 

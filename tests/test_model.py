@@ -36,13 +36,13 @@ MODELS = {
 
 @pytest.fixture(scope="module", params=MODELS)
 def hf(request, tmp_path_factory):
-    """(transformers' model, its folder), with biases and norms that are not their initial values."""
+    """(transformers' model, its folder), biases and norms other than their initial values."""
     family, changes = MODELS[request.param]
     config = getattr(transformers, family + "Config")(**{**SIZES, **changes})
     torch.manual_seed(0)
     model = getattr(transformers, family + "ForCausalLM")._from_config(
         config, attn_implementation="eager").eval().requires_grad_(False)
-    for name, weight in model.named_parameters():
+    for weight in model.parameters():
         if weight.ndim == 1:
             weight.add_(0.3 * torch.randn(weight.shape))
     folder = tmp_path_factory.mktemp(request.param)

@@ -1,9 +1,9 @@
-"""The peers that bench.py times do what ours does: otherwise the comparison would not be fair."""
+"""The peers that bench times do what ours does: otherwise the comparison would not be fair."""
 
 import pytest
 import torch
 
-import peers
+from bench import peers
 from generate import generate, load, make_cache
 from helpers import TINY
 

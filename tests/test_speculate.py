@@ -9,9 +9,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from generate import generate, load, make_cache, warm
-from load import compile_step
 from helpers import TINY, random_model, run
 from kv_cache import KVCache
+from load import compile_step
 from quantize import quantize_checkpoint
 from sample import distribution
 from speculate import Speculation, look_up, verify

@@ -13,7 +13,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from helpers import TINY
 from tokenizer import Tokenizer, stop_at
 
-TEXTS = ["Hello there, said the cat.", "  two  spaces\n\nand a line\n", "née 日本語 👩‍👩‍👧 ₿ \u200b.", "\n", " "]
+TEXTS = ["Hello there, said the cat.", "  two  spaces\n\nand a line\n",
+         "née 日本語 👩‍👩‍👧 ₿ \u200b.", "\n", " "]
 CORPUS = ["Hello there, said the cat. It sat on the mat, and the other cats sat too."] * 20
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -23,9 +24,11 @@ BRACKETS = (  # Llama 2: BOS a turn, the system turn inside the user's, and a ch
     "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('order') }}{% endif %}"
     "{% if m.role == 'user' %}{{ bos_token + '[INST] ' }}"
     "{% if loop.first and system %}<<SYS>>\n{{ system }}\n<</SYS>>\n\n{% endif %}"
-    "{{ m.content + ' [/INST]' }}{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}")
+    "{{ m.content + ' [/INST]' }}{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}"
+    "{% endfor %}")
 HEADERS = (
-    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}<|im_end|>\n\n{{ m.content | trim }}"
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}<|im_end|>\n\n"
+    "{{ m.content | trim }}"
     "</s>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant<|im_end|>\n\n{% endif %}")
 
 
@@ -158,7 +161,8 @@ def conversation(system, n):
 
 
 @pytest.mark.parametrize("system", [None, "You are a cat."])
-@pytest.mark.parametrize("template", [CHATML, BRACKETS, HEADERS], ids=["chatml", "brackets", "headers"])
+@pytest.mark.parametrize("template", [CHATML, BRACKETS, HEADERS],
+                         ids=["chatml", "brackets", "headers"])
 def test_only_the_difference_is_encoded_and_it_is_what_transformers_renders(
         byte_level, tmp_path, template, system):
     shutil.copytree(byte_level, tmp_path, dirs_exist_ok=True)
@@ -228,7 +232,8 @@ def test_without_a_template_vicunas_form_is_used():
 
 
 @pytest.mark.parametrize("template", [
-    "{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{% for %}", "{{ raise_exception('no') }}"])
+    "{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{% for %}",
+    "{{ raise_exception('no') }}"])
 def test_a_template_that_breaks_out_or_breaks_is_one_clear_error(tmp_path, template):
     shutil.copy(TINY / "tokenizer.model", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))

@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
         vocab_size=509, hidden_size=64, intermediate_size=256, num_hidden_layers=3,
         num_attention_heads=8, num_key_value_heads=2, head_dim=16, max_position_embeddings=512,
         initializer_range=0.15, attention_bias=True, mlp_bias=True, eos_token_id=None))
-    for name, weight in model.named_parameters():
+    for weight in model.parameters():
         if weight.ndim == 1:
             weight.data.add_(0.3 * torch.randn(weight.shape))
     model.save_pretrained(folder / "wide")

@@ -1,4 +1,4 @@
-"""Other people's ways to run the same model, for bench.py to time beside ours.
+"""Other people's ways to run the same model, for the others to time beside ours.
 
 On transformers' own Llama modules, with random weights: a step and a prefill, eager and compiled;
 StreamingLLM (Xiao et al., 2023) the way its authors run it; and static batches. All of them run in

@@ -1,0 +1,87 @@
+"""Speed and memory against the machine's measured limits, and against peers, in one run.
+
+    python -m bench --shape 1.1b [--peer transformers]           steps: decode and prefill
+    python -m bench --shape 1.1b --window 508 --turns mt_bench.jsonl [--peer streaming]
+    python -m bench --shape 1.1b --streams 64 [--batch 8] [--peer transformers]
+
+Reading every weight once a token, a step can take no less than bytes / bandwidth. Shared machines
+drift, so whatever is compared is measured in turns, round after round; what is printed of steps is
+the median of the rounds, and a ratio is the median of each round's own. The two others say the
+turns of a file as one endless conversation, and generate from many prompts by continuous batching.
+A --shape has random weights, made on the device: speed does not depend on their values.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+
+import torch
+
+from bench.models import SHAPES, open_model
+from bench.steps import bench_steps
+from bench.streams import bench_streams
+from bench.turns import bench_turns
+from cli import make_parser, number, user_errors
+
+
+def check(args) -> None:
+    """Refuse flags that do not go together."""
+    steps, rows = not (args.turns or args.streams), args.batch or 1
+    for given, together, rule in (
+            (args.turns, not args.streams, "--turns and --streams exclude each other"),
+            (args.limit, args.turns, "--limit goes with --turns"),
+            (args.max_new_tokens, args.turns, "--max-new-tokens goes with --turns"),
+            (args.turns, rows == 1, "--turns goes with one row"),
+            (args.speculate, steps and args.shape and rows == 1 and not args.quantize,
+             "--speculate goes with --shape, one row and no --quantize"),
+            (args.recompute, steps and rows == 1, "--recompute goes with one row"),
+            (args.peer, args.shape and (args.streams or rows == 1),
+             "--peer goes with --shape and one row, or with --shape and --streams"),
+            (args.peer == "streaming", args.turns, "--peer streaming goes with --turns"),
+            (args.peer == "transformers", not args.turns,
+             "--peer transformers does not go with --turns; --peer streaming does")):
+        if given and not together:
+            raise ValueError(rule)
+    args.batch = args.batch or (8 if args.streams else 1)
+    args.max_new_tokens = args.max_new_tokens or 128
+
+
+def main():
+    parser = make_parser(__doc__)
+    parser.prog = "bench"
+    add = parser.add_argument
+    add("--sink", type=number(int, 0), metavar="S", help="default 4")
+    add("--shape", choices=SHAPES, help="random weights instead of a checkpoint")
+    add("--batch", type=number(int, 1), metavar="B", help="default 1, with --streams 8")
+    add("--peer", choices=["transformers", "streaming"], help="time it too, in turns with ours")
+    add("--recompute", action="store_true", help="time the sliding window with recomputation too")
+    add("--speculate", type=number(int, 1), metavar="K",
+        help="time speculation at its best (K proposals, all accepted) and worst")
+    add("--turns", metavar="FILE", help="time an endless conversation of a prompts file's turns")
+    add("--limit", type=number(int, 1), metavar="N", help="first N turns only; default 20")
+    add("--max-new-tokens", type=number(int, 2), metavar="M", help="tokens a turn; default 128")
+    add("--streams", type=number(int, 1), metavar="N",
+        help="time continuous batching of N synthetic prompts")
+    args = parser.parse_args()
+    with user_errors(parser):
+        check(args)
+        start = time.perf_counter()
+        model = open_model(args)
+        load_s = time.perf_counter() - start
+        run = bench_turns if args.turns else bench_streams if args.streams else bench_steps
+        figures = run(args, model)
+    weight = model.norm.weight
+    figures = dict(model=args.shape or str(args.checkpoint), device=str(weight.device),
+                   torch=torch.__version__, threads=torch.get_num_threads(),
+                   dtype=str(weight.dtype), quantize=args.quantize,
+                   load_s=None if args.shape else load_s, **figures)
+    if args.json:
+        print(json.dumps(figures))
+        return
+    for name, value in figures.items():
+        print(f"{name:36} {f'{value:,.3f}' if isinstance(value, float) else value}")
+
+
+if __name__ == "__main__":
+    main()
