@@ -11,16 +11,15 @@ from packaging.requirements import Requirement
 from helpers import TINY
 
 ROOT = TINY.parent.parent
-ENGINE = {"kv_cache", "linear", "model", "sample", "tp", "tokenizer", "quantize", "speculate",
-          "convert_hf", "load"}
-PROGRAMS = {path.stem for path in ROOT.glob("*.py")} - ENGINE
+# A file imports only what stands before it. The engine ends where the command line begins.
+ORDER = ["tp", "kv_cache", "linear", "tokenizer", "model", "sample", "convert_hf", "quantize",
+         "load", "speculate", "session", "cli", "generate", "chat", "batch", "eval"]
 
 
-def imported(path, everywhere=True):
-    """The first names of what a file imports: everywhere, or at its top level."""
-    tree = ast.parse(path.read_text())
+def imported(path):
+    """The first names of what a file imports at its top level."""
     names = set()
-    for node in ast.walk(tree) if everywhere else tree.body:
+    for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -28,18 +27,17 @@ def imported(path, everywhere=True):
     return names
 
 
-@pytest.mark.parametrize("name", sorted(ENGINE))
-def test_the_engine_imports_no_program_and_no_command_line(name):
-    assert not imported(ROOT / f"{name}.py", everywhere=False) & PROGRAMS
+@pytest.mark.parametrize("name", ORDER)
+def test_no_import_runs_back_up(name):
+    later = {*ORDER[ORDER.index(name):], "bench"}
+    assert not imported(ROOT / f"{name}.py") & later
 
 
-def test_nothing_imports_bench():
-    for path in ROOT.glob("*.py"):
-        assert "bench" not in imported(path), path
+def test_every_file_at_the_root_has_its_place():
+    assert sorted(path.stem for path in ROOT.glob("*.py")) == sorted(ORDER) and len(ORDER) <= 22
 
 
-def test_files_at_the_root_are_few_and_those_of_bench_short():
-    assert len(list(ROOT.glob("*.py"))) <= 22
+def test_files_of_bench_are_short():
     for path in ROOT.glob("bench/*.py"):
         assert len(path.read_text().splitlines()) < 250, path
 
