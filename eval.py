@@ -54,26 +54,29 @@ def streamed(model: Transformer, ids: Tensor, n_sink: int, window: int) -> Itera
 
 
 @torch.no_grad()
-def recomputed(model: Transformer, ids: Tensor, context: int) -> Iterator[Tensor]:
-    """Nats a token, each token predicted from the latest `context` tokens alone, read anew."""
+def recomputed(model: Transformer, ids: Tensor, context: int, every: int) -> Iterator[Tensor]:
+    """Nats of every so many tokens, predicted from the latest `context` tokens alone, read anew."""
     first = ids[:context + 1]
-    yield nll(model(first[None, :-1])[0], first[1:])
+    yield nll(model(first[None, :-1])[0], first[1:])[every - 1::every]
     if len(ids) == len(first):
         return
     windows = ids[1:-1].unfold(0, context, 1)  # (n, context): the tokens that end before a target
-    for rows, targets in zip(windows.split(RECOMPUTED_ROWS),
-                             ids[context + 1:].split(RECOMPUTED_ROWS)):
+    start = (every - 1 - context) % every
+    for rows, targets in zip(windows[start::every].split(RECOMPUTED_ROWS),
+                             ids[context + 1:][start::every].split(RECOMPUTED_ROWS)):
         last = torch.full((len(rows),), context - 1, device=ids.device)
         yield nll(model(rows, None, last)[:, 0], targets)
 
 
-def measure(model: Transformer, ids: Tensor, mode: str, n_sink: int, window: int) -> Tensor:
-    """Nats (N,) of every token of ids (N + 1,) but the first, with a progress bar."""
+def measure(model: Transformer, ids: Tensor, mode: str, n_sink: int, window: int,
+            every: int = 1) -> Tensor:
+    """Nats (N,) of the tokens of ids (N + 1,) but the first, with a progress bar; of `every` = n
+    each n-th, (N // n,)."""
     if mode == "dense":
         ids = ids[:min(model.config.max_seq_len, model.config.sliding_window or math.inf) + 1]
         parts = streamed(model, ids, 0, len(ids) - 1)
     elif mode == "recompute":
-        parts = recomputed(model, ids, n_sink + window)
+        parts = recomputed(model, ids, n_sink + window, every)
     elif mode == "window":
         parts = streamed(model, ids, 0, n_sink + window)
     else:
@@ -83,12 +86,15 @@ def measure(model: Transformer, ids: Tensor, mode: str, n_sink: int, window: int
         for part in parts:
             done.append(part)
             count, total = count + len(part), total + part.sum().item()
-            show(count, len(ids) - 1, f"perplexity {math.exp(total / count):.3f}")
-    return torch.cat(done)
+            show(count, (len(ids) - 1) // (every if mode == "recompute" else 1),
+                 f"perplexity {math.exp(total / max(count, 1)):.3f}")
+    nats = torch.cat(done)
+    return nats if mode == "recompute" else nats[every - 1::every]
 
 
-def draw(path: str, curves: dict[str, Tensor], context: int) -> None:
-    """Perplexity of the latest SMOOTH tokens along the text, a curve a mode."""
+def draw(path: str, curves: dict[str, Tensor], marks: dict[str, int]) -> None:
+    """Perplexity of the latest SMOOTH tokens along the text, a curve a mode, and a vertical line at
+    each mark."""
     try:
         import matplotlib
     except ImportError:
@@ -102,9 +108,9 @@ def draw(path: str, curves: dict[str, Tensor], context: int) -> None:
         before = torch.cat([total.new_zeros(min(SMOOTH, len(nats))), total[:-SMOOTH]])
         seen = torch.arange(1, len(nats) + 1).clamp(max=SMOOTH)
         axes.plot(range(1, len(nats) + 1), ((total - before) / seen).exp(), label=name, linewidth=1)
-    axes.axvline(context, color="gray", linestyle=":", label=f"trained context, {context}")
-    axes.set(xlabel="tokens", ylabel=f"perplexity of the latest {SMOOTH} tokens", xscale="log",
-             yscale="log")
+    for (name, position), style in zip(marks.items(), ("--", ":")):
+        axes.axvline(position, color="gray", linestyle=style, label=f"{name}, {position}")
+    axes.set(xlabel="tokens", ylabel=f"perplexity of the latest {SMOOTH} tokens", yscale="log")
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -116,6 +122,8 @@ def main():
     add("--text", required=True, metavar="FILE", help="UTF-8 text, plain or .xz")
     add("--mode", nargs="+", choices=MODES, default=["stream"])
     add("--sink", nargs="+", type=number(int, 0), default=[4], metavar="S", help="one run for each")
+    add("--every", type=number(int, 1), default=1, metavar="N",
+        help="count every N-th token only: recompute takes long; default 1")
     add("--max-tokens", type=number(int, 2), default=20_000, metavar="N", help="default 20000")
     add("--plot", metavar="FILE.png")
     args = parser.parse_args()
@@ -132,7 +140,7 @@ def main():
             for n_sink in args.sink:
                 start = time.perf_counter()
                 window = args.window or default_window(model.config, n_sink)
-                nats = measure(model, ids, mode, n_sink, window).cpu()
+                nats = measure(model, ids, mode, n_sink, window, args.every).cpu()
                 name = f"{mode}, {n_sink} sinks" if mode == "stream" else mode
                 curves[name] = nats
                 record = dict(mode=mode, sink=n_sink, window=window, tokens=len(nats),
@@ -143,7 +151,8 @@ def main():
                 if mode != "stream":
                     break  # the number of sinks changes only the stream
         if args.plot:
-            draw(args.plot, curves, model.config.max_seq_len)
+            draw(args.plot, curves, {"the window slides from": n_sink + window,
+                                     "trained context": model.config.max_seq_len})
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ def test_flags_that_do_not_go_together(argv, naming):
     refused("bench", *argv, naming=naming)
 
 
+@pytest.mark.slow
 def test_steps_beside_everything(quick, monkeypatch):
     monkeypatch.setattr("torch.compile", lambda function, **_: function)
     monkeypatch.setattr("bench.steps.bandwidth", lambda buffers: 1.0)
@@ -115,6 +116,7 @@ def counter(start):
     return add
 
 
+@pytest.mark.slow
 def test_a_function_in_a_process_of_its_own():
     with apart.apart(counter, 5) as add:
         assert [add(1), add(2)] == [6, 8]

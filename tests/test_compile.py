@@ -10,6 +10,7 @@ from helpers import TINY, random_model, run
 from load import compile_step
 
 WINDOW = 28
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

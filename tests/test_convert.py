@@ -123,6 +123,7 @@ def test_old_files_extra_tables_and_tied_copies_are_no_obstacle(hf_folder, tmp_p
     assert "output.weight" not in weights_of(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_loading_maps_the_file_instead_of_copying_it(tmp_path):
     """Resident anonymous memory stays far below the size of the weights."""
     config = {**LLAMA, "hidden_size": 512, "intermediate_size": 4096, "vocab_size": 40_000,

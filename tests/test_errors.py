@@ -1,6 +1,7 @@
 """What a user can get wrong: one line that names it, exit status 2, no traceback."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cli import make_parser, user_errors
 from helpers import TINY, run
 from load import check_device
 
@@ -204,6 +206,13 @@ def test_a_real_process_says_one_line_and_exits_2():
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.splitlines()[-1] == "generate.py: error: /no/such: no such checkpoint folder"
+
+
+def test_what_the_engine_logs_is_said(capsys):
+    with user_errors(make_parser("x")):
+        logging.getLogger("gpt_stream").info("speculation stopped: %s of 32", 3)
+    logging.getLogger("gpt_stream").info("nobody listens any more")
+    assert capsys.readouterr().err == "speculation stopped: 3 of 32\n"
 
 
 def test_bytes_that_are_not_utf8_on_the_command_line():

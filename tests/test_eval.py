@@ -42,6 +42,16 @@ def test_recomputing_reads_the_latest_tokens_anew(tiny, length):
     assert torch.allclose(measure(model, ids, "recompute", 2, 30).double(), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["stream", "recompute"])
+@pytest.mark.parametrize("every", [2, 7, 50])
+def test_every_nth_token_is_one_of_all(tiny, mode, every):
+    model, tokenizer = tiny
+    ids = torch.tensor(tokenizer.encode(TEXT)[:121])
+    some = measure(model, ids, mode, 2, 30, every)
+    assert len(some) == 120 // every
+    assert torch.allclose(some, measure(model, ids, mode, 2, 30)[every - 1::every], atol=1e-4)
+
+
 def test_dense_ends_at_the_trained_context(tiny):
     model, tokenizer = tiny
     ids = torch.tensor(tokenizer.encode(TEXT)[:400])

@@ -60,6 +60,7 @@ def test_int4_is_within_a_step_and_better_than_rounding_the_full_range(group_siz
     assert (ours[5] == 0).all() and (ours[6] - 0.25).abs().max() < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode, group_size", KINDS)
 @pytest.mark.parametrize("tokens", [1, 6, 40])
 def test_kernels_equal_explicit_dequantization(mode, group_size, tokens):
@@ -111,6 +112,7 @@ def test_rows_and_group_aligned_columns_of_the_file_stand_alone(tmp_path):
     assert torch.equal(rows, full[16:32]) and torch.equal(columns, full[:, 64:128])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_compiled_equals_eager(mode):
     eager, _ = load(DRAFT, device="cpu", dtype=torch.float32, quantize=mode)

@@ -29,6 +29,7 @@ def models():
     return [load(path, device="cpu", dtype=torch.float32)[0] for path in (TINY, DRAFT)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["draft", "lookup", "itself", "adaptive"])
 def test_greedy_equals_plain_greedy_over_many_wraps(models, kind):
     target, draft = models
@@ -47,6 +48,7 @@ def test_greedy_equals_plain_greedy_over_many_wraps(models, kind):
         assert int(speculation.cache.length) == len(prompt) + 2000 - 1
 
 
+@pytest.mark.slow
 def test_what_a_verified_round_draws_has_the_models_distribution():
     """Chi-square of 20,000 two-token draws against the exact product, for a bad proposer."""
     torch.manual_seed(0)
@@ -72,6 +74,7 @@ def test_what_a_verified_round_draws_has_the_models_distribution():
         assert chi2 < freedom + 4 * (2 * freedom) ** 0.5  # four standard deviations
 
 
+@pytest.mark.slow
 def test_whole_streams_of_samples_have_the_models_distribution():
     """Three tokens after a prompt, through both caches, against the exact joint distribution."""
     target, draft = random_model(0, vocab_size=5), random_model(1, vocab_size=5)
@@ -141,14 +144,15 @@ def test_eos_and_the_limit_end_inside_an_accepted_run(models):
         assert said == wanted and int(cache.length) == len(prompt) + len(wanted)
 
 
-def test_speculation_that_does_not_pay_stops_and_says_so_once(models, capsys):
+def test_speculation_that_does_not_pay_stops_and_says_so_once(models, caplog):
+    caplog.set_level("INFO", "gpt_stream")
     target = models[0]
     silly = random_model(7, vocab_size=target.config.vocab_size)
     cache, speculation = make_cache(target, 4, WINDOW), of_draft(silly)
     list(generate(target, cache, [300, 301], 200, ignore_eos=True, speculation=speculation))
     list(generate(target, cache, [300, 301], 50, ignore_eos=True, speculation=speculation))
     assert speculation.size == 0 and speculation.proposed <= 40
-    assert capsys.readouterr().err.count("speculation stopped: 0 of") == 1
+    assert caplog.text.count("speculation stopped: 0 of") == 1
 
 
 def test_look_up():
@@ -161,6 +165,7 @@ def test_look_up():
     assert look_up(array("q", [256, 0, 1, 256]), 2) is None  # bytes alike, tokens not
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_warming_with_a_draft():
     torch._dynamo.reset()
     counters.clear()
@@ -197,6 +202,7 @@ def test_the_programs_speculate_and_refuse_what_cannot_be(tmp_path):
         assert status == 2 and words in err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_quantized_models_and_stop_texts_inside_a_run(tmp_path):
     quantize_checkpoint(DRAFT, tmp_path / "draft", "int4", 32)
     shared = ["--max-new-tokens", 60, "--temperature", 0, "--json", "--dtype", "fp32",

@@ -22,6 +22,7 @@ from model import ModelConfig
 from quantize import quantize_checkpoint
 
 ROOT = TINY.parent.parent
+pytestmark = pytest.mark.slow
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 

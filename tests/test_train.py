@@ -5,12 +5,15 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from generate import generate, load, make_cache
 from helpers import TINY
 
 ROOT = TINY.parent.parent
 
 
+@pytest.mark.slow
 def test_the_recipe_makes_a_checkpoint_that_loads(tmp_path):
     text = (ROOT / "README.md").read_text() * 3
     (tmp_path / "text.txt").write_text(text)
