@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -441,13 +442,15 @@ def test_a_revision_is_its_own_and_a_missing_one_is_named(server):
 
 
 def test_a_missing_model_and_one_that_needs_a_token(server, monkeypatch):
-    server.repos |= {"org/private": {"main": SMALL}, "org/gated": {"main": SMALL}}
-    server.private, server.gated = {"org/private"}, {"org/gated"}
+    server.repos |= {"org/hidden": {"main": SMALL}, "org/terms": {"main": SMALL}}
+    server.private, server.gated = {"org/hidden"}, {"org/terms"}
     refused("org/none", "org/none: ", "not on the Hub")
-    refused("org/private", "org/private: ", "HF_TOKEN", "hf auth login")
-    refused("org/gated", "org/gated: ", "gated", "HF_TOKEN", "hf auth login")
+    refused("org/hidden", "org/hidden: ", "private", "HF_TOKEN", "hf auth login")
+    refused("org/terms", "org/terms: ", "gated", "HF_TOKEN", "hf auth login")
+    monkeypatch.setenv("HF_TOKEN", "wrong")
+    refused("org/hidden", "org/hidden: ", "private", "HF_TOKEN", "hf auth login")
     monkeypatch.setenv("HF_TOKEN", "right")
-    assert hub.find("org/private")[0].is_dir() and hub.find("org/gated")[0].is_dir()
+    assert hub.find("org/hidden")[0].is_dir() and hub.find("org/terms")[0].is_dir()
 
 
 def test_a_download_that_breaks_off_is_finished_by_the_next_run(server, tiny, monkeypatch):
@@ -521,7 +524,10 @@ def start(arguments, **environment):
 
 
 def ends(process):
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()  # one that waits for ever
     assert process.returncode == 0, err
 
 
@@ -566,10 +572,11 @@ def of_a_rank(folder, number):
 
 def test_one_process_a_machine_fetches_and_all_of_them_fail_together(server, tmp_path):
     server.repos["org/model"] = {"main": SMALL}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
     for process in [start(["of_a_rank", tmp_path, n], HF_ENDPOINT=server.url, RANK=str(n),
-                          LOCAL_RANK=str(n), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(server.server_port + 1), HF_HOME=str(tmp_path / "home"))
-                    for n in range(2)]:
+                          HF_HOME=str(tmp_path / "home"), LOCAL_RANK=str(n), WORLD_SIZE="2",
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for n in range(2)]:
         ends(process)
     first, second = [(tmp_path / f"found-{n}").read_text().splitlines() for n in range(2)]
     assert first[0] == second[0] and first[0].startswith(str(tmp_path / "home"))
