@@ -233,7 +233,8 @@ def hub_error(errors, error: Exception, revision: str | None) -> str:
     if isinstance(error, errors.GatedRepoError):  # which is a RepositoryNotFoundError too
         return "gated: accept its terms on the Hub, then set HF_TOKEN or run `hf auth login`"
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
-        return "not on the Hub, or private: for that set HF_TOKEN or run `hf auth login`"
+        return ("not on the Hub, or private: for that set HF_TOKEN to a token that may read it, or "
+                "run `hf auth login`")
     if isinstance(error, errors.RevisionNotFoundError):
         return f"on the Hub, but without a revision {revision!r}"
     if isinstance(error, errors.LocalEntryNotFoundError):

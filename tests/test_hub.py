@@ -280,10 +280,13 @@ class Answer(http.server.BaseHTTPRequestHandler):
         repo, file = f"{org}/{model}", "/".join(file)
         by_commit = {commit(repo, r): files for r, files in hub.repos.get(repo, {}).items()}
         revision = revision if revision in by_commit else commit(repo, revision)
-        may = self.headers.get("Authorization") == "Bearer right"
+        token = self.headers.get("Authorization")
+        may = token == "Bearer right"
         if is_api:
             hub.asked.append(path)
-        if not by_commit or repo in hub.private and not may:
+        if token and not may:
+            self.answer(401, **{"X-Error-Message": "Invalid credentials in Authorization header"})
+        elif not by_commit or repo in hub.private and not may:
             self.answer(401, error="RepoNotFound")
         elif revision not in by_commit:
             self.answer(404, error="RevisionNotFound")
