@@ -166,7 +166,7 @@ def totals(records: list[dict]) -> str:
 
 
 def main():
-    parser = add_generation(make_parser(__doc__))
+    parser = add_generation(make_parser(__doc__, checkpoint="smollm2"))
     parser.add_argument("--prompts", metavar="FILE", help="turns to say, a JSON object a line")
     parser.add_argument("--limit", type=number(int, 1), metavar="N", help="first N turns only")
     parser.add_argument("--pin-system", metavar="TEXT", help="a system turn that is never evicted")

@@ -18,7 +18,7 @@ import torch
 import tp
 from convert_hf import DTYPES
 
-DEFAULT_CHECKPOINT = Path(__file__).parent / "checkpoints" / "tiny"
+EMBEDDED = Path(__file__).parent / "checkpoints" / "tiny"
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -35,12 +35,14 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
     return read
 
 
-def make_parser(doc: str) -> argparse.ArgumentParser:
-    """A parser with what every program takes; doc is the program's docstring."""
+def make_parser(doc: str, checkpoint: str | Path = EMBEDDED) -> argparse.ArgumentParser:
+    """A parser with what every program takes; doc is the program's docstring, checkpoint its
+    default."""
     parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
     add = parser.add_argument
-    add("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="DIR",
-        help="our folder or a Hugging Face one; default: the embedded one")
+    add("--checkpoint", default=checkpoint, metavar="NAME",
+        help="a folder, a .gguf file, smollm2, or org/model[@revision] on the Hugging Face Hub; "
+        "default %(default)s")
     add("--window", type=number(int, 1), metavar="W",
         help="latest tokens seen; default: what the sinks leave of the trained context")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
@@ -65,7 +67,7 @@ def add_generation(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--stop", action="append", default=[], metavar="TEXT", help="end here; may be repeated")
     add("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
     add("--sink", type=number(int, 0), metavar="S", help="first tokens, never evicted; default 4")
-    add("--draft", metavar="DIR", help="a smaller model that proposes tokens")
+    add("--draft", metavar="NAME", help="a smaller model that proposes tokens")
     add("--lookup", action="store_true", help="propose what followed these words before")
     add("--speculate", type=number(int, 1), metavar="K",
         help="tokens proposed a round; default: as many as pay")

@@ -5,6 +5,8 @@
     smollm2                   SmolLM2-135M-Instruct, which is fetched and converted once
     org/model[@revision]      a model on the Hugging Face Hub, kept in the Hub's own cache
 
+    python hub.py NAME        fetches it and prints its folder
+
 What was converted lies in checkpoints/, whole or not at all. No network is asked for anything that
 is there already, except the Hub, for whether it has a newer version; without a network it is as if
 it had none.
@@ -12,6 +14,7 @@ it had none.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import glob
@@ -32,7 +35,7 @@ from pathlib import Path
 import safetensors
 
 import tp
-from convert_hf import COPIED, open_tensors
+from convert_hf import COPIED, open_tensors, progress
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@(\S+))?", re.ASCII)
@@ -138,12 +141,8 @@ def from_gguf(path: Path, quantize: str | None, group_size: int) -> tuple[Path, 
 def convert(source: Path, out: Path, quantization: dict | None = None) -> None:
     """Convert a .gguf file, with a progress bar."""
     import convert_gguf  # which is rarely needed
-    with package("tqdm", source).tqdm(desc=f"converting {source.name}", unit=" tensors") as bar:
-        def progress(count: int, total: int) -> None:
-            bar.total = total
-            bar.update(count - bar.n)
-
-        convert_gguf.convert(source, out, quantization=quantization, progress=progress)
+    with progress(f"converting {source.name}", "tensors") as show:
+        convert_gguf.convert(source, out, quantization=quantization, progress=show)
 
 
 # ------------------------------------------------------------------------------ smollm2
@@ -255,3 +254,17 @@ def package(module: str, name: str | Path):
 
 def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def main():
+    from cli import user_errors
+
+    parser = argparse.ArgumentParser(description="Fetch a checkpoint, and print its folder.")
+    parser.add_argument("name", metavar="NAME")
+    args = parser.parse_args()
+    with user_errors(parser):
+        print(find(args.name)[0])
+
+
+if __name__ == "__main__":
+    main()

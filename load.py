@@ -1,4 +1,4 @@
-"""From a checkpoint's folder to a model that runs: read, slice, quantize, place, compile."""
+"""From a checkpoint's name to a model that runs: find, read, slice, quantize, place, compile."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 import tp
 from convert_hf import read_config, read_weights, stack
+from hub import find
 from linear import Int4Linear, Linear
 from model import ModelConfig, Transformer, rope_frequencies
 from quantize import empty_model, quantization_of, store, stored_shapes
@@ -23,13 +24,14 @@ from tokenizer import Tokenizer
 def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype | None = None,
          quantize: str | None = None, compile: bool = False, group_size: int = 32,
          parallel: bool = True) -> tuple[Transformer, Tokenizer]:
-    """Model and tokenizer from our folder or a Hugging Face one.
+    """Model and tokenizer of a checkpoint, by its name (hub.py).
 
     device None is the GPU if there is one; dtype None is the checkpoint's own; quantize is "int8",
     "int4" (in groups of group_size) or None. Under torchrun each process takes its slice of the
     model (tp.py), or if not parallel, the whole. On a CPU, in the checkpoint's dtype, unquantized
     weights stay memory-mapped until they are compiled. Raises ValueError naming what is wrong."""
-    device, folder = check_device(tp.start(device)), Path(checkpoint)
+    device = check_device(tp.start(device))
+    folder, quantize = find(checkpoint, quantize, group_size)
     with tp.together():
         raw, config = read_config(folder)
         quantization = quantization_of(raw, quantize, group_size, folder)

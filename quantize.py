@@ -173,17 +173,19 @@ def store(name: str, tensor: Tensor, quantization: dict) -> dict[str, Tensor]:
 
 def main():
     from cli import say, user_errors  # which reads this file
+    from hub import find
     parser = argparse.ArgumentParser(description="Quantize a checkpoint's weights.")
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR",
-                        help="our folder or a Hugging Face one")
+    parser.add_argument("--checkpoint", required=True, metavar="NAME",
+                        help="a folder, a .gguf file, smollm2, or org/model[@revision]")
     parser.add_argument("--mode", choices=MODES, required=True)
     parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=32,
                         help="columns that share a scale, for int4; default 32")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     args = parser.parse_args()
     with user_errors(parser):
+        source, _ = find(args.checkpoint)
         with progress("quantizing", "tensors") as show:
-            quantize_checkpoint(args.checkpoint, args.out, args.mode, args.group_size, show)
+            quantize_checkpoint(source, args.out, args.mode, args.group_size, show)
         say(f"wrote {args.out}")
 
 

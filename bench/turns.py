@@ -17,13 +17,14 @@ from chat import from_file
 from cli import read_prompts, say
 from convert_hf import progress
 from generate import generate, make_cache
+from hub import find
 from model import Transformer
 from tokenizer import Tokenizer
 
 
 def turn_prompts(args) -> list[list[int]]:
     """The ids that each turn of a conversation adds, the same whatever the answers were."""
-    tokenizer = Tokenizer(args.checkpoint)  # with a shape, the embedded one
+    tokenizer = Tokenizer(find(args.checkpoint)[0])  # with a shape, the embedded one
     turns = from_file(read_prompts(args.turns), args.limit or 20)
     return [tokenizer.encode(text, bos=n == 0) if raw
             else tokenizer.next_turn(text) if n else tokenizer.first_turn(text)

@@ -30,6 +30,8 @@ def random_model(seed=0, **changes):
 def run(program, *argv, stdin=""):
     """(exit status, stdout, stderr) of a program's main, in this process."""
     module = importlib.import_module({"bench": "bench.__main__"}.get(program, program))
+    if program == "chat" and "--checkpoint" not in argv:  # its own default would be fetched
+        argv = ("--checkpoint", TINY, *argv)
     out, err = io.StringIO(), io.StringIO()
     before = sys.argv, sys.stdin
     sys.argv, sys.stdin = [f"{program}.py", *map(str, argv)], io.StringIO(stdin)

@@ -126,7 +126,7 @@ def test_a_gguf_is_converted_once_and_anew_when_it_has_changed(gguf, checkpoints
     assert (folder / "config.json").read_bytes() == GGUF and quantize == "int8"
     [line] = caplog.messages
     assert str(gguf) in line and str(folder) in line and "once" in line
-    assert "2/2" in capsys.readouterr().err  # the bar
+    assert "2 of 2 tensors" in capsys.readouterr().err  # the bar
     monkeypatch.chdir(gguf.parent)
     monkeypatch.setitem(sys.modules, "convert_gguf", None)  # it is not needed any more
     assert hub.find(gguf.name) == (folder, None)
@@ -181,7 +181,7 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(gguf, checkpoints):
 
 def test_a_package_that_is_missing_is_named(gguf, checkpoints, monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    refused(gguf, gguf, "pip install tqdm")
+    refused(gguf, "pip install tqdm")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     refused("org/model", "org/model", "pip install huggingface_hub")
 
@@ -362,10 +362,10 @@ def tiny():
         "model.safetensors.index.json": json.dumps(index).encode()}
 
 
-UNREAD = {name: b"large" for name in (
+UNREAD = dict.fromkeys((
     "README.md", "consolidated.safetensors", "original/model.safetensors", "original/config.json",
     "onnx/model-quantized.onnx", "pytorch_model.bin", "pytorch_model.bin.index.json",
-    "adapter_config.json", "model.q4_0.gguf", "model-extra/model-1.safetensors")}
+    "adapter_config.json", "model.q4_0.gguf", "model-extra/model-1.safetensors"), b"large")
 SMALL = {"config.json": b"{}", "model.safetensors": save({"a": torch.ones(3)})}
 
 

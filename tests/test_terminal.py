@@ -27,7 +27,7 @@ def spawn(*argv):
     where other programs keep the cores busy."""
     env = {**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
     child = pexpect.spawn(sys.executable, ["chat.py", "--device", "cpu", "--temperature", "0",
-                                           *map(str, argv)],
+                                           "--checkpoint", str(TINY), *map(str, argv)],
                           cwd=TINY.parent.parent, env=env, encoding="utf-8", timeout=60)
     child.expect_exact("/reset")
     child.expect_exact("\n> ")
