@@ -1,0 +1,511 @@
+"""Convert a GGUF file, which is what llama.cpp runs, into a checkpoint folder of ours.
+
+    python convert_gguf.py FILE.gguf OUT [--dtype bf16|fp16|fp32]
+                           [--quantize int8|int4] [--group-size 32|64|128]
+
+The file is metadata (the sizes, the tokenizer, the chat template), the list of the tensors, and the
+tensors, most of them in blocks of a few bits that the package `gguf` turns into numbers again. One
+type needs no such turn: a block of Q4_0 is 32 columns of four bits and a scale, exactly a group of
+our int4, so `--quantize int4 --group-size 32` keeps the numbers that the file was made with.
+
+Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import mmap
+import struct
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convert_hf import DTYPES, hf_parts, progress, stack, write_checkpoint, write_json
+from model import ModelConfig, rope_frequencies
+from quantize import GROUP_SIZES, MODES, empty_model, quantization_of, store, stored_shapes
+from tokenizer import Tokenizer
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
+                 "qwen3": "Qwen3ForCausalLM"}  # Mistral's files call themselves llama
+SIZES = {"hidden_size": "embedding_length", "num_hidden_layers": "block_count",
+         "num_attention_heads": "attention.head_count", "intermediate_size": "feed_forward_length",
+         "max_position_embeddings": "context_length"}
+NOT_COMPUTED = ("expert_count", "attention.scale", "logit_scale", "residual_scale",
+                "embedding_scale", "attn_logit_softcapping", "final_logit_softcapping",
+                "attention.temperature_length", "attention.temperature_scale")
+NAMES = {"model.embed_tokens": "token_embd", "model.layers": "blk", "model.norm": "output_norm",
+         "lm_head": "output", "input_layernorm": "attn_norm",
+         "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output",
+         "self_attn.": "attn_", "mlp.": "ffn_", "_proj": ""}  # replaced in this order
+ROWS = 4096  # dequantized at a time: an embedding in float32 can be larger than the file
+
+# How a metadata value's type is numbered.
+SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?",
+           10: "<u8", 11: "<i8", 12: "<f8"}
+STRING, ARRAY = 8, 9
+# How a token's type is numbered, here and in sentencepiece.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+# Where a text is cut before its bytes are merged, by the names that llama.cpp has for it; each
+# expression cuts what the one before it left. https://github.com/ggml-org/llama.cpp, llama-vocab
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+          r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN2 = LLAMA3.replace("{1,3}", "")
+CUTS = {"default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
+        "gpt-2": (GPT2,), "smollm": (r"\p{N}", GPT2), "llama-bpe": (LLAMA3,),
+        "llama-v3": (LLAMA3,), "llama3": (LLAMA3,), "qwen2": (QWEN2,)}
+
+
+# ------------------------------------------------------------------------------ the file
+
+
+class Stored(NamedTuple):
+    """A tensor as it lies in the file: its type, its shape, and a row of bytes for each of its
+    rows, memory-mapped. A vector's rows are its numbers."""
+
+    kind: int  # gguf.GGMLQuantizationType
+    shape: tuple[int, ...]
+    rows: np.ndarray  # (shape[0], bytes) uint8
+
+
+def gguf_package():
+    """The package that knows the tensor types. Raises ValueError when it is not installed."""
+    try:
+        import gguf
+    except ImportError:
+        raise ValueError("reading a GGUF file needs gguf: pip install gguf") from None
+    return gguf
+
+
+def read_gguf(path: Path) -> tuple[dict, dict[str, Stored]]:
+    """Metadata and tensors by name. Raises ValueError saying where a bad file is bad.
+
+    gguf.GGUFReader reads this too, but makes an array of every string of a vocabulary (seconds and
+    hundreds of MB for Llama 3's) and believes any length that a damaged file gives."""
+    with open(path, "rb") as file:
+        try:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            metadata, infos, start = read_header(data)
+        except ValueError as error:
+            raise ValueError(f"damaged or not a GGUF file: {error}") from None
+    return metadata, {name: locate(data, start, name, *info) for name, info in infos.items()}
+
+
+def read_header(data: mmap.mmap) -> tuple[dict, dict[str, tuple], int]:
+    """Metadata, (shape, type, offset) of every tensor, and where the offsets count from."""
+    if take(data, 4) != b"GGUF":
+        raise ValueError("it does not begin with GGUF")
+    (version,), (n_tensors, n_keys) = numbers(data, "<u4"), numbers(data, "<u8", 2)
+    if version not in (2, 3):
+        raise ValueError(f"its version is {version}; known: 2 and 3, little-endian")
+    metadata, infos = {}, {}
+    for _ in range(n_keys):
+        key = read_value(data, STRING)
+        metadata[key] = read_value(data, *numbers(data, "<u4"))
+    for _ in range(n_tensors):
+        name = read_value(data, STRING)
+        shape = numbers(data, "<u8", *numbers(data, "<u4"))[::-1]  # the file's last is the rows
+        infos[name] = (tuple(shape), *numbers(data, "<u4"), *numbers(data, "<u8"))
+    alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or alignment < 1:
+        raise ValueError(f"general.alignment is {alignment}; it must be a positive integer")
+    return metadata, infos, -(-data.tell() // alignment) * alignment
+
+
+def read_value(data: mmap.mmap, kind: int):
+    if kind == STRING:
+        return take(data, *numbers(data, "<u8")).decode()
+    n = 1
+    if is_array := kind == ARRAY:
+        (kind,), (n,) = numbers(data, "<u4"), numbers(data, "<u8")
+        if kind == STRING:
+            return [read_value(data, STRING) for _ in range(n)]
+    if kind not in SCALARS:
+        raise ValueError(f"a value in its metadata has type {kind}, which is unknown")
+    values = numbers(data, SCALARS[kind], n)
+    return values if is_array else values[0]
+
+
+def numbers(data: mmap.mmap, dtype: str, n: int = 1) -> list:
+    return np.frombuffer(take(data, n * np.dtype(dtype).itemsize), dtype).tolist()
+
+
+def take(data: mmap.mmap, n: int) -> bytes:
+    if n > len(data) - data.tell():
+        raise ValueError("it ends within its metadata")
+    return data.read(n)
+
+
+def locate(data: mmap.mmap, start: int, name: str, shape: tuple[int, ...], kind: int,
+           offset: int) -> Stored:
+    """Raises ValueError naming a tensor that is cut off or of a type that cannot be read."""
+    gguf = gguf_package()
+    block, size = gguf.GGML_QUANT_SIZES.get(kind, (1, 0))  # a block's columns and bytes
+    try:
+        kind = gguf.GGMLQuantizationType(kind)
+        gguf.quants.dequantize(np.zeros((1, size), np.uint8), kind)
+    except (ValueError, NotImplementedError):
+        raise ValueError(f"tensor {name} has type {getattr(kind, 'name', kind)}, which the "
+                         "installed gguf package cannot dequantize") from None
+    n_rows, columns = math.prod(shape[:1]), math.prod(shape[1:])
+    if columns % block:
+        raise ValueError(f"tensor {name} has shape {shape}; {kind.name} needs columns in {block}s")
+    row_bytes = columns // block * size
+    if start + offset + n_rows * row_bytes > len(data):
+        raise ValueError(f"cut off: tensor {name} goes on beyond the end of the file")
+    rows = np.frombuffer(data, np.uint8, n_rows * row_bytes, start + offset)
+    return Stored(kind, shape, rows.reshape(n_rows, row_bytes))
+
+
+# ------------------------------------------------------------------------------ configuration
+
+
+def read_settings(metadata: dict, tensors: dict[str, Stored]) -> tuple[dict, ModelConfig]:
+    """Metadata as a Hugging Face config.json, and what it means. Raises ValueError naming the key
+    that is missing, wrong, or asks for what this engine does not compute."""
+    if metadata.get("split.count", 1) > 1:
+        raise ValueError(f"file {metadata.get('split.no', 0) + 1} of {metadata['split.count']} of "
+                         "a split model; merge them first: llama-gguf-split --merge FIRST OUT")
+    name = metadata.get("general.architecture")
+    if name not in ARCHITECTURES:
+        raise ValueError(f"architecture {name!r} is not supported; known: "
+                         f"{', '.join(ARCHITECTURES)}")
+    if "token_embd.weight" not in tensors:
+        raise ValueError("tensor token_embd.weight is missing")
+    for key in NOT_COMPUTED:
+        if value := metadata.get(f"{name}.{key}"):
+            raise ValueError(f"{name}.{key} is {value}, and is not supported; only files without")
+
+    raw = {"architectures": [ARCHITECTURES[name]], "model_type": name, "hidden_act": "silu",
+           **{ours: read_size(metadata, f"{name}.{key}") for ours, key in SIZES.items()}}
+    heads = raw["num_attention_heads"]
+    raw.update(
+        num_key_value_heads=read_size(metadata, f"{name}.attention.head_count_kv", heads),
+        head_dim=read_size(metadata, f"{name}.attention.key_length", raw["hidden_size"] // heads),
+        vocab_size=tensors["token_embd.weight"].shape[0],
+        rms_norm_eps=read_float(metadata, f"{name}.attention.layer_norm_rms_epsilon"),
+        tie_word_embeddings="output.weight" not in tensors,
+        attention_bias="blk.0.attn_q.bias" in tensors, mlp_bias="blk.0.ffn_gate.bias" in tensors,
+        rope_parameters={"rope_type": "default",
+                         "rope_theta": read_float(metadata, f"{name}.rope.freq_base", 10000.0)},
+        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
+        eos_token_id=sorted({metadata[key] for n in ("eos", "eot", "eom")
+                             if (key := f"tokenizer.ggml.{n}_token_id") in metadata}))
+    if metadata.get(f"{name}.attention.sliding_window"):
+        raw["sliding_window"] = read_size(metadata, f"{name}.attention.sliding_window")
+        raw["use_sliding_window"] = True
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if (value := metadata.get(f"{name}.{key}", raw["head_dim"])) != raw["head_dim"]:
+            raise ValueError(f"{name}.{key} is {value}; only heads of one size "
+                             f"({raw['head_dim']}), rotated whole, are supported")
+    raw["rope_parameters"].update(read_scaling(metadata, name, tensors, ModelConfig.from_hf(raw)))
+    return raw, ModelConfig.from_hf(raw)
+
+
+def read_size(metadata: dict, key: str, default: int | None = None) -> int:
+    value = metadata.get(key, default)
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{key} is {str(value)[:40]}; it must be a positive integer")
+    return value
+
+
+def read_float(metadata: dict, key: str, default: float | None = None) -> float:
+    value = metadata.get(key, default)
+    if type(value) is not float or not 0 < value < math.inf:
+        raise ValueError(f"{key} is {str(value)[:40]}; it must be a positive number")
+    return value
+
+
+def read_scaling(metadata: dict, name: str, tensors: dict[str, Stored],
+                 plain: ModelConfig) -> dict:
+    """What a config.json says of scaled rotary positions. Raises ValueError naming a scaling that
+    is not supported."""
+    kind = metadata.get(f"{name}.rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise ValueError(f"{name}.rope.scaling.type {kind!r} is not supported; known: none, linear")
+    factor = (metadata.get(f"{name}.rope.scaling.factor")
+              or metadata.get(f"{name}.rope.scale_linear") or 1.0)  # the older key
+    linear = kind == "linear" and factor != 1
+    if "rope_freqs.weight" not in tensors:
+        return {"rope_type": "linear", "factor": factor} if linear else {}
+    divisors = dequantize(tensors["rope_freqs.weight"]).double()
+    if linear or divisors.shape != (plain.head_dim // 2,):
+        raise ValueError(f"tensor rope_freqs.weight of shape {tuple(divisors.shape)}, with "
+                         f"{name}.rope.scaling.factor {factor}, is not supported; llama3's has "
+                         f"shape ({plain.head_dim // 2},) and no factor beside it")
+    return find_llama3(divisors, plain, metadata.get(f"{name}.rope.scaling.original_context_length"))
+
+
+def find_llama3(divisors: Tensor, plain: ModelConfig, original: int | None) -> dict:
+    """The llama3 scaling that gives these divisors (D / 2,) of the frequencies: a GGUF file has
+    them alone. Raises ValueError when none does."""
+    if bool((divisors == 1).all()):
+        return {}
+    frequencies = rope_frequencies(plain)
+    for length in [original] if original else [8192, *(2**n for n in range(5, 21))]:
+        scaling = {"rope_type": "llama3", "factor": divisors.max().item(), "low_freq_factor": 1.0,
+                   "high_freq_factor": 4.0, "original_max_position_embeddings": length}
+        found = frequencies / rope_frequencies(replace(plain, rope_scaling=scaling))
+        if torch.allclose(found, divisors, rtol=1e-4, atol=0):
+            return scaling
+    raise ValueError("tensor rope_freqs.weight is not a llama3 scaling with the factors 1 and 4; "
+                     "others (longrope, yarn) are not supported")
+
+
+# ------------------------------------------------------------------------------ tensors
+
+
+def find_parts(config: ModelConfig, tensors: dict[str, Stored],
+               interleaved: bool) -> dict[str, list[Stored]]:
+    """Our tensors, each as what it stacks. interleaved is for q and k as llama.cpp's own
+    architecture rotates them. Raises ValueError naming a missing, extra or misshapen tensor."""
+    shapes, heads = stored_shapes(empty_model(config)), {}
+    if interleaved:
+        heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads}
+    parts, used = {}, {"rope_freqs.weight"}
+    for ours, stacked in hf_parts(config).items():
+        parts[ours] = []
+        for hf_name, rows in stacked.items():
+            name, expected = gguf_name(hf_name), (rows, *shapes[ours][1:])
+            if name not in tensors:
+                raise ValueError(f"tensor {name} is missing")
+            if tensors[name].shape != expected:
+                raise ValueError(f"tensor {name} has shape {tensors[name].shape}; the metadata "
+                                 f"asks for {expected}")
+            used.add(name)
+            parts[ours].append(split_halves(tensors[name], heads.get(name.split(".")[-2])))
+    if extra := sorted(set(tensors) - used):
+        raise ValueError(f"tensor {extra[0]} does not belong to this architecture")
+    return parts
+
+
+def gguf_name(hf_name: str) -> str:
+    for theirs, name in NAMES.items():
+        hf_name = hf_name.replace(theirs, name)
+    return hf_name
+
+
+def split_halves(tensor: Stored, n_heads: int | None) -> Stored:
+    """Rows in Hugging Face's order, where the two halves of a head are rotated against each other;
+    llama.cpp rotates neighbours, and its converter moves the rows so."""
+    if n_heads is None:
+        return tensor
+    order = np.arange(len(tensor.rows)).reshape(n_heads, -1, 2).swapaxes(1, 2).ravel()
+    return tensor._replace(rows=tensor.rows[order])
+
+
+def dequantize(tensor: Stored) -> Tensor:
+    """The numbers in float32, (rows, columns), or (rows,) of a vector."""
+    weight = gguf_package().quants.dequantize(tensor.rows, tensor.kind)
+    return torch.from_numpy(np.require(weight, requirements="W")).reshape(-1, *tensor.shape[1:])
+
+
+def regroup_q4_0(name: str, tensor: Stored) -> dict[str, Tensor]:
+    """Our int4, of groups of 32, from blocks of Q4_0: a float16 scale, then 16 bytes whose low four
+    bits are columns 0 to 15 and whose high four bits are columns 16 to 31, all of them less 8."""
+    blocks = torch.from_numpy(tensor.rows.reshape(len(tensor.rows), -1, 18).copy())  # (N, K / 32, 18)
+    scale = blocks[..., :2].contiguous().view(torch.float16)[..., 0].float()
+    if not scale.isfinite().all():
+        raise ValueError(f"tensor {name} has NaN or infinite scales")
+    nibbles = torch.cat([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], dim=-1).flatten(1)  # (N, K)
+    layer = name.removesuffix("weight")
+    return {layer + "weight": nibbles[:, ::2] | nibbles[:, 1::2] << 4, layer + "scale": scale,
+            layer + "zero": torch.full(scale.shape, 8 * 16, dtype=torch.uint8)}
+
+
+def stored_pieces(name: str, tensor: Stored, dtype: torch.dtype,
+                  quantization: dict | None) -> Iterator[dict[str, Tensor]]:
+    """What we store of one of the file's tensors, some of its rows at a time, by name."""
+    ours = quantization == {"mode": "int4", "group_size": 32} and name.startswith("layers.")
+    for first in range(0, len(tensor.rows), ROWS):
+        piece = tensor._replace(rows=tensor.rows[first:first + ROWS])
+        if ours and tensor.kind.name == "Q4_0":
+            yield regroup_q4_0(name, piece)
+        elif quantization and len(tensor.shape) > 1:
+            yield store(name, dequantize(piece), quantization)
+        else:
+            yield {name: dequantize(piece).to(dtype)}
+
+
+def stored_weights(parts: dict[str, list[Stored]], dtype: torch.dtype,
+                   quantization: dict | None) -> Iterator[tuple[str, Tensor]]:
+    for name, stacked in parts.items():
+        pieces = [piece for tensor in stacked
+                  for piece in stored_pieces(name, tensor, dtype, quantization)]
+        for key in pieces[0]:
+            yield key, stack([piece[key] for piece in pieces])
+
+
+def bulk_kind(tensors: dict[str, Stored]) -> str:
+    """The name of the type that most of the numbers in matrices have."""
+    counts = Counter()
+    for tensor in tensors.values():
+        counts[tensor.kind.name] += math.prod(tensor.shape) * (len(tensor.shape) > 1)
+    return counts.most_common(1)[0][0]
+
+
+# ------------------------------------------------------------------------------ tokenizer
+
+
+def write_tokenizer(folder: Path, metadata: dict) -> None:
+    """The tokenizer's files from the metadata. Raises ValueError naming what is not supported."""
+    model, pre = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    if model not in ("llama", "gpt2"):
+        raise ValueError(f"tokenizer.ggml.model {model!r} is not supported; known: llama, gpt2")
+    tokens = read_list(metadata, "tokens", str)
+    types = read_list(metadata, "token_type", int, [NORMAL] * len(tokens))
+    defaults = {"bos": 1, "eos": 2, "unknown": 0} if model == "llama" else {}
+    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id", defaults.get(name))
+           for name in ("bos", "eos", "unknown")}
+    for name, token_id in ids.items():
+        if token_id is not None and not 0 <= token_id < len(tokens):
+            raise ValueError(f"tokenizer.ggml.{name}_token_id is {token_id}; there are "
+                             f"{len(tokens)} tokens")
+    by_default = model == "llama" or CUTS.get(pre) == (LLAMA3,)
+    adds_bos = ids["bos"] is not None and metadata.get("tokenizer.ggml.add_bos_token", by_default)
+    settings = {"add_bos_token": bool(adds_bos), **{
+        f"{name}_token": tokens[ids[name]] for name in ("bos", "eos") if ids[name] is not None}}
+    if "tokenizer.chat_template" in metadata:
+        settings["chat_template"] = metadata["tokenizer.chat_template"]
+    if model == "gpt2":
+        write_bpe(folder / "tokenizer.json", metadata, tokens, types, ids["bos"] if adds_bos else None)
+    else:
+        scores = read_list(metadata, "scores", float)
+        # The converter's mark of a token that was added beside the sentencepiece model.
+        settings["added_tokens_decoder"] = {
+            i: {"content": token} for i, (token, score, kind) in enumerate(zip(tokens, scores, types))
+            if kind == USER_DEFINED and score <= -1000}
+        (folder / "tokenizer.model").write_bytes(sentencepiece_model(
+            tokens, scores, types, ids, metadata.get("tokenizer.ggml.add_space_prefix", True)))
+    write_json(folder / "tokenizer_config.json", settings)
+
+
+def read_list(metadata: dict, name: str, kind: type, default: list | None = None) -> list:
+    """A list as long as the tokens. Raises ValueError naming the key."""
+    values = metadata.get(f"tokenizer.ggml.{name}", default)
+    n = len(metadata["tokenizer.ggml.tokens"]) if name != "tokens" else None
+    if not isinstance(values, list) or not values or type(values[0]) is not kind or (
+            n not in (None, len(values))):
+        raise ValueError(f"tokenizer.ggml.{name} is {str(values)[:40]}; it must be a list of "
+                         f"{n or 'all the tokens,'} {kind.__name__}s")
+    return values
+
+
+def write_bpe(path: Path, metadata: dict, tokens: list[str], types: list[int],
+              bos: int | None) -> None:
+    """Byte-level BPE as the file that the package `tokenizers` reads."""
+    try:
+        from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normalizers,
+                                pre_tokenizers, processors)
+    except ImportError:
+        raise ValueError("its tokenizer needs tokenizers: pip install tokenizers") from None
+    if (pre := metadata.get("tokenizer.ggml.pre", "default")) not in CUTS:
+        raise ValueError(f"tokenizer.ggml.pre {pre!r} is not supported; known: {', '.join(CUTS)}")
+    vocabulary = {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}
+    merges = [tuple(pair.split(" ", 1)) for pair in metadata.get("tokenizer.ggml.merges", [])]
+    try:
+        bpe = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=CUTS[pre] == (LLAMA3,)))
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"tokenizer.ggml.merges do not fit the tokens: {error}") from None
+    if pre == "qwen2":
+        bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        *(pre_tokenizers.Split(Regex(cut), "isolated") for cut in CUTS[pre]),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    if bos is not None:
+        bpe.post_processor = processors.TemplateProcessing(
+            single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)])
+    bpe.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False)
+                    for token, kind in zip(tokens, types) if kind in (CONTROL, USER_DEFINED)])
+    bpe.save(str(path))
+
+
+def sentencepiece_model(tokens: list[str], scores: list[float], types: list[int],
+                        ids: dict[str, int], space_prefix: bool) -> bytes:
+    """The protocol buffer that sentencepiece reads; the numbers of its fields are those of
+    https://github.com/google/sentencepiece, src/sentencepiece_model.proto."""
+    types = list(types)
+    # What sentencepiece insists on; and BOS and EOS are never text, whatever a file calls them.
+    for name, kind in (("bos", CONTROL), ("eos", CONTROL), ("unknown", UNKNOWN)):
+        types[ids[name]] = kind
+    pieces = b"".join(field(1, field(1, token.encode()) + field(2, score) + field(3, kind))
+                      for token, score, kind in zip(tokens, scores, types))
+    trainer = field(3, 2) + field(35, BYTE in types)  # BPE, with bytes for what is no token
+    for at, name in enumerate(("unknown", "bos", "eos")):
+        trainer += field(40 + at, ids[name]) + field(45 + at, tokens[ids[name]].encode())
+    normalizer = field(1, b"identity") + field(3, space_prefix) + field(4, False)  # keeps spaces
+    return pieces + field(2, trainer) + field(3, normalizer)
+
+
+def field(number: int, value: bytes | float | int) -> bytes:
+    """A field of a protocol buffer: bytes with their length, a float in 32 bits, an integer."""
+    if isinstance(value, bytes):
+        return varint(number << 3 | 2) + varint(len(value)) + value
+    if isinstance(value, float):
+        return varint(number << 3 | 5) + struct.pack("<f", value)
+    return varint(number << 3) + varint(value)
+
+
+def varint(n: int) -> bytes:
+    """Seven bits a byte, the lowest first, and a mark on all but the last."""
+    return bytes([n & 127 | 128]) + varint(n >> 7) if n > 127 else bytes([n])
+
+
+# ------------------------------------------------------------------------------ converting
+
+
+def convert(source: Path, out: Path, dtype: torch.dtype | None = None,
+            quantization: dict | None = None, progress=None) -> None:
+    """Write the GGUF file at `source` to the new folder `out`, whole or not at all. dtype None is
+    the file's own, bf16 of a quantized one; quantization is that of a config.json. Raises
+    ValueError naming the file, and in it the key or the tensor."""
+    with tempfile.TemporaryDirectory() as made:
+        try:
+            metadata, tensors = read_gguf(source)
+            raw, config = read_settings(metadata, tensors)
+            parts = find_parts(config, tensors, interleaved=raw["model_type"] == "llama")
+            shapes = stored_shapes(empty_model(config, quantization))  # refuses what cannot be
+            write_tokenizer(Path(made), metadata)
+            Tokenizer(made)
+        except (ValueError, TypeError, AttributeError) as error:  # of a damaged file too
+            raise ValueError(f"{source}: {error}") from None
+        bulk = bulk_kind(tensors)
+        dtype = dtype or {"F32": torch.float32, "F16": torch.float16}.get(bulk, torch.bfloat16)
+        raw["dtype"] = str(dtype).removeprefix("torch.")
+        raw["gpt_stream"] = {"format": 1, "source": f"{source.name}, {bulk}",
+                             **({"quantization": quantization} if quantization else {})}
+        weights = stored_weights(parts, dtype, quantization)
+        write_checkpoint(out, Path(made), raw, weights, len(shapes), progress)
+
+
+def main():
+    from cli import say, user_errors
+
+    parser = argparse.ArgumentParser(description="Convert a GGUF file.")
+    parser.add_argument("source", type=Path, metavar="FILE.gguf")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--dtype", choices=DTYPES,
+                        help="default: the file's own, or bf16 where that is a quantized type")
+    parser.add_argument("--quantize", choices=MODES, help="quantize the weights")
+    parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=32,
+                        help="columns that share a scale, for int4; default 32")
+    args = parser.parse_args()
+    with user_errors(parser):
+        convert(args.source, args.out, DTYPES.get(args.dtype),
+                quantization_of({}, args.quantize, args.group_size, args.source),
+                progress("converting"))
+    say(f"\nwrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
