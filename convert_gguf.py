@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import mmap
 import struct
 import tempfile
 from collections import Counter
@@ -47,10 +46,6 @@ NAMES = {"model.embed_tokens": "token_embd", "model.layers": "blk", "model.norm"
          "self_attn.": "attn_", "mlp.": "ffn_", "_proj": ""}  # replaced in this order
 ROWS = 4096  # dequantized at a time: an embedding in float32 can be larger than the file
 
-# How a metadata value's type is numbered.
-SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?",
-           10: "<u8", 11: "<i8", 12: "<f8"}
-STRING, ARRAY = 8, 9
 # How a token's type is numbered, here and in sentencepiece.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
@@ -87,83 +82,30 @@ def gguf_package():
 
 
 def read_gguf(path: Path) -> tuple[dict, dict[str, Stored]]:
-    """Metadata and tensors by name. Raises ValueError saying where a bad file is bad.
-
-    gguf.GGUFReader reads this too, but makes an array of every string of a vocabulary (seconds and
-    hundreds of MB for Llama 3's) and believes any length that a damaged file gives."""
-    with open(path, "rb") as file:
-        try:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            metadata, infos, start = read_header(data)
-        except ValueError as error:
-            raise ValueError(f"damaged or not a GGUF file: {error}") from None
-    return metadata, {name: locate(data, start, name, *info) for name, info in infos.items()}
-
-
-def read_header(data: mmap.mmap) -> tuple[dict, dict[str, tuple], int]:
-    """Metadata, (shape, type, offset) of every tensor, and where the offsets count from."""
-    if take(data, 4) != b"GGUF":
-        raise ValueError("it does not begin with GGUF")
-    (version,), (n_tensors, n_keys) = numbers(data, "<u4"), numbers(data, "<u8", 2)
-    if version not in (2, 3):
-        raise ValueError(f"its version is {version}; known: 2 and 3, little-endian")
-    metadata, infos = {}, {}
-    for _ in range(n_keys):
-        key = read_value(data, STRING)
-        metadata[key] = read_value(data, *numbers(data, "<u4"))
-    for _ in range(n_tensors):
-        name = read_value(data, STRING)
-        shape = numbers(data, "<u8", *numbers(data, "<u4"))[::-1]  # the file's last is the rows
-        infos[name] = (tuple(shape), *numbers(data, "<u4"), *numbers(data, "<u8"))
-    alignment = metadata.get("general.alignment", 32)
-    if type(alignment) is not int or alignment < 1:
-        raise ValueError(f"general.alignment is {alignment}; it must be a positive integer")
-    return metadata, infos, -(-data.tell() // alignment) * alignment
-
-
-def read_value(data: mmap.mmap, kind: int):
-    if kind == STRING:
-        return take(data, *numbers(data, "<u8")).decode()
-    n = 1
-    if is_array := kind == ARRAY:
-        (kind,), (n,) = numbers(data, "<u4"), numbers(data, "<u8")
-        if kind == STRING:
-            return [read_value(data, STRING) for _ in range(n)]
-    if kind not in SCALARS:
-        raise ValueError(f"a value in its metadata has type {kind}, which is unknown")
-    values = numbers(data, SCALARS[kind], n)
-    return values if is_array else values[0]
-
-
-def numbers(data: mmap.mmap, dtype: str, n: int = 1) -> list:
-    return np.frombuffer(take(data, n * np.dtype(dtype).itemsize), dtype).tolist()
-
-
-def take(data: mmap.mmap, n: int) -> bytes:
-    if n > len(data) - data.tell():
-        raise ValueError("it ends within its metadata")
-    return data.read(n)
-
-
-def locate(data: mmap.mmap, start: int, name: str, shape: tuple[int, ...], kind: int,
-           offset: int) -> Stored:
-    """Raises ValueError naming a tensor that is cut off or of a type that cannot be read."""
+    """Metadata and tensors by name. Raises ValueError saying where a bad file is bad."""
     gguf = gguf_package()
-    block, size = gguf.GGML_QUANT_SIZES.get(kind, (1, 0))  # a block's columns and bytes
+
+    class Reader(gguf.GGUFReader):
+        def _get(self, offset, dtype, count=1, *order, **named):
+            # It takes what is left of a cut file for what was asked, and a damaged length for true.
+            if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                raise ValueError("it is cut off")
+            return super()._get(offset, dtype, count, *order, **named)
+
     try:
-        kind = gguf.GGMLQuantizationType(kind)
-        gguf.quants.dequantize(np.zeros((1, size), np.uint8), kind)
-    except (ValueError, NotImplementedError):
-        raise ValueError(f"tensor {name} has type {getattr(kind, 'name', kind)}, which the "
-                         "installed gguf package cannot dequantize") from None
-    n_rows, columns = math.prod(shape[:1]), math.prod(shape[1:])
-    if columns % block:
-        raise ValueError(f"tensor {name} has shape {shape}; {kind.name} needs columns in {block}s")
-    row_bytes = columns // block * size
-    if start + offset + n_rows * row_bytes > len(data):
-        raise ValueError(f"cut off: tensor {name} goes on beyond the end of the file")
-    rows = np.frombuffer(data, np.uint8, n_rows * row_bytes, start + offset)
-    return Stored(kind, shape, rows.reshape(n_rows, row_bytes))
+        reader = Reader(path)
+        if reader.byte_order != "I":
+            raise ValueError("its bytes are in the other order")
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+        shapes = [tuple(tensor.shape.tolist()[::-1]) for tensor in reader.tensors]
+        return metadata, {
+            tensor.name: Stored(tensor.tensor_type, shape,
+                                np.asarray(tensor.data).reshape(shape[0], -1).view(np.uint8))
+            for tensor, shape in zip(reader.tensors, shapes)}
+    except OSError:  # not there, or not readable
+        raise
+    except Exception as error:  # damage ends in errors of all sorts
+        raise ValueError(f"damaged or not a GGUF file: {error}") from None
 
 
 # ------------------------------------------------------------------------------ configuration
@@ -281,6 +223,10 @@ def find_parts(config: ModelConfig, tensors: dict[str, Stored],
             if tensors[name].shape != expected:
                 raise ValueError(f"tensor {name} has shape {tensors[name].shape}; the metadata "
                                  f"asks for {expected}")
+            try:
+                dequantize(tensors[name]._replace(rows=tensors[name].rows[:1]))
+            except NotImplementedError as error:
+                raise ValueError(f"tensor {name}: {error}") from None
             used.add(name)
             parts[ours].append(split_halves(tensors[name], heads.get(name.split(".")[-2])))
     if extra := sorted(set(tensors) - used):
@@ -343,14 +289,6 @@ def stored_weights(parts: dict[str, list[Stored]], dtype: torch.dtype,
                   for piece in stored_pieces(name, tensor, dtype, quantization)]
         for key in pieces[0]:
             yield key, stack([piece[key] for piece in pieces])
-
-
-def bulk_kind(tensors: dict[str, Stored]) -> str:
-    """The name of the type that most of the numbers in matrices have."""
-    counts = Counter()
-    for tensor in tensors.values():
-        counts[tensor.kind.name] += math.prod(tensor.shape) * (len(tensor.shape) > 1)
-    return counts.most_common(1)[0][0]
 
 
 # ------------------------------------------------------------------------------ tokenizer
@@ -479,7 +417,8 @@ def convert(source: Path, out: Path, dtype: torch.dtype | None = None,
             Tokenizer(made)
         except (ValueError, TypeError, AttributeError) as error:  # of a damaged file too
             raise ValueError(f"{source}: {error}") from None
-        bulk = bulk_kind(tensors)
+        # Vectors are in float32 whatever the file.
+        bulk = Counter(t.kind.name for t in tensors.values() if len(t.shape) > 1).most_common()[0][0]
         dtype = dtype or {"F32": torch.float32, "F16": torch.float16}.get(bulk, torch.bfloat16)
         raw["dtype"] = str(dtype).removeprefix("torch.")
         raw["gpt_stream"] = {"format": 1, "source": f"{source.name}, {bulk}",
