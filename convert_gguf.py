@@ -37,17 +37,18 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
 SIZES = {"hidden_size": "embedding_length", "num_hidden_layers": "block_count",
          "num_attention_heads": "attention.head_count", "intermediate_size": "feed_forward_length",
          "max_position_embeddings": "context_length"}
-NOT_COMPUTED = ("expert_count", "attention.scale", "logit_scale", "residual_scale",
-                "embedding_scale", "attn_logit_softcapping", "final_logit_softcapping",
-                "attention.temperature_length", "attention.temperature_scale")
+NOT_COMPUTED = ("expert_count", "attention.scale", "attention.temperature_scale", "logit_scale",
+                "residual_scale", "embedding_scale")
 NAMES = {"model.embed_tokens": "token_embd", "model.layers": "blk", "model.norm": "output_norm",
          "lm_head": "output", "input_layernorm": "attn_norm",
          "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output",
          "self_attn.": "attn_", "mlp.": "ffn_", "_proj": ""}  # replaced in this order
+ORIGINALS = [8192, *(2**n for n in range(5, 21))]  # contexts before a scaling: Llama 3's, others
 ROWS = 4096  # dequantized at a time: an embedding in float32 can be larger than the file
 
 # How a token's type is numbered, here and in sentencepiece.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+SPM_IDS = {"bos": 1, "eos": 2, "unknown": 0}  # what sentencepiece takes where nothing is said
 
 # Where a text is cut before its bytes are merged, by the names that llama.cpp has for it; each
 # expression cuts what the one before it left. https://github.com/ggml-org/llama.cpp, llama-vocab
@@ -70,6 +71,7 @@ class Stored(NamedTuple):
     kind: int  # gguf.GGMLQuantizationType
     shape: tuple[int, ...]
     rows: np.ndarray  # (shape[0], bytes) uint8
+    interleaved_heads: int = 0  # heads whose rows are in llama.cpp's order, see split_halves
 
 
 def gguf_package():
@@ -87,7 +89,7 @@ def read_gguf(path: Path) -> tuple[dict, dict[str, Stored]]:
 
     class Reader(gguf.GGUFReader):
         def _get(self, offset, dtype, count=1, *order, **named):
-            # It takes what is left of a cut file for what was asked, and a damaged length for true.
+            # Its own takes what is left of a cut file, and any length that a damaged one gives.
             if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
                 raise ValueError("it is cut off")
             return super()._get(offset, dtype, count, *order, **named)
@@ -114,6 +116,37 @@ def read_gguf(path: Path) -> tuple[dict, dict[str, Stored]]:
 def read_settings(metadata: dict, tensors: dict[str, Stored]) -> tuple[dict, ModelConfig]:
     """Metadata as a Hugging Face config.json, and what it means. Raises ValueError naming the key
     that is missing, wrong, or asks for what this engine does not compute."""
+    name = check_architecture(metadata)
+    if "token_embd.weight" not in tensors:
+        raise ValueError("tensor token_embd.weight is missing")
+    sizes = {ours: read_number(metadata, f"{name}.{key}", int) for ours, key in SIZES.items()}
+    heads, dim = sizes["num_attention_heads"], sizes["hidden_size"]
+    raw = {
+        "architectures": [ARCHITECTURES[name]], "model_type": name, "hidden_act": "silu", **sizes,
+        "num_key_value_heads": read_number(metadata, f"{name}.attention.head_count_kv", int, heads),
+        "head_dim": read_number(metadata, f"{name}.attention.key_length", int, dim // heads),
+        "vocab_size": tensors["token_embd.weight"].shape[0],
+        "rms_norm_eps": read_number(metadata, f"{name}.attention.layer_norm_rms_epsilon", float),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
+        "rope_parameters": {"rope_type": "default", "rope_theta": read_number(
+            metadata, f"{name}.rope.freq_base", float, 10000.0)},
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": sorted({metadata[key] for end in ("eos", "eot", "eom")
+                                if (key := f"tokenizer.ggml.{end}_token_id") in metadata})}
+    if metadata.get(key := f"{name}.attention.sliding_window"):
+        raw.update(sliding_window=read_number(metadata, key, int), use_sliding_window=True)
+    for key in (f"{name}.attention.value_length", f"{name}.rope.dimension_count"):
+        if (value := metadata.get(key, raw["head_dim"])) != raw["head_dim"]:
+            raise ValueError(f"{key} is {value}; only heads of one size ({raw['head_dim']}), "
+                             "rotated whole, are supported")
+    raw["rope_parameters"].update(read_scaling(metadata, name, tensors, ModelConfig.from_hf(raw)))
+    return raw, ModelConfig.from_hf(raw)
+
+
+def check_architecture(metadata: dict) -> str:
+    """Its name. Raises ValueError naming what is not supported."""
     if metadata.get("split.count", 1) > 1:
         raise ValueError(f"file {metadata.get('split.no', 0) + 1} of {metadata['split.count']} of "
                          "a split model; merge them first: llama-gguf-split --merge FIRST OUT")
@@ -121,49 +154,16 @@ def read_settings(metadata: dict, tensors: dict[str, Stored]) -> tuple[dict, Mod
     if name not in ARCHITECTURES:
         raise ValueError(f"architecture {name!r} is not supported; known: "
                          f"{', '.join(ARCHITECTURES)}")
-    if "token_embd.weight" not in tensors:
-        raise ValueError("tensor token_embd.weight is missing")
     for key in NOT_COMPUTED:
         if value := metadata.get(f"{name}.{key}"):
-            raise ValueError(f"{name}.{key} is {value}, and is not supported; only files without")
-
-    raw = {"architectures": [ARCHITECTURES[name]], "model_type": name, "hidden_act": "silu",
-           **{ours: read_size(metadata, f"{name}.{key}") for ours, key in SIZES.items()}}
-    heads = raw["num_attention_heads"]
-    raw.update(
-        num_key_value_heads=read_size(metadata, f"{name}.attention.head_count_kv", heads),
-        head_dim=read_size(metadata, f"{name}.attention.key_length", raw["hidden_size"] // heads),
-        vocab_size=tensors["token_embd.weight"].shape[0],
-        rms_norm_eps=read_float(metadata, f"{name}.attention.layer_norm_rms_epsilon"),
-        tie_word_embeddings="output.weight" not in tensors,
-        attention_bias="blk.0.attn_q.bias" in tensors, mlp_bias="blk.0.ffn_gate.bias" in tensors,
-        rope_parameters={"rope_type": "default",
-                         "rope_theta": read_float(metadata, f"{name}.rope.freq_base", 10000.0)},
-        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
-        eos_token_id=sorted({metadata[key] for n in ("eos", "eot", "eom")
-                             if (key := f"tokenizer.ggml.{n}_token_id") in metadata}))
-    if metadata.get(f"{name}.attention.sliding_window"):
-        raw["sliding_window"] = read_size(metadata, f"{name}.attention.sliding_window")
-        raw["use_sliding_window"] = True
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if (value := metadata.get(f"{name}.{key}", raw["head_dim"])) != raw["head_dim"]:
-            raise ValueError(f"{name}.{key} is {value}; only heads of one size "
-                             f"({raw['head_dim']}), rotated whole, are supported")
-    raw["rope_parameters"].update(read_scaling(metadata, name, tensors, ModelConfig.from_hf(raw)))
-    return raw, ModelConfig.from_hf(raw)
+            raise ValueError(f"{name}.{key} is {value}; only models without it are supported")
+    return name
 
 
-def read_size(metadata: dict, key: str, default: int | None = None) -> int:
+def read_number(metadata: dict, key: str, kind: type, default: float | None = None) -> float:
     value = metadata.get(key, default)
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{key} is {str(value)[:40]}; it must be a positive integer")
-    return value
-
-
-def read_float(metadata: dict, key: str, default: float | None = None) -> float:
-    value = metadata.get(key, default)
-    if type(value) is not float or not 0 < value < math.inf:
-        raise ValueError(f"{key} is {str(value)[:40]}; it must be a positive number")
+    if type(value) is not kind or not 0 < value < math.inf:
+        raise ValueError(f"{key} is {str(value)[:40]}; it must be a positive {kind.__name__}")
     return value
 
 
@@ -184,16 +184,17 @@ def read_scaling(metadata: dict, name: str, tensors: dict[str, Stored],
         raise ValueError(f"tensor rope_freqs.weight of shape {tuple(divisors.shape)}, with "
                          f"{name}.rope.scaling.factor {factor}, is not supported; llama3's has "
                          f"shape ({plain.head_dim // 2},) and no factor beside it")
-    return find_llama3(divisors, plain, metadata.get(f"{name}.rope.scaling.original_context_length"))
+    original = metadata.get(f"{name}.rope.scaling.original_context_length")
+    return find_llama3(divisors, plain, [original] if original else ORIGINALS)
 
 
-def find_llama3(divisors: Tensor, plain: ModelConfig, original: int | None) -> dict:
+def find_llama3(divisors: Tensor, plain: ModelConfig, originals: list[int]) -> dict:
     """The llama3 scaling that gives these divisors (D / 2,) of the frequencies: a GGUF file has
     them alone. Raises ValueError when none does."""
     if bool((divisors == 1).all()):
         return {}
     frequencies = rope_frequencies(plain)
-    for length in [original] if original else [8192, *(2**n for n in range(5, 21))]:
+    for length in originals:
         scaling = {"rope_type": "llama3", "factor": divisors.max().item(), "low_freq_factor": 1.0,
                    "high_freq_factor": 4.0, "original_max_position_embeddings": length}
         found = frequencies / rope_frequencies(replace(plain, rope_scaling=scaling))
@@ -228,7 +229,8 @@ def find_parts(config: ModelConfig, tensors: dict[str, Stored],
             except NotImplementedError as error:
                 raise ValueError(f"tensor {name}: {error}") from None
             used.add(name)
-            parts[ours].append(split_halves(tensors[name], heads.get(name.split(".")[-2])))
+            parts[ours].append(tensors[name]._replace(
+                interleaved_heads=heads.get(name.split(".")[-2], 0)))
     if extra := sorted(set(tensors) - used):
         raise ValueError(f"tensor {extra[0]} does not belong to this architecture")
     return parts
@@ -240,13 +242,13 @@ def gguf_name(hf_name: str) -> str:
     return hf_name
 
 
-def split_halves(tensor: Stored, n_heads: int | None) -> Stored:
+def split_halves(tensor: Stored) -> Stored:
     """Rows in Hugging Face's order, where the two halves of a head are rotated against each other;
     llama.cpp rotates neighbours, and its converter moves the rows so."""
-    if n_heads is None:
+    if not tensor.interleaved_heads:
         return tensor
-    order = np.arange(len(tensor.rows)).reshape(n_heads, -1, 2).swapaxes(1, 2).ravel()
-    return tensor._replace(rows=tensor.rows[order])
+    order = np.arange(len(tensor.rows)).reshape(tensor.interleaved_heads, -1, 2)
+    return tensor._replace(rows=tensor.rows[order.swapaxes(1, 2).ravel()])
 
 
 def dequantize(tensor: Stored) -> Tensor:
@@ -258,7 +260,7 @@ def dequantize(tensor: Stored) -> Tensor:
 def regroup_q4_0(name: str, tensor: Stored) -> dict[str, Tensor]:
     """Our int4, of groups of 32, from blocks of Q4_0: a float16 scale, then 16 bytes whose low four
     bits are columns 0 to 15 and whose high four bits are columns 16 to 31, all of them less 8."""
-    blocks = torch.from_numpy(tensor.rows.reshape(len(tensor.rows), -1, 18).copy())  # (N, K / 32, 18)
+    blocks = torch.from_numpy(tensor.rows.reshape(len(tensor.rows), -1, 18).copy())  # K / 32 a row
     scale = blocks[..., :2].contiguous().view(torch.float16)[..., 0].float()
     if not scale.isfinite().all():
         raise ValueError(f"tensor {name} has NaN or infinite scales")
@@ -286,7 +288,7 @@ def stored_weights(parts: dict[str, list[Stored]], dtype: torch.dtype,
                    quantization: dict | None) -> Iterator[tuple[str, Tensor]]:
     for name, stacked in parts.items():
         pieces = [piece for tensor in stacked
-                  for piece in stored_pieces(name, tensor, dtype, quantization)]
+                  for piece in stored_pieces(name, split_halves(tensor), dtype, quantization)]
         for key in pieces[0]:
             yield key, stack([piece[key] for piece in pieces])
 
@@ -296,45 +298,42 @@ def stored_weights(parts: dict[str, list[Stored]], dtype: torch.dtype,
 
 def write_tokenizer(folder: Path, metadata: dict) -> None:
     """The tokenizer's files from the metadata. Raises ValueError naming what is not supported."""
-    model, pre = (metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    model = metadata.get("tokenizer.ggml.model")
     if model not in ("llama", "gpt2"):
         raise ValueError(f"tokenizer.ggml.model {model!r} is not supported; known: llama, gpt2")
     tokens = read_list(metadata, "tokens", str)
     types = read_list(metadata, "token_type", int, [NORMAL] * len(tokens))
-    defaults = {"bos": 1, "eos": 2, "unknown": 0} if model == "llama" else {}
-    ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id", defaults.get(name))
-           for name in ("bos", "eos", "unknown")}
-    for name, token_id in ids.items():
-        if token_id is not None and not 0 <= token_id < len(tokens):
-            raise ValueError(f"tokenizer.ggml.{name}_token_id is {token_id}; there are "
-                             f"{len(tokens)} tokens")
-    by_default = model == "llama" or CUTS.get(pre) == (LLAMA3,)
-    adds_bos = ids["bos"] is not None and metadata.get("tokenizer.ggml.add_bos_token", by_default)
-    settings = {"add_bos_token": bool(adds_bos), **{
-        f"{name}_token": tokens[ids[name]] for name in ("bos", "eos") if ids[name] is not None}}
-    if "tokenizer.chat_template" in metadata:
-        settings["chat_template"] = metadata["tokenizer.chat_template"]
+    ids = SPM_IDS if model == "llama" else {}
+    ids = {**ids, **{name: metadata[key] for name in SPM_IDS
+                     if (key := f"tokenizer.ggml.{name}_token_id") in metadata}}
+    if wrong := [name for name, token_id in ids.items() if token_id not in range(len(tokens))]:
+        raise ValueError(f"tokenizer.ggml.{wrong[0]}_token_id is {ids[wrong[0]]}; there are "
+                         f"{len(tokens)} tokens")
+    begins = model == "llama" or CUTS.get(metadata.get("tokenizer.ggml.pre")) == (LLAMA3,)
+    begins = "bos" in ids and bool(metadata.get("tokenizer.ggml.add_bos_token", begins))
+    settings = {"add_bos_token": begins, "chat_template": metadata.get("tokenizer.chat_template"),
+                **{f"{name}_token": tokens[ids[name]] for name in ("bos", "eos") if name in ids}}
     if model == "gpt2":
-        write_bpe(folder / "tokenizer.json", metadata, tokens, types, ids["bos"] if adds_bos else None)
+        bos = ids["bos"] if begins else None
+        write_bpe(folder / "tokenizer.json", metadata, tokens, types, bos)
     else:
         scores = read_list(metadata, "scores", float)
-        # The converter's mark of a token that was added beside the sentencepiece model.
+        # This score is the converter's, for what was added beside the sentencepiece model.
         settings["added_tokens_decoder"] = {
-            i: {"content": token} for i, (token, score, kind) in enumerate(zip(tokens, scores, types))
-            if kind == USER_DEFINED and score <= -1000}
+            i: {"content": token} for i, token in enumerate(tokens)
+            if types[i] == USER_DEFINED and scores[i] <= -1000}
         (folder / "tokenizer.model").write_bytes(sentencepiece_model(
             tokens, scores, types, ids, metadata.get("tokenizer.ggml.add_space_prefix", True)))
     write_json(folder / "tokenizer_config.json", settings)
 
 
 def read_list(metadata: dict, name: str, kind: type, default: list | None = None) -> list:
-    """A list as long as the tokens. Raises ValueError naming the key."""
-    values = metadata.get(f"tokenizer.ggml.{name}", default)
-    n = len(metadata["tokenizer.ggml.tokens"]) if name != "tokens" else None
-    if not isinstance(values, list) or not values or type(values[0]) is not kind or (
-            n not in (None, len(values))):
+    """A value for each token. Raises ValueError naming the key."""
+    values, tokens = (metadata.get(f"tokenizer.ggml.{n}", default) for n in (name, "tokens"))
+    if not isinstance(values, list) or not values or len(values) != len(tokens) or not all(
+            isinstance(value, kind) for value in values):
         raise ValueError(f"tokenizer.ggml.{name} is {str(values)[:40]}; it must be a list of "
-                         f"{n or 'all the tokens,'} {kind.__name__}s")
+                         f"{kind.__name__}, one for each token")
     return values
 
 
@@ -342,8 +341,8 @@ def write_bpe(path: Path, metadata: dict, tokens: list[str], types: list[int],
               bos: int | None) -> None:
     """Byte-level BPE as the file that the package `tokenizers` reads."""
     try:
-        from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normalizers,
-                                pre_tokenizers, processors)
+        import tokenizers
+        from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
     except ImportError:
         raise ValueError("its tokenizer needs tokenizers: pip install tokenizers") from None
     if (pre := metadata.get("tokenizer.ggml.pre", "default")) not in CUTS:
@@ -351,19 +350,20 @@ def write_bpe(path: Path, metadata: dict, tokens: list[str], types: list[int],
     vocabulary = {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}
     merges = [tuple(pair.split(" ", 1)) for pair in metadata.get("tokenizer.ggml.merges", [])]
     try:
-        bpe = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=CUTS[pre] == (LLAMA3,)))
+        bpe = tokenizers.Tokenizer(
+            models.BPE(vocabulary, merges, ignore_merges=CUTS[pre] == (LLAMA3,)))
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"tokenizer.ggml.merges do not fit the tokens: {error}") from None
     if pre == "qwen2":
         bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        *(pre_tokenizers.Split(Regex(cut), "isolated") for cut in CUTS[pre]),
+        *(pre_tokenizers.Split(tokenizers.Regex(cut), "isolated") for cut in CUTS[pre]),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
     if bos is not None:
         bpe.post_processor = processors.TemplateProcessing(
             single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)])
-    bpe.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False)
+    bpe.add_tokens([tokenizers.AddedToken(token, special=kind == CONTROL, normalized=False)
                     for token, kind in zip(tokens, types) if kind in (CONTROL, USER_DEFINED)])
     bpe.save(str(path))
 
@@ -418,7 +418,8 @@ def convert(source: Path, out: Path, dtype: torch.dtype | None = None,
         except (ValueError, TypeError, AttributeError) as error:  # of a damaged file too
             raise ValueError(f"{source}: {error}") from None
         # Vectors are in float32 whatever the file.
-        bulk = Counter(t.kind.name for t in tensors.values() if len(t.shape) > 1).most_common()[0][0]
+        kinds = Counter(t.kind.name for t in tensors.values() if len(t.shape) > 1)
+        bulk = kinds.most_common(1)[0][0]
         dtype = dtype or {"F32": torch.float32, "F16": torch.float16}.get(bulk, torch.bfloat16)
         raw["dtype"] = str(dtype).removeprefix("torch.")
         raw["gpt_stream"] = {"format": 1, "source": f"{source.name}, {bulk}",
