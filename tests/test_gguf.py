@@ -17,6 +17,7 @@ from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+import convert_gguf
 import quantize
 from convert_gguf import convert
 from generate import load
@@ -58,7 +59,7 @@ def write(path, metadata, tensors):
 @pytest.fixture(scope="module")
 def bpe():
     """(tokens, types, merges) of a byte-level BPE with special tokens, an added one, a token that no
-    merge leads to, and unused ones up to 512."""
+    merge leads to, and unused ones up to 512, one of them a word."""
     tok = tokenizers.Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.train_from_iterator(CORPUS, trainers.BpeTrainer(
@@ -68,8 +69,8 @@ def bpe():
     tokens = sorted(saved["vocab"], key=saved["vocab"].get) + ["<tool>", "Ġzzq"]
     types = [3] * 4 + [1] * (len(tokens) - 6) + [4, 1]
     merges = [" ".join(pair) for pair in saved["merges"]]
-    n = 512 - len(tokens)
-    return tokens + [f"[PAD{i}]" for i in range(n)], types + [5] * n, merges
+    tokens += ["Ġqz"] + [f"[PAD{i}]" for i in range(511 - len(tokens))]
+    return tokens, types + [5] * (512 - len(types)), merges
 
 
 def tokenizer_keys(bpe, pre, **more):
@@ -256,8 +257,9 @@ def matrices(tensors):
     return [name for name, rows in tensors.items() if rows.ndim == 2]
 
 
-def test_every_type_is_read_to_the_bit(bpe, tmp_path):
-    """Each matrix of a model in another type."""
+def test_every_type_is_read_to_the_bit(bpe, tmp_path, monkeypatch):
+    """Each matrix of a model in another type, a few rows at a time."""
+    monkeypatch.setattr(convert_gguf, "ROWS", 7)
     metadata, tensors = file_of(hf_model("Llama", hidden_size=256, intermediate_size=256, head_dim=64,
                                          num_hidden_layers=4), "llama", bpe)
     for i, name in enumerate(matrices(tensors)):
@@ -440,7 +442,7 @@ def spm(small):
                  "tokenizer.ggml.tokens": [sp.id_to_piece(i) for i in range(n)],
                  "tokenizer.ggml.scores": [sp.get_score(i) for i in range(n)],
                  "tokenizer.ggml.token_type": kinds}
-    tensors |= {name: np.resize(tensors[name], (n + 1, 64))
+    tensors |= {name: np.resize(tensors[name], (n + 2, 64))
                 for name in ("token_embd.weight", "output.weight")}
     return metadata, tensors
 
@@ -460,12 +462,14 @@ def test_a_sentencepiece_model_is_written_again(spm, tmp_path):
 def test_a_file_may_put_no_space_in_front_and_add_tokens_of_its_own(spm, tmp_path):
     metadata, tensors = spm
     metadata |= {"tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_bos_token": False}
-    for key, value in (("tokens", "<|im_end|>"), ("scores", -1000.0), ("token_type", 4)):
-        metadata[f"tokenizer.ggml.{key}"] = metadata[f"tokenizer.ggml.{key}"] + [value]
+    for key, values in {"tokens": ["<|im_end|>", "<tool>"], "scores": [-1000.0, 0.0],
+                        "token_type": [4, 4]}.items():
+        metadata[f"tokenizer.ggml.{key}"] = metadata[f"tokenizer.ggml.{key}"] + values
     convert(write(tmp_path / "a.gguf", metadata, tensors), tmp_path / "out")
     ours, theirs = Tokenizer(tmp_path / "out"), Tokenizer(TINY)
-    assert ours.encode("the cat<|im_end|>the") == [
-        *theirs.inner.encode("the cat"), 4096, *theirs.inner.encode("the")]
+    assert ours.encode("the cat<|im_end|>the<tool>") == [
+        *theirs.inner.encode("the cat"), 4096, *theirs.inner.encode("the"), 4097]
+    assert ours.decode([4096]) == "" and ours.decode([4097]) == "<tool>"  # one was the model's own
 
 
 # ------------------------------------------------------------------------------ what is refused
@@ -538,9 +542,11 @@ def test_a_type_of_the_future_is_refused(small, tmp_path):
 def test_a_file_cut_anywhere_is_refused(small, tmp_path):
     file = write(tmp_path / "a.gguf", *small)
     whole, start = file.read_bytes(), gguf.GGUFReader(file).data_offset
-    for length in (0, 3, 4, 20, 100, start // 2, start - 200, start, start + 1000, len(whole) - 100):
+    for length in (3, 4, 20, 100, start // 2, start - 200, start, start + 1000, len(whole) - 100):
         file.write_bytes(whole[:length])
-        is_refused(file, tmp_path, "GGUF file")
+        is_refused(file, tmp_path, "damaged or not a GGUF file: it is cut off")
+    file.write_bytes(b"")
+    is_refused(file, tmp_path, "not a GGUF file")
 
 
 def test_damage_never_ends_in_a_traceback(small, tmp_path):
