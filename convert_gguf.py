@@ -1,0 +1,451 @@
+"""Convert a GGUF file, which is what llama.cpp runs, into a checkpoint folder of ours.
+
+    python convert_gguf.py FILE.gguf OUT [--dtype bf16|fp16|fp32]
+                           [--quantize int8|int4] [--group-size 32|64|128]
+
+The file is metadata (the sizes, the tokenizer, the chat template), the list of the tensors, and the
+tensors, most of them in blocks of a few bits that the package `gguf` turns into numbers again. One
+type needs no such turn: a block of Q4_0 is 32 columns of four bits and a scale, exactly a group of
+our int4, so `--quantize int4 --group-size 32` keeps the numbers that the file was made with.
+
+Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import struct
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convert_hf import DTYPES, hf_parts, progress, stack, write_checkpoint, write_json
+from model import ModelConfig, rope_frequencies
+from quantize import GROUP_SIZES, MODES, empty_model, quantization_of, store, stored_shapes
+from tokenizer import Tokenizer
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
+                 "qwen3": "Qwen3ForCausalLM"}  # Mistral's files call themselves llama
+SIZES = {"hidden_size": "embedding_length", "num_hidden_layers": "block_count",
+         "num_attention_heads": "attention.head_count", "intermediate_size": "feed_forward_length",
+         "max_position_embeddings": "context_length"}
+NOT_COMPUTED = ("expert_count", "attention.scale", "attention.temperature_scale", "logit_scale",
+                "residual_scale", "embedding_scale")
+NAMES = {"model.embed_tokens": "token_embd", "model.layers": "blk", "model.norm": "output_norm",
+         "lm_head": "output", "input_layernorm": "attn_norm",
+         "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output",
+         "self_attn.": "attn_", "mlp.": "ffn_", "_proj": ""}  # replaced in this order
+ORIGINALS = [8192, *(2**n for n in range(5, 21))]  # contexts before a scaling: Llama 3's, others
+ROWS = 4096  # dequantized at a time: an embedding in float32 can be larger than the file
+
+# How a token's type is numbered, here and in sentencepiece.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+SPM_IDS = {"bos": 1, "eos": 2, "unknown": 0}  # what sentencepiece takes where nothing is said
+
+# Where a text is cut before its bytes are merged, by the names that llama.cpp has for it; each
+# expression cuts what the one before it left. https://github.com/ggml-org/llama.cpp, llama-vocab
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+          r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN2 = LLAMA3.replace("{1,3}", "")
+CUTS = {"default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
+        "gpt-2": (GPT2,), "smollm": (r"\p{N}", GPT2), "llama-bpe": (LLAMA3,),
+        "llama-v3": (LLAMA3,), "llama3": (LLAMA3,), "qwen2": (QWEN2,)}
+
+
+# ------------------------------------------------------------------------------ the file
+
+
+class Stored(NamedTuple):
+    """A tensor as it lies in the file: its type, its shape, and a row of bytes for each of its
+    rows, memory-mapped. A vector's rows are its numbers."""
+
+    kind: int  # gguf.GGMLQuantizationType
+    shape: tuple[int, ...]
+    rows: np.ndarray  # (shape[0], bytes) uint8
+    interleaved_heads: int = 0  # heads whose rows are in llama.cpp's order, see split_halves
+
+
+def gguf_package():
+    """The package that knows the tensor types. Raises ValueError when it is not installed."""
+    try:
+        import gguf
+    except ImportError:
+        raise ValueError("reading a GGUF file needs gguf: pip install gguf") from None
+    return gguf
+
+
+def read_gguf(path: Path) -> tuple[dict, dict[str, Stored]]:
+    """Metadata and tensors by name. Raises ValueError saying where a bad file is bad."""
+    gguf = gguf_package()
+
+    class Reader(gguf.GGUFReader):
+        def _get(self, offset, dtype, count=1, *order, **named):
+            # Its own takes what is left of a cut file, and any length that a damaged one gives.
+            if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                raise ValueError("it is cut off")
+            return super()._get(offset, dtype, count, *order, **named)
+
+    try:
+        reader = Reader(path)
+        if reader.byte_order != "I":
+            raise ValueError("its bytes are in the other order")
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+        shapes = [tuple(tensor.shape.tolist()[::-1]) for tensor in reader.tensors]
+        return metadata, {
+            tensor.name: Stored(tensor.tensor_type, shape,
+                                np.asarray(tensor.data).reshape(shape[0], -1).view(np.uint8))
+            for tensor, shape in zip(reader.tensors, shapes)}
+    except OSError:  # not there, or not readable
+        raise
+    except Exception as error:  # damage ends in errors of all sorts
+        raise ValueError(f"damaged or not a GGUF file: {error}") from None
+
+
+# ------------------------------------------------------------------------------ configuration
+
+
+def read_settings(metadata: dict, tensors: dict[str, Stored]) -> tuple[dict, ModelConfig]:
+    """Metadata as a Hugging Face config.json, and what it means. Raises ValueError naming the key
+    that is missing, wrong, or asks for what this engine does not compute."""
+    name = check_architecture(metadata)
+    if "token_embd.weight" not in tensors:
+        raise ValueError("tensor token_embd.weight is missing")
+    sizes = {ours: read_number(metadata, f"{name}.{key}", int) for ours, key in SIZES.items()}
+    heads, dim = sizes["num_attention_heads"], sizes["hidden_size"]
+    raw = {
+        "architectures": [ARCHITECTURES[name]], "model_type": name, "hidden_act": "silu", **sizes,
+        "num_key_value_heads": read_number(metadata, f"{name}.attention.head_count_kv", int, heads),
+        "head_dim": read_number(metadata, f"{name}.attention.key_length", int, dim // heads),
+        "vocab_size": tensors["token_embd.weight"].shape[0],
+        "rms_norm_eps": read_number(metadata, f"{name}.attention.layer_norm_rms_epsilon", float),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
+        "rope_parameters": {"rope_type": "default", "rope_theta": read_number(
+            metadata, f"{name}.rope.freq_base", float, 10000.0)},
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": sorted({metadata[key] for end in ("eos", "eot", "eom")
+                                if (key := f"tokenizer.ggml.{end}_token_id") in metadata})}
+    if metadata.get(key := f"{name}.attention.sliding_window"):
+        raw.update(sliding_window=read_number(metadata, key, int), use_sliding_window=True)
+    for key in (f"{name}.attention.value_length", f"{name}.rope.dimension_count"):
+        if (value := metadata.get(key, raw["head_dim"])) != raw["head_dim"]:
+            raise ValueError(f"{key} is {value}; only heads of one size ({raw['head_dim']}), "
+                             "rotated whole, are supported")
+    raw["rope_parameters"].update(read_scaling(metadata, name, tensors, ModelConfig.from_hf(raw)))
+    return raw, ModelConfig.from_hf(raw)
+
+
+def check_architecture(metadata: dict) -> str:
+    """Its name. Raises ValueError naming what is not supported."""
+    if metadata.get("split.count", 1) > 1:
+        raise ValueError(f"file {metadata.get('split.no', 0) + 1} of {metadata['split.count']} of "
+                         "a split model; merge them first: llama-gguf-split --merge FIRST OUT")
+    name = metadata.get("general.architecture")
+    if name not in ARCHITECTURES:
+        raise ValueError(f"architecture {name!r} is not supported; known: "
+                         f"{', '.join(ARCHITECTURES)}")
+    for key in NOT_COMPUTED:
+        if value := metadata.get(f"{name}.{key}"):
+            raise ValueError(f"{name}.{key} is {value}; only models without it are supported")
+    return name
+
+
+def read_number(metadata: dict, key: str, kind: type, default: float | None = None) -> float:
+    value = metadata.get(key, default)
+    if type(value) is not kind or not 0 < value < math.inf:
+        raise ValueError(f"{key} is {str(value)[:40]}; it must be a positive {kind.__name__}")
+    return value
+
+
+def read_scaling(metadata: dict, name: str, tensors: dict[str, Stored],
+                 plain: ModelConfig) -> dict:
+    """What a config.json says of scaled rotary positions. Raises ValueError naming a scaling that
+    is not supported."""
+    kind = metadata.get(f"{name}.rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise ValueError(f"{name}.rope.scaling.type {kind!r} is not supported; known: none, linear")
+    factor = (metadata.get(f"{name}.rope.scaling.factor")
+              or metadata.get(f"{name}.rope.scale_linear") or 1.0)  # the older key
+    linear = kind == "linear" and factor != 1
+    if "rope_freqs.weight" not in tensors:
+        return {"rope_type": "linear", "factor": factor} if linear else {}
+    divisors = dequantize(tensors["rope_freqs.weight"]).double()
+    if linear or divisors.shape != (plain.head_dim // 2,):
+        raise ValueError(f"tensor rope_freqs.weight of shape {tuple(divisors.shape)}, with "
+                         f"{name}.rope.scaling.factor {factor}, is not supported; llama3's has "
+                         f"shape ({plain.head_dim // 2},) and no factor beside it")
+    original = metadata.get(f"{name}.rope.scaling.original_context_length")
+    return find_llama3(divisors, plain, [original] if original else ORIGINALS)
+
+
+def find_llama3(divisors: Tensor, plain: ModelConfig, originals: list[int]) -> dict:
+    """The llama3 scaling that gives these divisors (D / 2,) of the frequencies: a GGUF file has
+    them alone. Raises ValueError when none does."""
+    if bool((divisors == 1).all()):
+        return {}
+    frequencies = rope_frequencies(plain)
+    for length in originals:
+        scaling = {"rope_type": "llama3", "factor": divisors.max().item(), "low_freq_factor": 1.0,
+                   "high_freq_factor": 4.0, "original_max_position_embeddings": length}
+        found = frequencies / rope_frequencies(replace(plain, rope_scaling=scaling))
+        if torch.allclose(found, divisors, rtol=1e-4, atol=0):
+            return scaling
+    raise ValueError("tensor rope_freqs.weight is not a llama3 scaling with the factors 1 and 4; "
+                     "others (longrope, yarn) are not supported")
+
+
+# ------------------------------------------------------------------------------ tensors
+
+
+def find_parts(config: ModelConfig, tensors: dict[str, Stored],
+               interleaved: bool) -> dict[str, list[Stored]]:
+    """Our tensors, each as what it stacks. interleaved is for q and k as llama.cpp's own
+    architecture rotates them. Raises ValueError naming a missing, extra or misshapen tensor."""
+    shapes, heads = stored_shapes(empty_model(config)), {}
+    if interleaved:
+        heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads}
+    parts, used = {}, {"rope_freqs.weight"}
+    for ours, stacked in hf_parts(config).items():
+        parts[ours] = []
+        for hf_name, rows in stacked.items():
+            name, expected = gguf_name(hf_name), (rows, *shapes[ours][1:])
+            if name not in tensors:
+                raise ValueError(f"tensor {name} is missing")
+            if tensors[name].shape != expected:
+                raise ValueError(f"tensor {name} has shape {tensors[name].shape}; the metadata "
+                                 f"asks for {expected}")
+            try:
+                dequantize(tensors[name]._replace(rows=tensors[name].rows[:1]))
+            except NotImplementedError as error:
+                raise ValueError(f"tensor {name}: {error}") from None
+            used.add(name)
+            parts[ours].append(tensors[name]._replace(
+                interleaved_heads=heads.get(name.split(".")[-2], 0)))
+    if extra := sorted(set(tensors) - used):
+        raise ValueError(f"tensor {extra[0]} does not belong to this architecture")
+    return parts
+
+
+def gguf_name(hf_name: str) -> str:
+    for theirs, name in NAMES.items():
+        hf_name = hf_name.replace(theirs, name)
+    return hf_name
+
+
+def split_halves(tensor: Stored) -> Stored:
+    """Rows in Hugging Face's order, where the two halves of a head are rotated against each other;
+    llama.cpp rotates neighbours, and its converter moves the rows so."""
+    if not tensor.interleaved_heads:
+        return tensor
+    order = np.arange(len(tensor.rows)).reshape(tensor.interleaved_heads, -1, 2)
+    return tensor._replace(rows=tensor.rows[order.swapaxes(1, 2).ravel()])
+
+
+def dequantize(tensor: Stored) -> Tensor:
+    """The numbers in float32, (rows, columns), or (rows,) of a vector."""
+    weight = gguf_package().quants.dequantize(tensor.rows, tensor.kind)
+    return torch.from_numpy(np.require(weight, requirements="W")).reshape(-1, *tensor.shape[1:])
+
+
+def regroup_q4_0(name: str, tensor: Stored) -> dict[str, Tensor]:
+    """Our int4, of groups of 32, from blocks of Q4_0: a float16 scale, then 16 bytes whose low four
+    bits are columns 0 to 15 and whose high four bits are columns 16 to 31, all of them less 8."""
+    blocks = torch.from_numpy(tensor.rows.reshape(len(tensor.rows), -1, 18).copy())  # K / 32 a row
+    scale = blocks[..., :2].contiguous().view(torch.float16)[..., 0].float()
+    if not scale.isfinite().all():
+        raise ValueError(f"tensor {name} has NaN or infinite scales")
+    nibbles = torch.cat([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], dim=-1).flatten(1)  # (N, K)
+    layer = name.removesuffix("weight")
+    return {layer + "weight": nibbles[:, ::2] | nibbles[:, 1::2] << 4, layer + "scale": scale,
+            layer + "zero": torch.full(scale.shape, 8 * 16, dtype=torch.uint8)}
+
+
+def stored_pieces(name: str, tensor: Stored, dtype: torch.dtype,
+                  quantization: dict | None) -> Iterator[dict[str, Tensor]]:
+    """What we store of one of the file's tensors, some of its rows at a time, by name."""
+    ours = quantization == {"mode": "int4", "group_size": 32} and name.startswith("layers.")
+    for first in range(0, len(tensor.rows), ROWS):
+        piece = tensor._replace(rows=tensor.rows[first:first + ROWS])
+        if ours and tensor.kind.name == "Q4_0":
+            yield regroup_q4_0(name, piece)
+        elif quantization and len(tensor.shape) > 1:
+            yield store(name, dequantize(piece), quantization)
+        else:
+            yield {name: dequantize(piece).to(dtype)}
+
+
+def stored_weights(parts: dict[str, list[Stored]], dtype: torch.dtype,
+                   quantization: dict | None) -> Iterator[tuple[str, Tensor]]:
+    for name, stacked in parts.items():
+        pieces = [piece for tensor in stacked
+                  for piece in stored_pieces(name, split_halves(tensor), dtype, quantization)]
+        for key in pieces[0]:
+            yield key, stack([piece[key] for piece in pieces])
+
+
+# ------------------------------------------------------------------------------ tokenizer
+
+
+def write_tokenizer(folder: Path, metadata: dict) -> None:
+    """The tokenizer's files from the metadata. Raises ValueError naming what is not supported."""
+    model = metadata.get("tokenizer.ggml.model")
+    if model not in ("llama", "gpt2"):
+        raise ValueError(f"tokenizer.ggml.model {model!r} is not supported; known: llama, gpt2")
+    tokens = read_list(metadata, "tokens", str)
+    types = read_list(metadata, "token_type", int, [NORMAL] * len(tokens))
+    ids = SPM_IDS if model == "llama" else {}
+    ids = {**ids, **{name: metadata[key] for name in SPM_IDS
+                     if (key := f"tokenizer.ggml.{name}_token_id") in metadata}}
+    if wrong := [name for name, token_id in ids.items() if token_id not in range(len(tokens))]:
+        raise ValueError(f"tokenizer.ggml.{wrong[0]}_token_id is {ids[wrong[0]]}; there are "
+                         f"{len(tokens)} tokens")
+    begins = model == "llama" or CUTS.get(metadata.get("tokenizer.ggml.pre")) == (LLAMA3,)
+    begins = "bos" in ids and bool(metadata.get("tokenizer.ggml.add_bos_token", begins))
+    settings = {"add_bos_token": begins, "chat_template": metadata.get("tokenizer.chat_template"),
+                **{f"{name}_token": tokens[ids[name]] for name in ("bos", "eos") if name in ids}}
+    if model == "gpt2":
+        bos = ids["bos"] if begins else None
+        write_bpe(folder / "tokenizer.json", metadata, tokens, types, bos)
+    else:
+        scores = read_list(metadata, "scores", float)
+        # This score is the converter's, for what was added beside the sentencepiece model.
+        settings["added_tokens_decoder"] = {
+            i: {"content": token} for i, token in enumerate(tokens)
+            if types[i] == USER_DEFINED and scores[i] <= -1000}
+        (folder / "tokenizer.model").write_bytes(sentencepiece_model(
+            tokens, scores, types, ids, metadata.get("tokenizer.ggml.add_space_prefix", True)))
+    write_json(folder / "tokenizer_config.json", settings)
+
+
+def read_list(metadata: dict, name: str, kind: type, default: list | None = None) -> list:
+    """A value for each token. Raises ValueError naming the key."""
+    values, tokens = (metadata.get(f"tokenizer.ggml.{n}", default) for n in (name, "tokens"))
+    if not isinstance(values, list) or not values or len(values) != len(tokens) or not all(
+            isinstance(value, kind) for value in values):
+        raise ValueError(f"tokenizer.ggml.{name} is {str(values)[:40]}; it must be a list of "
+                         f"{kind.__name__}, one for each token")
+    return values
+
+
+def write_bpe(path: Path, metadata: dict, tokens: list[str], types: list[int],
+              bos: int | None) -> None:
+    """Byte-level BPE as the file that the package `tokenizers` reads."""
+    try:
+        import tokenizers
+        from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+    except ImportError:
+        raise ValueError("its tokenizer needs tokenizers: pip install tokenizers") from None
+    if (pre := metadata.get("tokenizer.ggml.pre", "default")) not in CUTS:
+        raise ValueError(f"tokenizer.ggml.pre {pre!r} is not supported; known: {', '.join(CUTS)}")
+    vocabulary = {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}
+    merges = [tuple(pair.split(" ", 1)) for pair in metadata.get("tokenizer.ggml.merges", [])]
+    try:
+        bpe = tokenizers.Tokenizer(
+            models.BPE(vocabulary, merges, ignore_merges=CUTS[pre] == (LLAMA3,)))
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"tokenizer.ggml.merges do not fit the tokens: {error}") from None
+    if pre == "qwen2":
+        bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        *(pre_tokenizers.Split(tokenizers.Regex(cut), "isolated") for cut in CUTS[pre]),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    if bos is not None:
+        bpe.post_processor = processors.TemplateProcessing(
+            single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)])
+    bpe.add_tokens([tokenizers.AddedToken(token, special=kind == CONTROL, normalized=False)
+                    for token, kind in zip(tokens, types) if kind in (CONTROL, USER_DEFINED)])
+    bpe.save(str(path))
+
+
+def sentencepiece_model(tokens: list[str], scores: list[float], types: list[int],
+                        ids: dict[str, int], space_prefix: bool) -> bytes:
+    """The protocol buffer that sentencepiece reads; the numbers of its fields are those of
+    https://github.com/google/sentencepiece, src/sentencepiece_model.proto."""
+    types = list(types)
+    # What sentencepiece insists on; and BOS and EOS are never text, whatever a file calls them.
+    for name, kind in (("bos", CONTROL), ("eos", CONTROL), ("unknown", UNKNOWN)):
+        types[ids[name]] = kind
+    pieces = b"".join(field(1, field(1, token.encode()) + field(2, score) + field(3, kind))
+                      for token, score, kind in zip(tokens, scores, types))
+    trainer = field(3, 2) + field(35, BYTE in types)  # BPE, with bytes for what is no token
+    for at, name in enumerate(("unknown", "bos", "eos")):
+        trainer += field(40 + at, ids[name]) + field(45 + at, tokens[ids[name]].encode())
+    normalizer = field(1, b"identity") + field(3, space_prefix) + field(4, False)  # keeps spaces
+    return pieces + field(2, trainer) + field(3, normalizer)
+
+
+def field(number: int, value: bytes | float | int) -> bytes:
+    """A field of a protocol buffer: bytes with their length, a float in 32 bits, an integer."""
+    if isinstance(value, bytes):
+        return varint(number << 3 | 2) + varint(len(value)) + value
+    if isinstance(value, float):
+        return varint(number << 3 | 5) + struct.pack("<f", value)
+    return varint(number << 3) + varint(value)
+
+
+def varint(n: int) -> bytes:
+    """Seven bits a byte, the lowest first, and a mark on all but the last."""
+    return bytes([n & 127 | 128]) + varint(n >> 7) if n > 127 else bytes([n])
+
+
+# ------------------------------------------------------------------------------ converting
+
+
+def convert(source: Path, out: Path, dtype: torch.dtype | None = None,
+            quantization: dict | None = None, progress=None) -> None:
+    """Write the GGUF file at `source` to the new folder `out`, whole or not at all. dtype None is
+    the file's own, bf16 of a quantized one; quantization is that of a config.json. Raises
+    ValueError naming the file, and in it the key or the tensor."""
+    with tempfile.TemporaryDirectory() as made:
+        try:
+            metadata, tensors = read_gguf(source)
+            raw, config = read_settings(metadata, tensors)
+            parts = find_parts(config, tensors, interleaved=raw["model_type"] == "llama")
+            shapes = stored_shapes(empty_model(config, quantization))  # refuses what cannot be
+            write_tokenizer(Path(made), metadata)
+            Tokenizer(made)
+        except (ValueError, TypeError, AttributeError) as error:  # of a damaged file too
+            raise ValueError(f"{source}: {error}") from None
+        # Vectors are in float32 whatever the file.
+        kinds = Counter(t.kind.name for t in tensors.values() if len(t.shape) > 1)
+        bulk = kinds.most_common(1)[0][0]
+        dtype = dtype or {"F32": torch.float32, "F16": torch.float16}.get(bulk, torch.bfloat16)
+        raw["dtype"] = str(dtype).removeprefix("torch.")
+        raw["gpt_stream"] = {"format": 1, "source": f"{source.name}, {bulk}",
+                             **({"quantization": quantization} if quantization else {})}
+        weights = stored_weights(parts, dtype, quantization)
+        write_checkpoint(out, Path(made), raw, weights, len(shapes), progress)
+
+
+def main():
+    from cli import say, user_errors
+
+    parser = argparse.ArgumentParser(description="Convert a GGUF file.")
+    parser.add_argument("source", type=Path, metavar="FILE.gguf")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--dtype", choices=DTYPES,
+                        help="default: the file's own, or bf16 where that is a quantized type")
+    parser.add_argument("--quantize", choices=MODES, help="quantize the weights")
+    parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=32,
+                        help="columns that share a scale, for int4; default 32")
+    args = parser.parse_args()
+    with user_errors(parser):
+        convert(args.source, args.out, DTYPES.get(args.dtype),
+                quantization_of({}, args.quantize, args.group_size, args.source),
+                progress("converting"))
+    say(f"\nwrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
