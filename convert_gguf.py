@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import struct
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -27,7 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convert_hf import DTYPES, hf_parts, progress, stack, write_checkpoint, write_json
+from convert_hf import DTYPES, hf_parts, progress, stack, write_checkpoint
+from gguf_tokenizer import write_tokenizer
 from model import ModelConfig, rope_frequencies
 from quantize import GROUP_SIZES, MODES, empty_model, quantization_of, store, stored_shapes
 from tokenizer import Tokenizer
@@ -45,20 +45,6 @@ NAMES = {"model.embed_tokens": "token_embd", "model.layers": "blk", "model.norm"
          "self_attn.": "attn_", "mlp.": "ffn_", "_proj": ""}  # replaced in this order
 ORIGINALS = [8192, *(2**n for n in range(5, 21))]  # contexts before a scaling: Llama 3's, others
 ROWS = 4096  # dequantized at a time: an embedding in float32 can be larger than the file
-
-# How a token's type is numbered, here and in sentencepiece.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-SPM_IDS = {"bos": 1, "eos": 2, "unknown": 0}  # what sentencepiece takes where nothing is said
-
-# Where a text is cut before its bytes are merged, by the names that llama.cpp has for it; each
-# expression cuts what the one before it left. https://github.com/ggml-org/llama.cpp, llama-vocab
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-          r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-QWEN2 = LLAMA3.replace("{1,3}", "")
-CUTS = {"default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
-        "gpt-2": (GPT2,), "smollm": (r"\p{N}", GPT2), "llama-bpe": (LLAMA3,),
-        "llama-v3": (LLAMA3,), "llama3": (LLAMA3,), "qwen2": (QWEN2,)}
 
 
 # ------------------------------------------------------------------------------ the file
@@ -293,112 +279,6 @@ def stored_weights(parts: dict[str, list[Stored]], dtype: torch.dtype,
             yield key, stack([piece[key] for piece in pieces])
 
 
-# ------------------------------------------------------------------------------ tokenizer
-
-
-def write_tokenizer(folder: Path, metadata: dict) -> None:
-    """The tokenizer's files from the metadata. Raises ValueError naming what is not supported."""
-    model = metadata.get("tokenizer.ggml.model")
-    if model not in ("llama", "gpt2"):
-        raise ValueError(f"tokenizer.ggml.model {model!r} is not supported; known: llama, gpt2")
-    tokens = read_list(metadata, "tokens", str)
-    types = read_list(metadata, "token_type", int, [NORMAL] * len(tokens))
-    ids = SPM_IDS if model == "llama" else {}
-    ids = {**ids, **{name: metadata[key] for name in SPM_IDS
-                     if (key := f"tokenizer.ggml.{name}_token_id") in metadata}}
-    if wrong := [name for name, token_id in ids.items() if token_id not in range(len(tokens))]:
-        raise ValueError(f"tokenizer.ggml.{wrong[0]}_token_id is {ids[wrong[0]]}; there are "
-                         f"{len(tokens)} tokens")
-    begins = model == "llama" or CUTS.get(metadata.get("tokenizer.ggml.pre")) == (LLAMA3,)
-    begins = "bos" in ids and bool(metadata.get("tokenizer.ggml.add_bos_token", begins))
-    settings = {"add_bos_token": begins, "chat_template": metadata.get("tokenizer.chat_template"),
-                **{f"{name}_token": tokens[ids[name]] for name in ("bos", "eos") if name in ids}}
-    if model == "gpt2":
-        bos = ids["bos"] if begins else None
-        write_bpe(folder / "tokenizer.json", metadata, tokens, types, bos)
-    else:
-        scores = read_list(metadata, "scores", float)
-        # This score is the converter's, for what was added beside the sentencepiece model.
-        settings["added_tokens_decoder"] = {
-            i: {"content": token} for i, token in enumerate(tokens)
-            if types[i] == USER_DEFINED and scores[i] <= -1000}
-        (folder / "tokenizer.model").write_bytes(sentencepiece_model(
-            tokens, scores, types, ids, metadata.get("tokenizer.ggml.add_space_prefix", True)))
-    write_json(folder / "tokenizer_config.json", settings)
-
-
-def read_list(metadata: dict, name: str, kind: type, default: list | None = None) -> list:
-    """A value for each token. Raises ValueError naming the key."""
-    values, tokens = (metadata.get(f"tokenizer.ggml.{n}", default) for n in (name, "tokens"))
-    if not isinstance(values, list) or not values or len(values) != len(tokens) or not all(
-            isinstance(value, kind) for value in values):
-        raise ValueError(f"tokenizer.ggml.{name} is {str(values)[:40]}; it must be a list of "
-                         f"{kind.__name__}, one for each token")
-    return values
-
-
-def write_bpe(path: Path, metadata: dict, tokens: list[str], types: list[int],
-              bos: int | None) -> None:
-    """Byte-level BPE as the file that the package `tokenizers` reads."""
-    try:
-        import tokenizers
-        from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
-    except ImportError:
-        raise ValueError("its tokenizer needs tokenizers: pip install tokenizers") from None
-    if (pre := metadata.get("tokenizer.ggml.pre", "default")) not in CUTS:
-        raise ValueError(f"tokenizer.ggml.pre {pre!r} is not supported; known: {', '.join(CUTS)}")
-    vocabulary = {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}
-    merges = [tuple(pair.split(" ", 1)) for pair in metadata.get("tokenizer.ggml.merges", [])]
-    try:
-        bpe = tokenizers.Tokenizer(
-            models.BPE(vocabulary, merges, ignore_merges=CUTS[pre] == (LLAMA3,)))
-    except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"tokenizer.ggml.merges do not fit the tokens: {error}") from None
-    if pre == "qwen2":
-        bpe.normalizer = normalizers.NFC()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        *(pre_tokenizers.Split(tokenizers.Regex(cut), "isolated") for cut in CUTS[pre]),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    bpe.decoder = decoders.ByteLevel()
-    if bos is not None:
-        bpe.post_processor = processors.TemplateProcessing(
-            single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)])
-    bpe.add_tokens([tokenizers.AddedToken(token, special=kind == CONTROL, normalized=False)
-                    for token, kind in zip(tokens, types) if kind in (CONTROL, USER_DEFINED)])
-    bpe.save(str(path))
-
-
-def sentencepiece_model(tokens: list[str], scores: list[float], types: list[int],
-                        ids: dict[str, int], space_prefix: bool) -> bytes:
-    """The protocol buffer that sentencepiece reads; the numbers of its fields are those of
-    https://github.com/google/sentencepiece, src/sentencepiece_model.proto."""
-    types = list(types)
-    # What sentencepiece insists on; and BOS and EOS are never text, whatever a file calls them.
-    for name, kind in (("bos", CONTROL), ("eos", CONTROL), ("unknown", UNKNOWN)):
-        types[ids[name]] = kind
-    pieces = b"".join(field(1, field(1, token.encode()) + field(2, score) + field(3, kind))
-                      for token, score, kind in zip(tokens, scores, types))
-    trainer = field(3, 2) + field(35, BYTE in types)  # BPE, with bytes for what is no token
-    for at, name in enumerate(("unknown", "bos", "eos")):
-        trainer += field(40 + at, ids[name]) + field(45 + at, tokens[ids[name]].encode())
-    normalizer = field(1, b"identity") + field(3, space_prefix) + field(4, False)  # keeps spaces
-    return pieces + field(2, trainer) + field(3, normalizer)
-
-
-def field(number: int, value: bytes | float | int) -> bytes:
-    """A field of a protocol buffer: bytes with their length, a float in 32 bits, an integer."""
-    if isinstance(value, bytes):
-        return varint(number << 3 | 2) + varint(len(value)) + value
-    if isinstance(value, float):
-        return varint(number << 3 | 5) + struct.pack("<f", value)
-    return varint(number << 3) + varint(value)
-
-
-def varint(n: int) -> bytes:
-    """Seven bits a byte, the lowest first, and a mark on all but the last."""
-    return bytes([n & 127 | 128]) + varint(n >> 7) if n > 127 else bytes([n])
-
-
 # ------------------------------------------------------------------------------ converting
 
 
@@ -441,10 +321,10 @@ def main():
                         help="columns that share a scale, for int4; default 32")
     args = parser.parse_args()
     with user_errors(parser):
-        convert(args.source, args.out, DTYPES.get(args.dtype),
-                quantization_of({}, args.quantize, args.group_size, args.source),
-                progress("converting"))
-    say(f"\nwrote {args.out}")
+        quantization = quantization_of({}, args.quantize, args.group_size, args.source)
+        with progress("converting", "tensors") as show:
+            convert(args.source, args.out, DTYPES.get(args.dtype), quantization, show)
+        say(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

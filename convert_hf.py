@@ -232,10 +232,10 @@ def progress(doing: str, unit: str) -> Iterator[Callable[..., None]]:
     lines = types.SimpleNamespace(flush=sys.stderr.flush, write=lambda text: (
         sys.stderr.write(f"{line}\n") if (line := text.strip()) else None))
     with tqdm(desc=doing, unit=f" {unit}", miniters=1, mininterval=10 if plain else 0.1,
-              delay=1e-9, dynamic_ncols=True, disable=tp.rank() > 0,
+              delay=1e-9, dynamic_ncols=True, leave=False, disable=tp.rank() > 0,
               file=lines if plain else sys.stderr) as bar:
         def show(count: int, total: int | None = None, note: str = "") -> None:
-            bar.total = total
+            bar.total, bar.leave = total, True  # of what never began, nothing is left
             if plain:
                 of = f" of {total}" if total else ""
                 bar.bar_format = f"{doing}: {count}{of} {unit}, {{elapsed}} passed{{postfix}}"

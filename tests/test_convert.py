@@ -71,6 +71,9 @@ def test_in_a_log_progress_is_few_plain_lines(capsys):
         show(3, 47)
         raise KeyError
     assert capsys.readouterr().err == "reading: 3 of 47 books, 00:00 passed\n"
+    with pytest.raises(KeyError), convert_hf.progress("reading", "books"):
+        raise KeyError
+    assert capsys.readouterr().err == ""
 
 
 def test_on_a_terminal_progress_is_one_moving_line(hf_folder, tmp_path):

@@ -24,12 +24,14 @@ from generate import load
 from helpers import TINY, run
 from tokenizer import Tokenizer
 
-NASTY = ("Hello,  I'm née e\u0301té 日本語 👩‍👩‍👧 1234567 x²٣Ⅷ   \n\n\t y = 3.14; don't WE'LL zzq qz\r\n"
+NASTY = ("Hello,  I'm née e\u0301té 日本語 👩‍👩‍👧 1234567 x²٣Ⅷ   \n\n\t y = 3.14; "
+         "don't WE'LL zzq qz\r\n"
          "<|im_start|>user\nhi<|im_end|> <tool> \u200b end  ")
 CORPUS = ["Hello there, said the cat. It sat on the mat 1234 times, and the others don't."] * 20
 SPECIALS = ["<|begin|>", "<|end|>", "<|im_start|>", "<|im_end|>"]
-CHATML = ("{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-          "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+CHATML = ("{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+          "{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
 # ------------------------------------------------------------------------------ making files
@@ -58,8 +60,8 @@ def write(path, metadata, tensors):
 
 @pytest.fixture(scope="module")
 def bpe():
-    """(tokens, types, merges) of a byte-level BPE with special tokens, an added one, a token that no
-    merge leads to, and unused ones up to 512, one of them a word."""
+    """(tokens, types, merges) of a byte-level BPE with special tokens, an added one, a token that
+    no merge leads to, and unused ones up to 512, one of them a word."""
     tok = tokenizers.Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.train_from_iterator(CORPUS, trainers.BpeTrainer(
@@ -223,7 +225,7 @@ RANDOM = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ2_XXS", "IQ2_XS", "IQ2_S", 
 
 
 def in_type(rows, name):
-    """(bytes, Kind): the rows quantized, or if gguf cannot, random bytes without NaN or infinity."""
+    """(bytes, Kind): the rows quantized, or if gguf cannot, random bytes, none NaN or infinite."""
     kind = Kind[name]
     if name in MADE:
         return gguf.quants.quantize(rows, kind), kind
@@ -249,7 +251,8 @@ def stacked(theirs, layer):
     at = f"blk.{layer}."
     return {f"layers.{layer}.{ours}.weight": torch.cat([theirs[f"{at}{n}.weight"] for n in names])
             for ours, names in {"attention.qkv": ("attn_q", "attn_k", "attn_v"),
-                                "attention.out": ("attn_output",), "feed_forward.down": ("ffn_down",),
+                                "attention.out": ("attn_output",),
+                                "feed_forward.down": ("ffn_down",),
                                 "feed_forward.gate_up": ("ffn_gate", "ffn_up")}.items()}
 
 
@@ -260,8 +263,8 @@ def matrices(tensors):
 def test_every_type_is_read_to_the_bit(bpe, tmp_path, monkeypatch):
     """Each matrix of a model in another type, a few rows at a time."""
     monkeypatch.setattr(convert_gguf, "ROWS", 7)
-    metadata, tensors = file_of(hf_model("Llama", hidden_size=256, intermediate_size=256, head_dim=64,
-                                         num_hidden_layers=4), "llama", bpe)
+    metadata, tensors = file_of(hf_model("Llama", hidden_size=256, intermediate_size=256,
+                                         head_dim=64, num_hidden_layers=4), "llama", bpe)
     for i, name in enumerate(matrices(tensors)):
         tensors[name] = in_type(tensors[name], (MADE + RANDOM)[i % len(MADE + RANDOM)])
     assert len({kind for t in tensors.values() if isinstance(t, tuple) for kind in t[1:]}) == 24
@@ -397,7 +400,7 @@ def test_the_default_cuts_are_llama_cpps(small, bpe, tmp_path):
     library = tokenizers.Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
     got = [piece for piece, _ in library.pre_tokenizer.pre_tokenize_str(text)]
     assert got == [whole.pre_tokenize_str(piece)[0][0] for piece in pieces]
-    assert ["123", "456", "7"] == [p for p in got if p.isascii() and p.isdigit()][:3]
+    assert [p for p in got if p.isascii() and p.isdigit()][:3] == ["123", "456", "7"]
 
 
 @pytest.mark.parametrize("pre, key, begins", [
