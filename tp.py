@@ -156,7 +156,10 @@ def _(x, n):
     if not x.is_cuda:
         return torch.stack(exchange(x))
     every = x.new_empty(n, *x.shape)
-    dist.all_gather(list(every.unbind()), x.contiguous())
+    # Into one tensor: what NCCL gathers for a list of them it copies once more. (Which of the two
+    # names is there, and which warns, depends on the version.)
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(every.flatten(0, 1), x.contiguous())
     return every
 
 

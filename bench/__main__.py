@@ -3,6 +3,7 @@
     python -m bench --shape 1.1b [--peer transformers]           steps: decode and prefill
     python -m bench --shape 1.1b --window 508 --turns mt_bench.jsonl [--peer streaming]
     python -m bench --shape 1.1b --streams 64 [--batch 8] [--peer transformers]
+    python -m bench --gpu limits|decode|peers|batches            a table, see gpu.py
 
 Reading every weight once a token, a step can take no less than bytes / bandwidth. Shared machines
 drift, so whatever is compared is measured in turns, round after round; what is printed of steps is
@@ -18,6 +19,7 @@ import time
 
 import torch
 
+from bench.gpu import bench_gpu
 from bench.models import SHAPES, open_model
 from bench.steps import bench_steps
 from bench.streams import bench_streams
@@ -30,6 +32,9 @@ def check(args) -> None:
     steps, rows = not (args.turns or args.streams), args.batch or 1
     for given, together, rule in (
             (args.turns, not args.streams, "--turns and --streams exclude each other"),
+            (args.gpt_fast, args.gpu == "peers", "--gpt-fast goes with --gpu peers"),
+            (args.gpu, not (args.streams or args.batch or args.quantize or args.peer),
+             "--gpu says itself what it measures: no --streams, --batch, --quantize or --peer"),
             (args.limit, args.turns, "--limit goes with --turns"),
             (args.max_new_tokens, args.turns, "--max-new-tokens goes with --turns"),
             (args.turns, rows == 1, "--turns goes with one row"),
@@ -63,9 +68,14 @@ def main():
     add("--max-new-tokens", type=number(int, 2), metavar="M", help="tokens a turn; default 128")
     add("--streams", type=number(int, 1), metavar="N",
         help="time continuous batching of N synthetic prompts")
+    add("--gpu", choices=["limits", "decode", "peers", "batches"], help="a part of gpu.py's table")
+    add("--gpt-fast", metavar="DIR", help="a copy of gpt-fast, for --gpu peers")
     args = parser.parse_args()
     with user_errors(parser):
         check(args)
+        if args.gpu:
+            bench_gpu(args)
+            return
         start = time.perf_counter()
         model = open_model(args)
         load_s = time.perf_counter() - start

@@ -12,6 +12,7 @@ from quantize import empty_model, quantization_of
 
 SHAPES = {  # dim, layers, heads, KV heads, ffn, vocabulary, context, tied
     "135m": (576, 30, 9, 3, 1536, 49152, 8192, True),  # SmolLM2
+    "160m": (768, 12, 12, 12, 2048, 32000, 2048, False),  # a draft
     "1.1b": (2048, 22, 32, 4, 5632, 32000, 2048, False),  # TinyLlama
     "7b": (4096, 32, 32, 32, 11008, 32000, 4096, False),  # Llama 2
     "8b": (4096, 32, 32, 8, 14336, 128256, 131072, False),  # Llama 3.1

@@ -2,16 +2,21 @@
 
 On transformers' own Llama modules, with random weights: a step and a prefill, eager and compiled;
 StreamingLLM (Xiao et al., 2023) the way its authors run it; and static batches. All of them run in
-the dtype that ours does; only the compiled step is compiled.
+the dtype that ours does; only the compiled step is compiled. And gpt-fast, from its own folder.
 """
 
 from __future__ import annotations
 
+import importlib
+import sys
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from bench.clocks import seconds
 
 
 def llama(config: dict, dtype: torch.dtype, device: torch.device):
@@ -26,12 +31,13 @@ def llama(config: dict, dtype: torch.dtype, device: torch.device):
             transformers.LlamaConfig(**settings), dtype=dtype).eval()
 
 
-def prefill_and_step(config: dict, dtype: torch.dtype, device: torch.device,
-                     compiled: bool) -> tuple[Callable, Callable]:
-    """To be timed: a prefill of 128 tokens into no cache, and a decode step."""
+def prefill_and_step(config: dict, dtype: torch.dtype, device: torch.device, compiled: bool,
+                     length: int = 512) -> tuple[Callable, Callable]:
+    """To be timed: a prefill of 128 tokens into no cache, and a decode step; compiled, over a
+    static cache of `length`."""
     from transformers import DynamicCache, StaticCache
     model = llama(config, dtype, device)
-    cache = (StaticCache(config=model.config, max_cache_len=512) if compiled
+    cache = (StaticCache(config=model.config, max_cache_len=length) if compiled
              else DynamicCache(config=model.config))
     mode = "reduce-overhead" if device.type == "cuda" else None
     forward = torch.compile(model.forward, mode=mode) if compiled else model.forward
@@ -47,7 +53,7 @@ def prefill_and_step(config: dict, dtype: torch.dtype, device: torch.device,
         token = torch.zeros(1, 1, dtype=torch.int64, device=device)
         forward(token, past_key_values=cache, use_cache=True, cache_position=position,
                 position_ids=position[None]).logits[0, -1].argmax().item()
-        state["position"] = 128 + (state["position"] - 127) % 256
+        state["position"] = 128 + (state["position"] - 127) % (length // 2)
 
     if not compiled:
         with torch.no_grad():
@@ -55,6 +61,64 @@ def prefill_and_step(config: dict, dtype: torch.dtype, device: torch.device,
     for _ in range(3):
         step()
     return prefill, step
+
+
+def transformers_tokens(config: dict, dtype: torch.dtype, device: torch.device, length: int,
+                        n_tokens: int) -> Callable[[], float]:
+    """To be called: seconds of so many compiled decode steps."""
+    _, step = prefill_and_step(config, dtype, device, compiled=True, length=length)
+    return lambda: seconds(lambda: [step() for _ in range(n_tokens)])
+
+
+# ------------------------------------------------------------------------------ gpt-fast
+
+
+def gpt_fast(folder: str, config: dict, dtype: torch.dtype, device: torch.device,
+             quantize: str | None, length: int, n_tokens: int) -> Callable[[], float]:
+    """To be called: seconds of so many tokens of the gpt-fast in a folder, by its own loop and
+    compiled as its main does it. For a process of its own: its files are called as ours are."""
+    generate, model = gpt_fast_model(folder, config, quantize, length)
+    model = model.to_empty(device=device).to(dtype).eval()
+    for weight in model.state_dict().values():  # a norm's or a scale; int8; or floating point
+        (weight.fill_(1e-2) if weight.ndim == 1 else weight.random_(-127, 128)
+         if weight.dtype == torch.int8 else weight.normal_(std=0.02))
+    with torch.device(device):
+        model.setup_caches(max_batch_size=1, max_seq_length=length)
+    generate.decode_one_token = torch.compile(generate.decode_one_token, mode="reduce-overhead",
+                                              fullgraph=True)
+    token, start = (torch.full(shape, n, dtype=torch.int32, device=device)
+                    for shape, n in (((1, 1), 7), ((1,), length - n_tokens)))
+
+    @torch.no_grad()
+    def decode() -> None:  # as its main calls it
+        ids, _ = generate.decode_n_tokens(model, token, start.clone(), n_tokens, temperature=0.8,
+                                          top_k=200)
+        torch.cat(ids).tolist()
+
+    decode()
+    return lambda: seconds(decode)
+
+
+def gpt_fast_model(folder: str, config: dict, quantize: str | None, length: int) -> tuple:
+    """Its generate.py, and its model of the shape of a config.json, on the meta device."""
+    if not (Path(folder) / "generate.py").is_file():
+        raise ValueError(f"{folder}: no generate.py; gpt-fast's folder has one")
+    for name in ("model", "generate", "quantize", "tp"):
+        sys.modules.pop(name, None)
+    sys.modules["tokenizer"] = types.SimpleNamespace(get_tokenizer=None)  # wants more packages
+    sys.path.insert(0, str(folder))
+    generate, model = importlib.import_module("generate"), importlib.import_module("model")
+    args = model.ModelArgs(
+        block_size=length, vocab_size=config["vocab_size"],
+        n_layer=config["num_hidden_layers"], n_head=config["num_attention_heads"],
+        n_local_heads=config["num_key_value_heads"], dim=config["hidden_size"],
+        intermediate_size=config["intermediate_size"])
+    with torch.device("meta"):
+        empty = model.Transformer(args)
+    if quantize:
+        handler = importlib.import_module("quantize").WeightOnlyInt8QuantHandler
+        empty = handler(empty).convert_for_runtime()
+    return generate, empty
 
 
 # ------------------------------------------------------------------------------ StreamingLLM

@@ -121,6 +121,12 @@ def measure(args, model: Transformer, cache: KVCache) -> dict[str, list[float]]:
     return values
 
 
+def bytes_a_step(model: Transformer, cache: KVCache) -> int:
+    """What a step has to read: of an embedding table of its own, a row is nothing."""
+    table = 0 if model.config.tied_embeddings else model.embed.weight.nbytes
+    return weight_bytes(model) - table + cache.nbytes()
+
+
 def report(model: Transformer, cache: KVCache, values: dict[str, list[float]]) -> dict:
     """The figures: medians, and ratios round by round."""
     middle = {name: statistics.median(measured) for name, measured in values.items()}
@@ -128,9 +134,7 @@ def report(model: Transformer, cache: KVCache, values: dict[str, list[float]]) -
     def ratio(name: str, other: str) -> float:
         return statistics.median(a / b for a, b in zip(values[name], values[other]))
 
-    B, weights = cache.batch_size, weight_bytes(model)
-    table = 0 if model.config.tied_embeddings else model.embed.weight.nbytes
-    read = weights - table + cache.nbytes()  # of the embedding table a step reads one row
+    B, weights, read = cache.batch_size, weight_bytes(model), bytes_a_step(model, cache)
     shares = [read / t / 1e9 / limit for t, limit in zip(values["decode"], values["bandwidth"])]
     out = dict(
         decode_tok_s=B / middle["decode"], decode_GB_s=read / middle["decode"] / 1e9,

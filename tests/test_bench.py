@@ -2,12 +2,14 @@
 is compiled here, and peers run in this process."""
 
 import contextlib
+import functools
 import json
 
 import pytest
 import torch
 
-from bench import apart, clocks, models, steps
+from bench import apart, clocks, gpu, gpu_figures, models, steps
+from bench.steps import seconds_a_token
 from bench.streams import synthetic
 from helpers import run
 from test_chat import write_turns
@@ -45,7 +47,9 @@ def figures(*argv):
     (["--peer", "streaming", "--turns", "f"], ["--peer", "--shape"]),
     (["--shape", "1.1b", "--peer", "transformers", "--batch", "2"], ["--peer", "one row"]),
     (["--shape", "1.1b", "--turns", "f", "--recompute"], ["--recompute"]),
-    (["--shape", "1.1b", "--streams", "3", "--speculate", "3"], ["--speculate"])])
+    (["--shape", "1.1b", "--streams", "3", "--speculate", "3"], ["--speculate"]),
+    (["--gpu", "decode", "--batch", "8"], ["--gpu", "--batch"]),
+    (["--gpu", "decode", "--gpt-fast", "d"], ["--gpt-fast", "--gpu peers"])])
 def test_flags_that_do_not_go_together(argv, naming):
     refused("bench", *argv, naming=naming)
 
@@ -124,3 +128,84 @@ def test_a_function_in_a_process_of_its_own():
             add(-1)
     with pytest.raises(ValueError, match="invalid literal"), apart.apart(int, "x"):
         pass
+
+
+# ------------------------------------------------------------------------------ a GPU's table
+
+
+@pytest.fixture
+def table(quick, monkeypatch):
+    """The rows of `bench --gpu`, by name, of a tiny shape and on a CPU."""
+    for name in ("small", "160m"):  # whose weights divide into groups
+        monkeypatch.setitem(models.SHAPES, name, (32, 2, 4, 2, 64, 4096, 256, False))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.setattr(gpu_figures, "compile_step", lambda model, device: None)
+    monkeypatch.setattr(gpu, "apart", lambda make, *args: contextlib.nullcontext(make(*args)))
+    monkeypatch.setattr("torch.compile", lambda function, **_: function)
+    sizes = dict(COPIED=1 << 12, SQUARE=16, TOKENS=4, PROMPTS=(16, 40), ROWS=(2, 3))
+    for name, small in sizes.items():
+        monkeypatch.setattr(gpu_figures, name, small)
+    monkeypatch.setattr(gpu, "TOKENS", 4)
+    monkeypatch.setattr(clocks, "ROUNDS", 1)
+    monkeypatch.setattr(gpu_figures, "seconds_a_token",
+                        functools.partial(seconds_a_token, length=9))
+
+    def rows(*argv):
+        status, out, err = run("bench", "--gpu", *argv, "--device", "cpu", "--window", 252)
+        assert status == 0, err
+        lines, text = out.split("\n\n")
+        found = [json.loads(line) for line in lines.splitlines()]
+        assert all(f"| {row['row']} | " in text for row in found)
+        return found
+
+    return rows
+
+
+def test_the_limits_of_a_machine(table):
+    machine, limits = table("limits")
+    assert machine["torch"] == torch.__version__
+    assert limits["copy_spread"][0] <= limits["copy_GB_s"] <= limits["copy_spread"][1]
+    assert limits["matmul_TFLOP_s"] > 0
+
+
+def test_decode_and_prefill_in_every_format(table):
+    rows = table("decode", "--shape", "small")
+    assert [row["row"].removeprefix("small ") for row in rows] == 2 * ["bf16"] + 2 * ["int8"] + (
+        2 * ["int4 in groups of 32"]) + ["bf16", "int8", "int4 in groups of 32"]
+    bf16, prefill, int8, _, int4, *_ = rows
+    for row in (bf16, int8, int4):
+        assert row["share_of_copy"] > 0 < row["after_10_windows"] and row["sampled_tok_s"] > 0
+        assert row["decode_spread"][0] <= row["decode_tok_s"] <= row["decode_spread"][1]
+    assert bf16["step_GB"] > int8["step_GB"] > int4["step_GB"] > bf16["cache_GB"]
+    assert prefill["prefill_40_tok_s"] > 0 < prefill["prefill_16_share"]
+    assert all(row["compile_warm_s"] > 0 for row in rows[-3:])
+
+
+def test_peers_in_turns(table, tmp_path):
+    turns = write_turns(tmp_path / "turns.jsonl", 4)
+    rows = table("peers", "--shape", "small", "--turns", turns, "--limit", 2,
+                 "--max-new-tokens", 3, "--gpt-fast", tmp_path)
+    assert [list(row)[1] for row in rows] == ["error", "error", "tok_s", "sink"]
+    assert "no generate.py" in rows[0]["error"]
+    assert rows[2]["their_tok_s"] > 0 < rows[2]["over_theirs"]
+    assert rows[3]["tok_s_over_streaming"] > 0
+
+
+def test_rows_a_draft_and_loading(table):
+    rows = table("batches", "--shape", "small")
+    assert [row.get("rows") for row in rows[:2]] == [2, 3] and rows[0]["over_one_row"] > 0
+    assert [row["quantize"] for row in rows[2:5]] == [None, "int8", "int4"]
+    right, never = rows[5:]
+    assert right["accepted"] == right["proposed"] > 0 == never["accepted"] < never["proposed"]
+
+
+def test_a_row_that_fails_costs_no_other(table, monkeypatch):
+    def broken(args):
+        yield dict(fine=1)
+        raise ValueError("not here\nat all")
+
+    monkeypatch.setattr(gpu, "batch_figures", broken)
+    monkeypatch.setattr(gpu, "load_figures", lambda *args: iter(()))
+    monkeypatch.setattr(gpu, "draft_figures", lambda args: iter([dict(fine=2)]))
+    assert [list(row.items())[1] for row in table("batches", "--shape", "small")] == [
+        ("fine", 1), ("error", "not here"), ("fine", 2)]

@@ -1,0 +1,137 @@
+"""A GPU's table: decode and prefill against its limits, beside peers, and many rows at once.
+
+    python -m bench --gpu limits
+    python -m bench --gpu decode  --shape 8b                         bf16, int8 and int4
+    python -m bench --gpu peers   --shape 7b --gpt-fast DIR --turns mt_bench.jsonl
+    python -m bench --gpu batches --shape 8b                         rows, loading, a draft
+
+A row is a JSON line as soon as it is known, so whoever stops a command keeps what was measured; the
+table of all of them comes last. Each model has a process of its own: the memory that it takes, and
+what breaks there, is then only its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+
+import torch
+
+from bench import peers
+from bench.apart import apart
+from bench.clocks import rounds
+from bench.gpu_figures import (
+    TOKENS,
+    batch_figures,
+    decode_figures,
+    device_facts,
+    draft_figures,
+    load_figures,
+    make_limits,
+    our_tokens,
+    spread,
+    turns_figures,
+    warm_figures,
+)
+from bench.models import peer_settings
+from cli import say
+from load import check_device
+
+WINDOW = 2044  # and 4 sinks: the context of the smallest shapes
+
+
+def bench_gpu(args) -> None:
+    """Print the rows of args.gpu as they come, and then their table."""
+    args.window = args.window or WINDOW
+    args.shape = args.shape or ("7b" if args.gpu == "peers" else "8b")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for row in {"limits": limits_rows, "decode": decode_rows, "peers": peers_rows,
+                    "batches": batches_rows}[args.gpu](args, folder):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    print("\n| row | figure | value |\n| --- | --- | --- |")
+    for row in rows:
+        for name, value in list(row.items())[1:]:
+            text = f"{value:,.3f}" if isinstance(value, float) else value
+            print(f"| {row['row']} | {name} | {text} |")
+
+
+def apart_rows(name: str, figures: Callable[..., Iterator[dict]], *given) -> Iterator[dict]:
+    """The figures that a generator yields in a process of its own. One that fails is a row too."""
+    say(name)
+    try:
+        with apart(one_by_one, figures, *given) as following:
+            while (found := following()) is not None:
+                yield dict(row=name, **found)
+    except (ValueError, torch.OutOfMemoryError) as error:
+        yield dict(row=name, error=str(error).splitlines()[0])
+
+
+def one_by_one(figures: Callable[..., Iterator[dict]], *given) -> Callable[[], dict | None]:
+    """Its first figures wait for the first call, and so do its errors."""
+    iterator = figures(*given)
+    return lambda: next(iterator, None)
+
+
+# ------------------------------------------------------------------------------ the four commands
+
+
+def limits_rows(args, folder: str) -> Iterator[dict]:
+    device = check_device(args.device)
+    yield dict(row="machine", **device_facts(device))
+    limits = make_limits(device)
+    copies, products = zip(*(limits() for _ in rounds()))
+    yield dict(row="limits", copy_GB_s=statistics.median(copies), copy_spread=spread(copies),
+               matmul_TFLOP_s=statistics.median(products), matmul_spread=spread(products))
+
+
+def decode_rows(args, folder: str) -> Iterator[dict]:
+    kinds = {"bf16": None, "int8": "int8", f"int4 in groups of {args.group_size}": "int4"}
+    for kind, quantize in kinds.items():
+        # Of each its own, empty at first: nothing of another model's makes its compiling warm.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/{quantize}"
+        yield from apart_rows(f"{args.shape} {kind}", decode_figures, as_asked(args, quantize))
+    for kind, quantize in kinds.items():
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/{quantize}"
+        yield from apart_rows(f"{args.shape} {kind}", warm_figures, as_asked(args, quantize))
+
+
+def as_asked(args, quantize: str | None) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(args), "quantize": quantize})
+
+
+def peers_rows(args, folder: str) -> Iterator[dict]:
+    settings, full = peer_settings(args), 4 + args.window
+    for quantize in (None, "int8") if args.gpt_fast else ():
+        yield from in_turns(as_asked(args, quantize), f"gpt-fast {quantize or 'bf16'}",
+                            peers.gpt_fast, args.gpt_fast, *settings, quantize, full, TOKENS)
+    yield from in_turns(as_asked(args, None), "transformers compiled, static cache",
+                        peers.transformers_tokens, *settings, full, TOKENS)
+    if args.turns:
+        yield from apart_rows("StreamingLLM's way", turns_figures, as_asked(args, None))
+
+
+def in_turns(args, name: str, make: Callable, *given) -> Iterator[dict]:
+    """Our tokens a second and theirs, on the same shape, round after round."""
+    say(name)
+    try:
+        with apart(make, *given) as theirs, apart(our_tokens, args) as ours:
+            times = [(ours(), theirs()) for _ in rounds()]
+    except (ValueError, torch.OutOfMemoryError) as error:
+        yield dict(row=f"{args.shape} beside {name}", error=str(error).splitlines()[0])
+        return
+    ours, theirs = zip(*times)
+    yield dict(row=f"{args.shape} beside {name}", tok_s=TOKENS / statistics.median(ours),
+               their_tok_s=TOKENS / statistics.median(theirs),
+               over_theirs=statistics.median(b / a for a, b in times))
+
+
+def batches_rows(args, folder: str) -> Iterator[dict]:
+    yield from apart_rows(f"{args.shape} rows", batch_figures, args)
+    yield from apart_rows(f"{args.shape} loading", load_figures, args, folder)
+    yield from apart_rows(f"{args.shape} and a 160m draft", draft_figures, args)

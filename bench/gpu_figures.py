@@ -1,0 +1,224 @@
+"""What the rows of gpu.py's table are made of: each function is run where one model is alone.
+
+The window is full unless a figure says otherwise, and what is timed is the loop that users get: a
+step is queued before the token of the one before is read, so the host works while the GPU does,
+which a step timed alone would not show.
+"""
+
+from __future__ import annotations
+
+import datetime
+import shutil
+import statistics
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from bench.clocks import compile_all, forget_peak, peak_bytes, rounds, seconds, step
+from bench.models import open_model, random_model, shape_config
+from bench.steps import bytes_a_step, prefill_anew, seconds_a_token
+from bench.turns import bench_turns
+from cli import DEFAULT_CHECKPOINT
+from convert_hf import write_checkpoint
+from generate import decode, make_cache, start_reading, warm, weight_bytes
+from kv_cache import KVCache
+from load import compile_step, load
+from model import ModelConfig, Transformer
+from quantize import stored_shapes
+from sample import sample
+from speculate import Speculation
+
+COPIED, SQUARE, REPEATS = 1 << 32, 8192, 8  # bytes of a copy, a matmul's side, of each in a go
+TOKENS, PROMPTS, ROWS = 200, (128, 2048), (8, 32, 64)
+SAMPLING = dict(temperature=0.8, top_p=0.95)  # what the programs do unless asked
+
+
+# ------------------------------------------------------------------------------ limits
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def make_limits(device: torch.device) -> Callable[[], tuple[float, float]]:
+    """(GB/s that copying reads and writes, TFLOP/s of a bf16 matmul), to be measured in turns with
+    the rest. The matmul is of random numbers: of zeros it takes less power, and runs faster."""
+    buffers = [torch.zeros(COPIED // 4, device=device) for _ in range(2)]
+    square = torch.randn(SQUARE, SQUARE, device=device).bfloat16()
+
+    def rate(work: float, run: Callable) -> float:
+        run()
+        wait(device)
+        return REPEATS * work / seconds(lambda: ([run() for _ in range(REPEATS)], wait(device)))
+
+    return lambda: (rate(2 * COPIED / 1e9, lambda: buffers[1].copy_(buffers[0])),
+                    rate(2 * SQUARE ** 3 / 1e12, lambda: square @ square))
+
+
+def spread(values) -> list[float]:
+    return [min(values), max(values)]
+
+
+def device_facts(device: torch.device) -> dict:
+    facts = dict(device=str(device), torch=torch.__version__,
+                 date=datetime.date.today().isoformat())
+    if device.type == "cuda":
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+        facts.update(device=torch.cuda.get_device_name(device), driver=driver,
+                     cuda=torch.version.cuda, memory_GB=torch.cuda.mem_get_info()[1] / 1e9)
+    return facts
+
+
+# ------------------------------------------------------------------------------ decode and prefill
+
+
+def open_compiled(args) -> tuple[Transformer, KVCache, float]:
+    """A model whose decode step is compiled, its cache, and the seconds that compiling took."""
+    model = open_model(args)
+    cache = make_cache(model, args.sink, args.window)
+    return model, cache, seconds(compile_decode, model, cache)
+
+
+def compile_decode(model: Transformer, cache: KVCache) -> None:
+    """As often as a CUDA graph needs: compiled, recorded, replayed."""
+    compile_step(model, cache.length.device)
+    for _ in range(3):
+        step(model, cache)
+
+
+def decode_seconds(model: Transformer, cache: KVCache, position: int, **sampling) -> float:
+    """Of TOKENS tokens from a position on, the first few aside."""
+    cache.length.fill_(position)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=cache.length.device)
+    stream = decode(model, cache, token, TOKENS + 4, ignore_eos=True, **sampling)
+    for _ in range(4):
+        next(stream)
+    return seconds(lambda: (list(stream), wait(cache.length.device)))
+
+
+def decode_figures(args) -> Iterator[dict]:
+    model, cache, compile_s = open_compiled(args)
+    full, device = cache.n_sink + cache.window, cache.length.device
+    times, far, sampled, copies, products = ([] for _ in range(5))
+    limits = make_limits(device)
+    for _ in rounds():
+        for measured, figure in zip((copies, products), limits()):
+            measured.append(figure)
+        times.append(decode_seconds(model, cache, full))
+        far.append(decode_seconds(model, cache, 10 * full))
+        sampled.append(decode_seconds(model, cache, full, **SAMPLING))
+    read = bytes_a_step(model, cache)
+    yield dict(
+        decode_tok_s=TOKENS / statistics.median(times),
+        decode_spread=[TOKENS / t for t in spread(times)[::-1]], step_GB=read / 1e9,
+        copy_GB_s=statistics.median(copies), share_of_copy=statistics.median(
+            read * TOKENS / t / 1e9 / limit for t, limit in zip(times, copies)),
+        after_10_windows=statistics.median(a / b for a, b in zip(times, far)),
+        sampled_tok_s=TOKENS / statistics.median(sampled), weight_GB=weight_bytes(model) / 1e9,
+        cache_GB=cache.nbytes() / 1e9, window=cache.window)
+    del limits  # and its buffers, before the memory is counted
+    forget_peak(device)
+    compile_s, rate = compile_s + warm(model, cache), statistics.median(products)
+    out = dict(compile_cold_s=compile_s, matmul_TFLOP_s=rate)
+    for length in PROMPTS:
+        took = statistics.median(seconds(prefill_anew, model, cache, length) for _ in rounds())
+        out[f"prefill_{length}_tok_s"] = length / took
+        out[f"prefill_{length}_share"] = length * flops_a_token(model.config) / took / rate / 1e12
+    yield dict(out, peak_GB=peak_bytes(device) / 1e9)
+
+
+def flops_a_token(config: ModelConfig) -> int:
+    """Of a prompt's token in the products with weights, of which the last is for one token only."""
+    attention = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim
+    return 2 * config.n_layers * config.dim * (attention + 3 * config.ffn_dim)
+
+
+def warm_figures(args) -> Iterator[dict]:
+    """Every graph again, from the compile cache that another process left."""
+    model = open_model(args)
+    yield dict(compile_warm_s=compile_all(model, make_cache(model, args.sink, args.window)))
+
+
+def our_tokens(args) -> Callable[[], float]:
+    model, cache, _ = open_compiled(args)
+    return lambda: decode_seconds(model, cache, cache.n_sink + cache.window)
+
+
+def turns_figures(args) -> Iterator[dict]:
+    args.peer, args.limit = "streaming", args.limit or 20
+    yield bench_turns(args, open_model(args))
+
+
+# ------------------------------------------------------------------------------ rows, draft, files
+
+
+def batch_figures(args) -> Iterator[dict]:
+    model, one, _ = open_compiled(args)
+    full = one.n_sink + one.window
+    alone = TOKENS / decode_seconds(model, one, full)
+    for n_rows in ROWS:
+        cache = make_cache(model, args.sink, args.window, n_rows)
+        compile_s = seconds(batch_steps, model, cache, 3)
+        cache.length.fill_(full)
+        took = statistics.median(seconds(batch_steps, model, cache, TOKENS // 4) for _ in rounds())
+        tok_s = n_rows * (TOKENS // 4) / took
+        yield dict(rows=n_rows, tok_s=tok_s, over_one_row=tok_s / alone, compile_s=compile_s,
+                   cache_GB=cache.nbytes() / 1e9)
+
+
+@torch.no_grad()
+def batch_steps(model: Transformer, cache: KVCache, n: int) -> None:
+    """As in batch.generate_batch: a step is queued before the tokens of the last one are read."""
+    tokens = torch.zeros_like(cache.length)[:, None]
+    for _ in range(n):
+        read = start_reading(tokens)
+        tokens = sample(model(tokens, cache))
+        read()
+    tokens.tolist()
+
+
+def draft_figures(args) -> Iterator[dict]:
+    """Speculation where the draft is always right, and where it never is. A model whose last norm
+    is zero says token 0, whatever it read, as fast as any other."""
+    model, cache, _ = open_compiled(args)
+    shape = {**shape_config("160m"), "vocab_size": model.config.vocab_size}
+    draft = random_model(ModelConfig.from_hf(shape), cache.length.device, model.norm.weight.dtype)
+    compile_step(draft, cache.length.device)
+    its, size = make_cache(draft, args.sink, args.window), args.speculate or 5
+    model.norm.weight.zero_()
+    for right, fixed in ((True, size), (False, None)):
+        draft.norm.weight.fill_(0 if right else 1)
+        warm(model, cache, Speculation(draft, its, fixed))
+        times = []
+        for _ in rounds():
+            plain = seconds_a_token(model, cache)
+            its.reset()
+            speculation = Speculation(draft, its, fixed)
+            times.append((plain, seconds_a_token(model, cache, speculation)))
+        yield dict(draft="always right" if right else "never right", proposals=fixed or "adaptive",
+                   accepted=speculation.accepted, proposed=speculation.proposed,
+                   tok_s=1 / statistics.median(b for _, b in times),
+                   over_plain=statistics.median(a / b for a, b in times))
+
+
+def load_figures(args, folder: str) -> Iterator[dict]:
+    """From a folder that was written just now, and so is in memory still."""
+    model = open_model(args)
+    device, size = model.norm.weight.device, weight_bytes(model)
+    if shutil.disk_usage(folder).free < 1.1 * size:
+        raise ValueError(f"{folder}: no room for a checkpoint of {size / 1e9:.0f} GB")
+    checkpoint, names = Path(folder) / args.shape, list(stored_shapes(model))
+    stored = model.state_dict()
+    raw = {**shape_config(args.shape), "gpt_stream": {"format": 1}}
+    write_checkpoint(checkpoint, DEFAULT_CHECKPOINT, raw,
+                     ((name, stored[name].cpu()) for name in names), len(names))
+    del model, stored
+    for quantize in (None, "int8", "int4"):
+        took = seconds(lambda q: (load(checkpoint, str(device), quantize=q), wait(device)),
+                       quantize)
+        yield dict(quantize=quantize, load_s=took, checkpoint_GB=size / 1e9)
+    shutil.rmtree(checkpoint)
