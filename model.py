@@ -311,7 +311,7 @@ class Transformer(nn.Module):
                       slots=in_memory(cache.slots(positions)),
                       mask=None if fresh else in_memory(cache.mask(positions)),
                       n_sink=cache.n_sink)
-            cache.length += tokens.shape[1]
+            cache.length.add_(tokens.shape[1])  # += would make it an output of the graph
         x = self.embed(tokens).type_as(self.norm.weight)  # (B, T, dim)
         for layer, block in enumerate(self.layers):
             k, v = (None, None) if cache is None else (cache.k[layer], cache.v[layer])

@@ -20,7 +20,7 @@ from bench.clocks import compile_all, forget_peak, peak_bytes, rounds, seconds, 
 from bench.models import open_model, random_model, shape_config
 from bench.steps import bytes_a_step, prefill_anew, seconds_a_token
 from bench.turns import bench_turns
-from cli import DEFAULT_CHECKPOINT
+from cli import EMBEDDED
 from convert_hf import write_checkpoint
 from generate import decode, make_cache, start_reading, warm, weight_bytes
 from kv_cache import KVCache
@@ -214,7 +214,7 @@ def load_figures(args, folder: str) -> Iterator[dict]:
     checkpoint, names = Path(folder) / args.shape, list(stored_shapes(model))
     stored = model.state_dict()
     raw = {**shape_config(args.shape), "gpt_stream": {"format": 1}}
-    write_checkpoint(checkpoint, DEFAULT_CHECKPOINT, raw,
+    write_checkpoint(checkpoint, EMBEDDED, raw,
                      ((name, stored[name].cpu()) for name in names), len(names))
     del model, stored
     for quantize in (None, "int8", "int4"):
