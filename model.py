@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention import attend
 from kv_cache import KVCache, write
 from linear import Linear, in_memory
 from tp import all_gather, all_reduce
@@ -195,38 +196,8 @@ class Attention(nn.Module):
                 q_recent.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
                 is_causal=True, enable_gqa=True).transpose(1, 2)
         else:
-            q_sink = rotate(q, at.sink_rope)
-            # A few queries at a time: with many slots their scores then stay in a CPU's caches.
-            few = T if x.is_cuda or k_cache.shape[2] <= 1024 else 32
-            pieces = (tensor.split(few, dim=1) for tensor in (q_sink, q_recent, at.mask))
-            y = torch.cat([attend(q_sink, q_recent, k_cache, v_cache, at.n_sink, mask)
-                           for q_sink, q_recent, mask in zip(*pieces)], dim=1)
+            y = attend(rotate(q, at.sink_rope), q_recent, k_cache, v_cache, at)
         return self.out(y.reshape(B, T, -1))
-
-
-def attend(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, n_sink: int,
-           mask: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over the cache. q_sink and q_recent are one query (B, T, heads, D)
-    rotated for the sinks and for the ring; k and v (B, kv_heads, S + R, D); mask (B, T, S + R).
-
-    Grouping the queries that share a key-value head makes them rows of one matmul, so the cache
-    is read once and never repeated. -> (B, T, heads, D)"""
-    B, T, n_heads, D = q_recent.shape
-    n_kv_heads = k.shape[1]
-
-    def grouped(q):  # (B, T, heads, D) -> (B, kv_heads, T * G, D)
-        q = q * (1 / math.sqrt(D))
-        return q.reshape(B, T, n_kv_heads, -1, D).transpose(1, 2).reshape(B, n_kv_heads, -1, D)
-
-    # All slots, then the sinks again: a matmul over a part of k would first copy that part.
-    scores = grouped(q_recent) @ k.transpose(2, 3)
-    if n_sink:
-        sink_scores = grouped(q_sink) @ k[:, :, :n_sink].transpose(2, 3)
-        scores = torch.cat([sink_scores, scores[..., n_sink:]], dim=-1)
-    scores = scores.view(B, n_kv_heads, T, n_heads // n_kv_heads, -1).float()
-    weights = (scores + mask[:, None, :, None]).softmax(dim=-1).type_as(v)
-    y = (weights.view(B, n_kv_heads, -1, k.shape[2]) @ v).view(B, n_kv_heads, T, -1, D)
-    return y.transpose(1, 2).reshape(B, T, n_heads, D)
 
 
 class FeedForward(nn.Module):
@@ -268,7 +239,9 @@ class Step:
     slots: Tensor | None = None  # (B, T): where the new keys and values go
     mask: Tensor | None = None  # (B, T, S + R) float32: 0 at the slots that each query sees, else
     # -inf; without it, each sees this call's tokens up to itself, and no others
+    positions: Tensor | None = None  # (B, T)
     n_sink: int = 0
+    window: int = 0
 
 
 class Transformer(nn.Module):
@@ -310,7 +283,7 @@ class Transformer(nn.Module):
                       sink_rope=rope(cache.sink_positions(positions), self.frequencies),
                       slots=in_memory(cache.slots(positions)),
                       mask=None if fresh else in_memory(cache.mask(positions)),
-                      n_sink=cache.n_sink)
+                      positions=positions, n_sink=cache.n_sink, window=cache.window)
             cache.length.add_(tokens.shape[1])  # += would make it an output of the graph
         x = self.embed(tokens).type_as(self.norm.weight)  # (B, T, dim)
         for layer, block in enumerate(self.layers):

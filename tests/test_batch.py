@@ -10,7 +10,7 @@ import torch
 import batch as program
 from batch import Batch, generate_batch
 from generate import generate, load, make_cache
-from helpers import TINY, random_model, run
+from helpers import TINY, as_on_a_gpu, random_model, run
 from test_chat import write_turns
 from test_errors import refused
 from test_generate import records
@@ -126,6 +126,7 @@ def test_the_device_is_read_once_a_step_after_the_next_step_is_queued(monkeypatc
                             temperature=0.7)
     next(stream)  # both rows are busy and no prompt waits
     monkeypatch.setattr(model, "step", lambda *a: events.append("step") or step(*a))
+    as_on_a_gpu(monkeypatch)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: events.append("read") or tolist(t))
     for name in ("item", "__bool__", "__int__", "__float__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, lambda *a, name=name: pytest.fail(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from generate import decode, generate, load, make_cache, prefill
-from helpers import TINY, random_model, run
+from helpers import TINY, as_on_a_gpu, random_model, run
 from kv_cache import KVCache
 from sample import probabilities, sample
 
@@ -139,6 +139,7 @@ def test_the_decode_loop_reads_the_device_once_a_token(monkeypatch):
     logits = prefill(model, cache, [1, 2, 3])
     step, tolist = model.step, torch.Tensor.tolist
     monkeypatch.setattr(model, "step", lambda *a: events.append("step") or step(*a))
+    as_on_a_gpu(monkeypatch)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: events.append("read") or tolist(t))
     for name in ("item", "__bool__", "__int__", "__float__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, lambda *a, name=name: pytest.fail(
