@@ -1,8 +1,10 @@
-"""softmax(q k^T / sqrt(D)) v over the sink+window cache.
+"""softmax(q k^T / sqrt(D)) v: over a sink+window cache, or over a sequence by itself.
 
-A query has been rotated twice (kv_cache.py), for the sinks and for the ring. Where all of it is one
-kernel, only one of the two fits in; but their scores differ at the sinks alone, and a kernel takes
-numbers to add to the scores. So it is given the ring's query, and what the sinks' adds to that.
+Over a cache a query has been rotated twice (kv_cache.py): for the sinks, and for the ring. A GPU
+computes that over all slots, in shapes that never change. On a CPU what is not held is not read: an
+operator whose shapes do not show how much that is, so nothing is compiled for another length.
+
+G query heads share one key-value head; D is the size of a head.
 """
 
 from __future__ import annotations
@@ -10,9 +12,8 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-
-flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def attend(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, at) -> Tensor:
@@ -24,6 +25,16 @@ def attend(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, at) -> Tensor
                                             at.n_sink, at.window)
 
 
+def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Without a cache: each token sees itself and those before it. q (B, T, heads, D), k and v
+    (B, T, kv_heads, D) -> (B, T, heads, D)"""
+    if not q.is_cuda:  # PyTorch's flash attention for CPUs knows no groups
+        k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.is_cuda)
+    return y.transpose(1, 2)
+
+
 def grouped(q: Tensor, n_kv_heads: int) -> Tensor:
     """(B, T, heads, D) -> (B, kv_heads, T * G, D): queries that share a key-value head are rows of
     one product, so the cache is read once and never repeated."""
@@ -32,30 +43,30 @@ def grouped(q: Tensor, n_kv_heads: int) -> Tensor:
 
 
 def ungrouped(y: Tensor, T: int) -> Tensor:
-    """The other way round."""
+    """(B, kv_heads, T * G, D) -> (B, T, heads, D)"""
     B, n_kv_heads, _, D = y.shape
-    return y.view(B, n_kv_heads, T, -1, D).transpose(1, 2).reshape(B, T, -1, D)
+    y = y.reshape(B, n_kv_heads, T, -1, D).transpose(1, 2).reshape(B, T, -1, D)
+    return y.contiguous()
 
 
 def attend_all(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, mask: Tensor,
                n_sink: int) -> Tensor:
-    """Over all slots, as it is written down; mask (B, T, S + R). Shapes never change."""
-    B, T, n_heads, D = q_recent.shape
-    q_sink, q_recent = (grouped(q * (1 / math.sqrt(D)), k.shape[1]) for q in (q_sink, q_recent))
+    """Over all slots, as it is written down; mask (B, T * G, S + R)."""
+    T, scale = q_recent.shape[1], 1 / math.sqrt(q_recent.shape[-1])
     # All slots, then the sinks again: a matmul over a part of k would first copy that part.
-    scores = q_recent @ k.transpose(2, 3)
+    scores = grouped(q_recent * scale, k.shape[1]) @ k.transpose(2, 3)
     if n_sink:
-        sink_scores = q_sink @ k[:, :, :n_sink].transpose(2, 3)
+        sink_scores = grouped(q_sink * scale, k.shape[1]) @ k[:, :, :n_sink].transpose(2, 3)
         scores = torch.cat([sink_scores, scores[..., n_sink:]], dim=-1)
-    scores = scores.view(B, k.shape[1], T, -1, k.shape[2]).float()
-    weights = (scores + mask[:, None, :, None]).softmax(dim=-1).type_as(v)
-    return ungrouped(weights.flatten(2, 3) @ v, T)
+    weights = (scores.float() + mask[:, None]).softmax(dim=-1).type_as(v)
+    return ungrouped(weights @ v, T)
 
 
-# One operator to the compiler: how much is held shows in none of its shapes, so nothing is compiled
-# for another length, and a short conversation does not pay for a long window.
+# ------------------------------------------------------------------------------ on a CPU
+
 torch.library.define("gpt_stream::attend_held", "(Tensor q_sink, Tensor q_recent, Tensor k, "
                      "Tensor v, Tensor mask, Tensor positions, int n_sink, int window) -> Tensor")
+flash = torch._scaled_dot_product_flash_attention_for_cpu  # -> (y, logsumexp of the scores)
 
 
 @torch.library.register_fake("gpt_stream::attend_held")
@@ -64,20 +75,32 @@ def _(q_sink, q_recent, k, v, mask, positions, n_sink, window):
 
 
 @torch.library.impl("gpt_stream::attend_held", "cpu")
-def attend_held(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, mask: Tensor,
-                positions: Tensor, n_sink: int, window: int) -> Tensor:
-    """The same over the slots that hold something, in PyTorch's flash attention for CPUs."""
-    B, T, n_heads, D = q_recent.shape
-    n_kv_heads, newest = k.shape[1], max(positions[:, -1].tolist())
-    k, v = k[:, :, :newest + 1], v[:, :, :newest + 1]  # or all, when the ring is full
+def _(q_sink, q_recent, k, v, mask, positions, n_sink, window):
+    """attend_all over the slots that hold something; positions (B, T) are the queries'.
+
+    Until the window slides, sinks are seen at their true distances, and one query does for all.
+    From then on the sinks are attended to apart, and both parts are added up in proportion to the
+    sums of their exponentials, as flash attention adds up its blocks (Dao et al., 2022)."""
+    (B, T), n_kv_heads, newest = positions.shape, k.shape[1], max(positions[:, -1].tolist())
     slid = newest >= n_sink + window
-    if B == T == 1 and not slid:  # all that is held is seen, at its true distance
-        return flash(q_recent.view(1, n_kv_heads, -1, D), k, v)[0].view(1, 1, n_heads, D)
-    q, held = grouped(q_recent, n_kv_heads), k.shape[2]
-    bias = mask[:, None, :, None, :held].expand(B, n_kv_heads if slid else 1, T,
-                                                n_heads // n_kv_heads, held).flatten(2, 3)
+    first, last = n_sink if slid else 0, min(newest + 1, k.shape[2])
+    keys, values = k[:, :, first:last], v[:, :, first:last]
+    q = grouped(q_recent, n_kv_heads).contiguous()  # which the kernel takes for granted
+    if B == T == 1 and not slid:  # all that is held is seen
+        return flash(q, keys, values)[0].view(q_recent.shape)
+    seen = mask[:, None, :, first:last].expand(-1, n_kv_heads, -1, -1)
+    y, total = flash(q, keys, values, attn_mask=seen)
     if slid and n_sink:
-        turned = grouped(q_sink.float() - q_recent.float(), n_kv_heads) * (1 / math.sqrt(D))
-        bias = bias.contiguous()
-        bias[..., :n_sink] += turned @ k[:, :, :n_sink].transpose(2, 3).float()
-    return ungrouped(flash(q, k, v, attn_mask=bias)[0], T)
+        if min(positions[:, 0].tolist()) < n_sink:  # one that sees nothing else has 0
+            total = total.masked_fill(seen[:, :1].amax(-1) < 0, -math.inf)
+        y = add_sinks(y, total, grouped(q_sink, n_kv_heads), k[:, :, :n_sink], v[:, :, :n_sink],
+                      mask[:, None, :, :n_sink])
+    return ungrouped(y, T)
+
+
+def add_sinks(y: Tensor, total: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """What the rows q (B, kv_heads, T * G, D) attend to: in the ring, y with the logsumexp of its
+    scores (B, kv_heads, T * G), and in the sinks, k and v (B, kv_heads, S, D)."""
+    scores = (q.float() @ k.float().transpose(2, 3)) * (1 / math.sqrt(q.shape[-1])) + mask
+    both = torch.logaddexp(total, scores.logsumexp(-1))[..., None]
+    return (y * (total[..., None] - both).exp() + (scores - both).exp() @ v.float()).type_as(y)

@@ -59,6 +59,8 @@ def add_generation(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--max-new-tokens", type=number(int, 1), default=512, metavar="N", help="default 512")
     add("--compile", action="store_true", help="compile the model for this machine first")
+    add("--compile-prefill", action="store_true",
+        help="compile how prompts are read, too: worth it for long ones")
     add("--temperature", type=number(float, 0), default=0.8, metavar="T",
         help="0 is greedy; default 0.8")
     add("--top-k", type=number(int, 1), metavar="K")

@@ -89,7 +89,7 @@ def prefill_chunks(model: Transformer, cache: KVCache,
     un-written."""
     check_ids(model, prompt_ids)
     large, small = min(LARGE_CHUNK, cache.max_chunk), min(SMALL_CHUNK, cache.max_chunk)
-    done, fresh = 0, not cache.length.any()
+    done = 0
     while done < len(prompt_ids):
         # A padded large chunk costs more than the small ones that would do, up to half of it.
         size = large if len(prompt_ids) - done > large // 2 else small
@@ -97,8 +97,7 @@ def prefill_chunks(model: Transformer, cache: KVCache,
         tokens = torch.zeros(1, size, dtype=torch.int64)
         tokens[0, :len(chunk)] = torch.tensor(chunk)
         last = torch.tensor([len(chunk) - 1])
-        logits = model(tokens.to(cache.length.device), cache, last.to(cache.length.device),
-                       fresh=fresh and done == 0)
+        logits = model(tokens.to(cache.length.device), cache, last.to(cache.length.device))
         if len(chunk) < size:
             cache.rollback(size - len(chunk))
         done += size
@@ -173,9 +172,8 @@ def warm(model: Transformer, cache: KVCache, speculation: Speculation | None = N
     CUDA graphs are recorded on the second call of a shape and replayed from the third."""
     start = time.perf_counter()
     for _ in range(3 if cache.length.is_cuda else 1):
-        for length in (2 * LARGE_CHUNK + 1, 1):  # both chunks, into a full and an empty cache
-            cache.reset()
-            list(generate(model, cache, [0] * length, 1, **sampling))
+        cache.reset()
+        list(generate(model, cache, [0] * (LARGE_CHUNK + 1), 1, **sampling))  # both chunks
         for size in speculation.sizes if speculation else ():
             model(torch.zeros(1, size + 1, dtype=torch.int64, device=cache.length.device), cache)
         if speculation and speculation.draft:
@@ -282,9 +280,11 @@ def open_model(args) -> tuple[Transformer, Tokenizer]:
     """Load what the command line asks for."""
     for text in args.stop:
         check_text("--stop", text)
+    if args.compile_prefill and not args.compile:
+        raise ValueError("--compile-prefill goes with --compile")
     say(f"loading {args.checkpoint}")
     return load(args.checkpoint, args.device, DTYPES.get(args.dtype), args.quantize,
-                args.compile, args.group_size)
+                args.compile, args.group_size, compile_prefill=args.compile_prefill)
 
 
 def open_speculation(model: Transformer, cache: KVCache, tokenizer: Tokenizer,
@@ -301,7 +301,8 @@ def open_speculation(model: Transformer, cache: KVCache, tokenizer: Tokenizer,
     if args.lookup:
         return Speculation(fixed=args.speculate)
     draft, its_tokenizer = load(args.draft, args.device, DTYPES.get(args.dtype),
-                                compile=args.compile, parallel=False)
+                                compile=args.compile, parallel=False,
+                                compile_prefill=args.compile_prefill)
     text = "Does it read \u00e9t\u00e9, 12:30 and\n two lines alike?"
     if (draft.config.vocab_size != model.config.vocab_size
             or its_tokenizer.encode(text) != tokenizer.encode(text)):
@@ -315,7 +316,8 @@ def get_ready(model: Transformer, cache: KVCache, args,
     """Compile what is to be compiled, and seed. Notes both in args, for the report."""
     args.compile_s = 0.0
     if args.compile:
-        say("compiling")
+        say("compiling: 10 to 30 s the first time, a few from then on"
+            + (", and as long again for each of two sizes of prompt" * args.compile_prefill))
         args.compile_s = warm(model, cache, speculation, **sampling(args))
     args.seed = secrets.randbits(32) if args.seed is None else args.seed
     return torch.Generator(cache.length.device).manual_seed(args.seed)

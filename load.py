@@ -23,7 +23,7 @@ from tokenizer import Tokenizer
 
 def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype | None = None,
          quantize: str | None = None, compile: bool = False, group_size: int = 32,
-         parallel: bool = True) -> tuple[Transformer, Tokenizer]:
+         parallel: bool = True, compile_prefill: bool = False) -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer of a checkpoint, by its name (hub.py).
 
     device None is the GPU if there is one; dtype None is the checkpoint's own; quantize is "int8",
@@ -61,7 +61,7 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
         finish(model, weights, device)
         del weights  # compiling lays them out anew
         if compile:
-            compile_step(model, device)
+            compile_step(model, device, compile_prefill)
     return model, tokenizer
 
 
@@ -122,8 +122,10 @@ def check_device(name: str | None) -> torch.device:
     return device
 
 
-def compile_step(model: Transformer, device: torch.device) -> None:
-    """Compile the model's graph: with CUDA graphs on a GPU, with C++ on a CPU."""
+def compile_step(model: Transformer, device: torch.device, prefill: bool = False) -> None:
+    """Compile the model's graph: with CUDA graphs on a GPU, with C++ on a CPU. Chunks of a prompt,
+    of which the logits of one position are asked for, would be two graphs more: they take longer to
+    compile than they save, unless prompts are long and many."""
     on_gpu = device.type == "cuda"
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if not on_gpu and not shutil.which(compiler):
@@ -141,5 +143,12 @@ def compile_step(model: Transformer, device: torch.device) -> None:
     graph = torch.compile(step, fullgraph=True, dynamic=False, options={
         "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
         "triton.cudagraphs": on_gpu, "coordinate_descent_tuning": on_gpu})
-    # A CUDA graph's output is overwritten by its next replay.
-    model.step = (lambda *inputs: graph(*inputs).clone()) if on_gpu else graph
+    eager = model.step
+
+    def run(tokens, cache, last):
+        if last is not None and not prefill:
+            return eager(tokens, cache, last)
+        logits = graph(tokens, cache, last)
+        return logits.clone() if on_gpu else logits  # a CUDA graph's next replay overwrites it
+
+    model.step = run

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention import attend
+from attention import attend, attend_causal
 from kv_cache import KVCache, write
 from linear import Linear, in_memory
 from tp import all_gather, all_reduce
@@ -169,7 +169,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: over a sink+window cache, or causal over the call's own tokens."""
+    """Grouped-query attention: over a sink+window cache, or over the call's own tokens."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -188,14 +188,11 @@ class Attention(nn.Module):
         q, k, v = heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)
         q, k = self.q_norm(q), self.k_norm(k)  # (B, T, heads, D)
         q_recent, k = rotate(q, at.rope), rotate(k, at.rope)
-        if k_cache is not None:
+        if k_cache is None:
+            y = attend_causal(q_recent, k, v)
+        else:
             write(k_cache, at.slots, k)
             write(v_cache, at.slots, v)
-        if at.mask is None:
-            y = F.scaled_dot_product_attention(
-                q_recent.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-                is_causal=True, enable_gqa=True).transpose(1, 2)
-        else:
             y = attend(rotate(q, at.sink_rope), q_recent, k_cache, v_cache, at)
         return self.out(y.reshape(B, T, -1))
 
@@ -237,8 +234,8 @@ class Step:
     rope: tuple[Tensor, Tensor]  # angles at the true positions, for keys and the ring's queries
     sink_rope: tuple[Tensor, Tensor] | None = None  # angles that queries to the sinks are seen at
     slots: Tensor | None = None  # (B, T): where the new keys and values go
-    mask: Tensor | None = None  # (B, T, S + R) float32: 0 at the slots that each query sees, else
-    # -inf; without it, each sees this call's tokens up to itself, and no others
+    mask: Tensor | None = None  # (B, T * G, S + R) float32: 0 at the slots that a query sees, else
+    # -inf; the G queries of a token that share a key-value head have a row each
     positions: Tensor | None = None  # (B, T)
     n_sink: int = 0
     window: int = 0
@@ -260,29 +257,27 @@ class Transformer(nn.Module):
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None,
-                last: Tensor | None = None, fresh: bool = False) -> Tensor:
+                last: Tensor | None = None) -> Tensor:
         """Logits (B, T, vocab_size) float32 for tokens (B, T) int64.
 
         With a cache the tokens continue its rows and each row's length grows by T; without one
         they are whole sequences from position 0. `last` (B,) int64 asks for the logits of one
-        index of each row only: (B, 1, vocab_size). `fresh` says that every row is empty, so that
-        attention need not look at the ring. Raises ValueError when T is over max_chunk."""
+        index of each row only: (B, 1, vocab_size). Raises ValueError when T is over max_chunk."""
         if cache is not None:
             cache.extend(*tokens.shape)
-            fresh = fresh and tokens.shape[1] <= cache.n_sink + cache.window
-        return self.step(tokens, cache, last, fresh)
+        return self.step(tokens, cache, last)
 
-    def step(self, tokens: Tensor, cache: KVCache | None, last: Tensor | None,
-             fresh: bool) -> Tensor:
+    def step(self, tokens: Tensor, cache: KVCache | None, last: Tensor | None) -> Tensor:
         if cache is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
             at = Step(rope(positions, self.frequencies))
         else:
             positions = cache.positions(tokens.shape[1])  # (B, T)
+            groups = self.config.n_heads // self.config.n_kv_heads
             at = Step(rope=rope(positions, self.frequencies),
                       sink_rope=rope(cache.sink_positions(positions), self.frequencies),
                       slots=in_memory(cache.slots(positions)),
-                      mask=None if fresh else in_memory(cache.mask(positions)),
+                      mask=in_memory(cache.mask(positions).repeat_interleave(groups, dim=1)),
                       positions=positions, n_sink=cache.n_sink, window=cache.window)
             cache.length.add_(tokens.shape[1])  # += would make it an output of the graph
         x = self.embed(tokens).type_as(self.norm.weight)  # (B, T, dim)

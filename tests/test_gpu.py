@@ -40,7 +40,8 @@ def tokens_of(n, seed=0, rows=1):
 
 def compiled_model(checkpoint):
     with torch._inductor.config.patch(CUDA_GRAPHS):
-        model, _ = load(checkpoint, device=DEVICE, dtype=torch.float32, compile=True)
+        model, _ = load(checkpoint, device=DEVICE, dtype=torch.float32, compile=True,
+                        compile_prefill=True)
         warm(model, make_cache(model, 4, WINDOW))
     return model
 

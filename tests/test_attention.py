@@ -1,0 +1,102 @@
+"""The CPU's attention, which reads what is held, and the GPU's over all slots, against the formula."""
+
+import pytest
+import torch
+
+from attention import attend_all, attend_causal
+from helpers import random_model
+from kv_cache import KVCache
+
+WINDOW, CHUNK = 60, 32
+
+
+def by_the_formula(q_sink, q_recent, k, v, cache, positions):
+    """A query and a head at a time, in float64, over the slots that cache.visible names."""
+    B, T, n_heads, D = q_recent.shape
+    q_sink, q_recent, k, v = (x.double() for x in (q_sink, q_recent, k, v))
+    visible, y = cache.visible(positions), torch.empty(B, T, n_heads, D, dtype=torch.float64)
+    for b in range(B):
+        for t in range(T):
+            slots = visible[b, t].nonzero()[:, 0]
+            for h in range(n_heads):
+                kv = h // (n_heads // k.shape[1])
+                scores = torch.stack([(q_sink if slot < cache.n_sink else q_recent)[b, t, h]
+                                      @ k[b, kv, slot] for slot in slots]) / D ** 0.5
+                y[b, t, h] = scores.softmax(0) @ v[b, kv, slots]
+    return y
+
+
+def a_call(n_sink, lengths, T, n_kv_heads=2):
+    """A cache of random keys whose rows hold so many tokens, and a query for each of T more."""
+    torch.manual_seed(0)
+    cache = KVCache(random_model(n_kv_heads=n_kv_heads).config, len(lengths), n_sink, WINDOW, CHUNK)
+    for x in (*cache.k, *cache.v):
+        x.normal_()
+    cache.length.copy_(torch.tensor(lengths))
+    positions = cache.positions(T)
+    q_recent, other = torch.randn(2, len(lengths), T, 4, 8) * 2
+    same = positions <= n_sink + WINDOW - 1  # until there, both rotations are one
+    q_sink = torch.where(same[..., None, None], q_recent, other)
+    return cache, positions, q_sink, q_recent
+
+
+def op(q_sink, q_recent, cache, positions, mask):
+    return torch.ops.gpt_stream.attend_held(q_sink, q_recent, cache.k[0], cache.v[0], mask,
+                                            positions, cache.n_sink, cache.window)
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("n_sink", [0, 4])
+@pytest.mark.parametrize("lengths, T", [
+    ([0], 1), ([2], 1), ([63], 1), ([64], 1), ([500], 1), ([0], 32), ([2], 7), ([60], 32),
+    ([1000], 32), ([0, 70, 10**8], 1), ([3, 62, 300], 5)])
+def test_both_equal_the_formula(lengths, T, n_sink, n_kv_heads):
+    """Nothing held yet, less than the sinks, the step at which the window first slides, far on;
+    rows that stand at different places."""
+    cache, positions, q_sink, q_recent = a_call(n_sink, lengths, T, n_kv_heads)
+    expected = by_the_formula(q_sink, q_recent, cache.k[0], cache.v[0], cache, positions)
+    mask = cache.mask(positions).repeat_interleave(4 // n_kv_heads, dim=1)
+    everywhere = attend_all(q_sink, q_recent, cache.k[0], cache.v[0], mask, n_sink)
+    assert (everywhere - expected).abs().max() < 1e-5
+    assert (op(q_sink, q_recent, cache, positions, mask) - expected).abs().max() < 1e-5
+
+
+def test_a_chunk_that_begins_among_the_sinks_and_ends_beyond_the_window():
+    """Its first queries see no ring at all."""
+    cache = KVCache(random_model().config, 1, 4, 10, CHUNK)
+    _, _, q_sink, q_recent = a_call(4, [0], 32)
+    positions = cache.positions(32)
+    q_sink[:, :14] = q_recent[:, :14]
+    for x in (cache.k[0], cache.v[0]):
+        x.normal_()
+    expected = by_the_formula(q_sink, q_recent, cache.k[0], cache.v[0], cache, positions)
+    mask = cache.mask(positions).repeat_interleave(2, dim=1)
+    assert (op(q_sink, q_recent, cache, positions, mask) - expected).abs().max() < 1e-5
+
+
+def test_queries_may_lie_in_memory_in_any_order():
+    """A product W x^T leaves them transposed, and the kernel does not look."""
+    cache, positions, q_sink, q_recent = a_call(4, [20], 16, n_kv_heads=4)
+    mask = cache.mask(positions)
+    lying = [q.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0) for q in (q_sink, q_recent)]
+    assert lying[0].stride(-1) != 1
+    assert torch.equal(op(*lying, cache, positions, mask),
+                       op(q_sink, q_recent, cache, positions, mask))
+
+
+def test_what_is_not_held_is_not_read():
+    cache, positions, q_sink, q_recent = a_call(4, [30], 3)
+    mask = cache.mask(positions).repeat_interleave(2, dim=1)
+    expected = op(q_sink, q_recent, cache, positions, mask)
+    cache.k[0][:, :, 33:], cache.v[0][:, :, 33:] = torch.nan, torch.nan
+    assert torch.equal(op(q_sink, q_recent, cache, positions, mask), expected)
+
+
+def test_without_a_cache_it_is_the_formula():
+    q, k, v = torch.randn(2, 9, 4, 8), torch.randn(2, 9, 2, 8), torch.randn(2, 9, 2, 8)
+    cache = KVCache(random_model().config, 2, 0, WINDOW, CHUNK)
+    held = [torch.zeros(2, 2, WINDOW + CHUNK - 1, 8) for _ in range(2)]
+    for x, slots in zip((k, v), held):
+        slots[:, :, :9] = x.transpose(1, 2)
+    expected = by_the_formula(q, q, *held, cache, cache.positions(9))
+    assert (attend_causal(q, k, v) - expected).abs().max() < 1e-5
