@@ -107,9 +107,11 @@ def draw(path: str, curves: dict[str, Tensor], marks: dict[str, int]) -> None:
         total = nats.double().cumsum(0)
         before = torch.cat([total.new_zeros(min(SMOOTH, len(nats))), total[:-SMOOTH]])
         seen = torch.arange(1, len(nats) + 1).clamp(max=SMOOTH)
-        axes.plot(range(1, len(nats) + 1), ((total - before) / seen).exp(), label=name, linewidth=1)
+        perplexity = ((total - before) / seen).exp()
+        shown = slice(min(SMOOTH // 10, len(nats) // 2), None)  # a mean of few tokens says nothing
+        axes.plot(range(1, len(nats) + 1)[shown], perplexity[shown], label=name, linewidth=1)
     for (name, position), style in zip(marks.items(), ("--", ":")):
-        axes.axvline(position, color="gray", linestyle=style, label=f"{name}, {position}")
+        axes.axvline(position, color="gray", linestyle=style, label=f"{name} {position:,}")
     axes.set(xlabel="tokens", ylabel=f"perplexity of the latest {SMOOTH} tokens", yscale="log")
     axes.legend()
     figure.tight_layout()
@@ -152,7 +154,7 @@ def main():
                     break  # the number of sinks changes only the stream
         if args.plot:
             draw(args.plot, curves, {"the window slides from": n_sink + window,
-                                     "trained context": model.config.max_seq_len})
+                                     "trained context,": model.config.max_seq_len})
 
 
 if __name__ == "__main__":

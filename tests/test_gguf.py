@@ -22,6 +22,7 @@ import quantize
 from convert_gguf import convert
 from generate import load
 from helpers import TINY, run
+from linear import Int4Linear, Int8Linear, Linear
 from tokenizer import Tokenizer
 
 NASTY = ("Hello,  I'm née e\u0301té 日本語 👩‍👩‍👧 1234567 x²٣Ⅷ   \n\n\t y = 3.14; "
@@ -290,6 +291,27 @@ def test_the_dtype_is_that_of_most_matrices(small, tmp_path, name, dtype):
     raw = json.loads((tmp_path / "out/config.json").read_text())
     assert raw["dtype"] == str(dtype)[6:]
     assert raw["gpt_stream"] == {"format": 1, "source": f"a.gguf, {name}"}
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_a_file_is_a_checkpoint_s_name_and_is_converted_once(small, tmp_path, monkeypatch,
+                                                             quantize):
+    metadata, tensors = small
+    for name in matrices(tensors):
+        tensors[name] = in_type(tensors[name], "Q4_0")
+    file = write(tmp_path / "a.gguf", metadata, tensors)
+    monkeypatch.setattr("hub.CHECKPOINTS", tmp_path / "checkpoints")
+    flags = ["--quantize", quantize] if quantize else []
+    said = []
+    for _ in range(2):
+        status, out, err = run("generate", "--checkpoint", file, "--prompt", "Hello there",
+                               "--max-new-tokens", 8, "--temperature", 0, "--json", *flags)
+        assert status == 0, err
+        said.append((json.loads(out)["token_ids"], "converting" in err))
+    assert said[0][0] == said[1][0] and [new for _, new in said] == [True, False]
+    model, _ = load(file, device="cpu", quantize=quantize)
+    kind = {None: Linear, "int8": Int8Linear, "int4": Int4Linear}[quantize]
+    assert type(model.layers[1].feed_forward.down) is kind
 
 
 def test_q4_0_becomes_int4_without_a_change(small, tmp_path):
