@@ -87,20 +87,20 @@ def _(q_sink, q_recent, k, v, mask, positions, n_sink, window):
     keys, values = k[:, :, first:last], v[:, :, first:last]
     q = grouped(q_recent, n_kv_heads).contiguous()  # which the kernel takes for granted
     if B == T == 1 and not slid:  # all that is held is seen
-        return flash(q, keys, values)[0].view(q_recent.shape)
-    seen = mask[:, None, :, first:last].expand(-1, n_kv_heads, -1, -1)
+        return flash(q, keys, values)[0].reshape(q_recent.shape)
+    seen = mask[:, None, :, first:last]
     y, total = flash(q, keys, values, attn_mask=seen)
     if slid and n_sink:
-        if min(positions[:, 0].tolist()) < n_sink:  # one that sees nothing else has 0
-            total = total.masked_fill(seen[:, :1].amax(-1) < 0, -math.inf)
-        y = add_sinks(y, total, grouped(q_sink, n_kv_heads), k[:, :, :n_sink], v[:, :, :n_sink],
-                      mask[:, None, :, :n_sink])
+        if min(positions[:, 0].tolist()) < n_sink:  # to a row that sees nothing, the kernel gives 0
+            total = total.masked_fill(seen.amax(-1) < 0, -math.inf)
+        sinks = flash(grouped(q_sink, n_kv_heads).contiguous(), k[:, :, :n_sink], v[:, :, :n_sink],
+                      attn_mask=mask[:, None, :, :n_sink])
+        y = add_up(y, total, *sinks)
     return ungrouped(y, T)
 
 
-def add_sinks(y: Tensor, total: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """What the rows q (B, kv_heads, T * G, D) attend to: in the ring, y with the logsumexp of its
-    scores (B, kv_heads, T * G), and in the sinks, k and v (B, kv_heads, S, D)."""
-    scores = (q.float() @ k.float().transpose(2, 3)) * (1 / math.sqrt(q.shape[-1])) + mask
-    both = torch.logaddexp(total, scores.logsumexp(-1))[..., None]
-    return (y * (total[..., None] - both).exp() + (scores - both).exp() @ v.float()).type_as(y)
+def add_up(a: Tensor, total_a: Tensor, b: Tensor, total_b: Tensor) -> Tensor:
+    """Two parts of one attention (B, kv_heads, T * G, D), each with the logsumexp of its scores."""
+    both = torch.logaddexp(total_a, total_b)[..., None]
+    y = a * (total_a[..., None] - both).exp() + b * (total_b[..., None] - both).exp()
+    return y.type_as(a)

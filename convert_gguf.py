@@ -106,7 +106,10 @@ def read_settings(metadata: dict, tensors: dict[str, Stored]) -> tuple[dict, Mod
     if "token_embd.weight" not in tensors:
         raise ValueError("tensor token_embd.weight is missing")
     sizes = {ours: read_number(metadata, f"{name}.{key}", int) for ours, key in SIZES.items()}
-    heads, dim = sizes["num_attention_heads"], sizes["hidden_size"]
+    heads, dim, layers = (sizes[key] for key in (
+        "num_attention_heads", "hidden_size", "num_hidden_layers"))
+    if f"blk.{layers - 1}.attn_norm.weight" not in tensors:  # before so many are built
+        raise ValueError(f"{name}.block_count is {layers}; the file has no tensors of the last one")
     raw = {
         "architectures": [ARCHITECTURES[name]], "model_type": name, "hidden_act": "silu", **sizes,
         "num_key_value_heads": read_number(metadata, f"{name}.attention.head_count_kv", int, heads),
@@ -295,17 +298,17 @@ def convert(source: Path, out: Path, dtype: torch.dtype | None = None,
             shapes = stored_shapes(empty_model(config, quantization))  # refuses what cannot be
             write_tokenizer(Path(made), metadata)
             Tokenizer(made)
-        except (ValueError, TypeError, AttributeError) as error:  # of a damaged file too
-            raise ValueError(f"{source}: {error}") from None
-        # Vectors are in float32 whatever the file.
-        kinds = Counter(t.kind.name for t in tensors.values() if len(t.shape) > 1)
-        bulk = kinds.most_common(1)[0][0]
-        dtype = dtype or {"F32": torch.float32, "F16": torch.float16}.get(bulk, torch.bfloat16)
-        raw["dtype"] = str(dtype).removeprefix("torch.")
-        raw["gpt_stream"] = {"format": 1, "source": f"{source.name}, {bulk}",
-                             **({"quantization": quantization} if quantization else {})}
-        weights = stored_weights(parts, dtype, quantization)
-        write_checkpoint(out, Path(made), raw, weights, len(shapes), progress)
+            # Vectors are in float32 whatever the file.
+            kinds = Counter(t.kind.name for t in tensors.values() if len(t.shape) > 1)
+            bulk = kinds.most_common(1)[0][0]
+            dtype = dtype or {"F32": torch.float32, "F16": torch.float16}.get(bulk, torch.bfloat16)
+            raw["dtype"] = str(dtype).removeprefix("torch.")
+            raw["gpt_stream"] = {"format": 1, "source": f"{source.name}, {bulk}",
+                                 **({"quantization": quantization} if quantization else {})}
+            weights = stored_weights(parts, dtype, quantization)
+            write_checkpoint(out, Path(made), raw, weights, len(shapes), progress)
+        except (ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
+            raise ValueError(f"{source}: {error}") from None  # of a damaged file come all of these
 
 
 def main():

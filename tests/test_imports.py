@@ -58,6 +58,7 @@ def closure(*names):
     return found
 
 
+@pytest.mark.slow
 def test_the_bare_command_needs_four_packages():
     """Every other package that is installed here is hidden from it."""
     needed = closure("torch", "sentencepiece", "safetensors", "numpy")

@@ -131,6 +131,8 @@ def test_what_is_refused(tmp_path):
                             ["generate", "--quantize", "int8"]):
         status, _, err = run(program, "--checkpoint", tmp_path / "q", *flags)
         assert status == 2 and "quantized already (int8)" in err.splitlines()[-1]
+    status, _, err = run("quantize", "--checkpoint", "a.gguf", "--mode", "int4", "--out", "r")
+    assert status == 2 and "convert_gguf.py --quantize int4" in err
     # draft: dim 64, so groups of 128 do not divide
     status, _, err = run("quantize", "--checkpoint", DRAFT, "--mode", "int4", "--group-size", 128,
                          "--out", tmp_path / "r")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -12,11 +13,10 @@ import transformers
 from convert_hf import hf_parts
 from eval import measure
 from generate import generate, load, make_cache
-from helpers import TINY, run
+from helpers import run
 from hub import CHECKPOINTS
 
 FOLDER = CHECKPOINTS / "smollm2-135m-instruct"
-ROOT = TINY.parent.parent
 pytestmark = [pytest.mark.released, pytest.mark.slow, pytest.mark.skipif(
     not FOLDER.exists(), reason="needs SmolLM2: python hub.py smollm2")]
 ASK = "What is the capital of France? Answer in one sentence."
@@ -29,7 +29,8 @@ def smollm2():
 
 @pytest.fixture(scope="module")
 def text():
-    return "".join((ROOT / name).read_text() for name in ("CONTRIBUTING.md", "README.md"))
+    """Prose that stays as it is: said by the embedded model once, with --seed 0."""
+    return (Path(__file__).parent / "text.txt").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,10 @@ def test_logits_equal_transformers(smollm2, text):
         logits = torch.cat([model(part, cache) for part in ids.split(128, dim=1)], dim=1)
     assert expected.abs().max() > 20
     assert (logits - expected).abs().max() < 1e-3
-    assert torch.equal(logits.argmax(-1), expected.argmax(-1))
+    first, second = expected.topk(2).values.unbind(-1)
+    clear = first - second > 2e-3
+    assert clear.sum() > 590
+    assert torch.equal(logits.argmax(-1)[clear], expected.argmax(-1)[clear])
 
 
 def test_without_sinks_perplexity_collapses_once_the_window_slides(smollm2, text):

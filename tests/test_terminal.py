@@ -16,6 +16,7 @@ from quantize import empty_model, stored_shapes
 from tokenizer import Tokenizer
 
 pexpect = pytest.importorskip("pexpect")
+pytestmark = pytest.mark.slow
 # What the model of `parrot` says for ever: a character of one token, one of three and one of four.
 SAYING = " Caf\u00e9, \u65e5 and\U0001f642."
 TEMPLATE = ("{% for m in messages %}{% if m.role == 'user' %}Q {{ m.content }} A:"
