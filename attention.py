@@ -100,7 +100,7 @@ def _(q_sink, q_recent, k, v, mask, positions, n_sink, window):
 
 
 def add_up(a: Tensor, total_a: Tensor, b: Tensor, total_b: Tensor) -> Tensor:
-    """Two parts of one attention (B, kv_heads, T * G, D), each with the logsumexp of its scores."""
-    both = torch.logaddexp(total_a, total_b)[..., None]
-    y = a * (total_a[..., None] - both).exp() + b * (total_b[..., None] - both).exp()
-    return y.type_as(a)
+    """Two parts of one attention (B, kv_heads, T * G, D), each with the logsumexp of its scores:
+    b's share of the whole is exp(total_b) / (exp(total_a) + exp(total_b))."""
+    share = torch.sigmoid(total_b - total_a)[..., None]
+    return a.to(share.dtype).lerp(b.to(share.dtype), share).type_as(a)
