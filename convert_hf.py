@@ -227,10 +227,14 @@ def progress(doing: str, unit: str) -> Iterator[Callable[..., None]]:
         from tqdm import tqdm
     except ImportError:
         raise ValueError("a progress bar needs tqdm: pip install tqdm") from None
-    plain = not sys.stderr.isatty()
-    # What tqdm would write over and over on one line, a line each.
-    lines = types.SimpleNamespace(flush=sys.stderr.flush, write=lambda text: (
-        sys.stderr.write(f"{line}\n") if (line := text.strip()) else None))
+    plain, said = not sys.stderr.isatty(), []
+
+    def write(text: str) -> None:  # what tqdm would write over and over on one line, a line each
+        if (line := text.strip()) and line not in said[-1:]:
+            said.append(line)
+            sys.stderr.write(f"{line}\n")
+
+    lines = types.SimpleNamespace(flush=sys.stderr.flush, write=write)
     with tqdm(desc=doing, unit=f" {unit}", miniters=1, mininterval=10 if plain else 0.1,
               delay=1e-9, dynamic_ncols=True, leave=False, disable=tp.rank() > 0,
               file=lines if plain else sys.stderr) as bar:
