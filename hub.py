@@ -124,8 +124,8 @@ def only_one(path: Path) -> Iterator[None]:
 
 
 def from_gguf(path: Path, quantize: str | None, group_size: int) -> tuple[Path, str | None]:
-    """What `find` returns for a .gguf file. Its blocks are groups of 32 weights: converted to the
-    same groups of int4, they keep their exact values."""
+    """What `find` returns for a .gguf file. Blocks of its type Q4_0 are groups of 32 weights:
+    converted to the same groups of int4, they keep their exact values."""
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file")
     exact = quantize == "int4" and group_size == 32

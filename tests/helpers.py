@@ -28,6 +28,19 @@ def random_model(seed=0, **changes):
     return model
 
 
+def hf_model(family, **config):
+    """transformers' model of a family, random, with biases and norms other than 0 and 1."""
+    import transformers  # which takes a second, and most files need none
+    config = getattr(transformers, family + "Config")(**config)
+    torch.manual_seed(0)
+    model = getattr(transformers, family + "ForCausalLM")._from_config(
+        config, attn_implementation="eager").eval().requires_grad_(False)
+    for weight in model.parameters():
+        if weight.ndim == 1:
+            weight.add_(0.3 * torch.randn(weight.shape))
+    return model
+
+
 def as_on_a_gpu(monkeypatch):
     """Attention as GPUs compute it. (A CPU looks how much is held, which costs it nothing.)"""
     monkeypatch.setattr("model.attend", lambda q_sink, q_recent, k, v, at: attend_all(

@@ -21,13 +21,16 @@ import convert_gguf
 import quantize
 from convert_gguf import convert
 from generate import load
-from helpers import TINY, run
+from helpers import TINY, hf_model, run
 from linear import Int4Linear, Int8Linear, Linear
 from tokenizer import Tokenizer
 
 NASTY = ("Hello,  I'm née e\u0301té 日本語 👩‍👩‍👧 1234567 x²٣Ⅷ   \n\n\t y = 3.14; "
          "don't WE'LL zzq qz\r\n"
          "<|im_start|>user\nhi<|im_end|> <tool> \u200b end  ")
+SIZES = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+             initializer_range=0.15, eos_token_id=None, bos_token_id=1)
 CORPUS = ["Hello there, said the cat. It sat on the mat 1234 times, and the others don't."] * 20
 SPECIALS = ["<|begin|>", "<|end|>", "<|im_start|>", "<|im_end|>"]
 CHATML = ("{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -130,24 +133,14 @@ def file_of(model, arch, bpe, pre="gpt-2"):
             **tokenizer_keys(bpe, pre)}, tensors
 
 
-def hf_model(family, **changes):
-    sizes = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-                 initializer_range=0.15, eos_token_id=None, bos_token_id=1)
-    config = getattr(transformers, family + "Config")(**{**sizes, **changes})
-    torch.manual_seed(0)
-    model = getattr(transformers, family + "ForCausalLM")._from_config(
-        config, attn_implementation="eager").eval().requires_grad_(False)
-    for weight in model.parameters():
-        if weight.ndim == 1:
-            weight.add_(0.3 * torch.randn(weight.shape))
-    return model
+def small_model(family, **changes):
+    return hf_model(family, **{**SIZES, **changes})
 
 
 @pytest.fixture
 def small(bpe):
     """(metadata, tensors) of a small llama to change, which converts as it is."""
-    return file_of(hf_model("Llama"), "llama", bpe)
+    return file_of(small_model("Llama"), "llama", bpe)
 
 
 def weights_of(folder):
@@ -180,7 +173,7 @@ MODELS = {  # family, its config, architecture and keys of the file
 def test_logits_equal_transformers(name, bpe, tmp_path):
     """The model that the file was made of, and where transformers reads the file itself, that."""
     family, changes, arch, keys = MODELS[name]
-    theirs = hf_model(family, **changes)
+    theirs = small_model(family, **changes)
     metadata, tensors = file_of(theirs, arch, bpe)
     if name == "llama3-scaled":  # as what plain frequencies are divided by
         plain = 50000.0 ** -(np.arange(0, 16, 2) / 16)
@@ -204,7 +197,7 @@ def test_logits_equal_transformers(name, bpe, tmp_path):
 def test_llama_3_1s_own_scaling_is_found_again(bpe, tmp_path):
     """Its divisors as its config.json gives them, with and without the original context."""
     scaling = {**LLAMA3, "rope_theta": 500000.0, "original_max_position_embeddings": 8192}
-    theirs = hf_model("Llama", head_dim=128, rope_parameters=scaling)
+    theirs = small_model("Llama", head_dim=128, rope_parameters=scaling)
     metadata, tensors = file_of(theirs, "llama", bpe)
     plain = 500000.0 ** -(np.arange(0, 128, 2) / 128)
     divisors = (plain / theirs.model.rotary_emb.inv_freq.numpy()).astype(np.float32)
@@ -264,7 +257,7 @@ def matrices(tensors):
 def test_every_type_is_read_to_the_bit(bpe, tmp_path, monkeypatch):
     """Each matrix of a model in another type, a few rows at a time."""
     monkeypatch.setattr(convert_gguf, "ROWS", 7)
-    metadata, tensors = file_of(hf_model("Llama", hidden_size=256, intermediate_size=256,
+    metadata, tensors = file_of(small_model("Llama", hidden_size=256, intermediate_size=256,
                                          head_dim=64, num_hidden_layers=4), "llama", bpe)
     for i, name in enumerate(matrices(tensors)):
         tensors[name] = in_type(tensors[name], (MADE + RANDOM)[i % len(MADE + RANDOM)])
@@ -438,7 +431,7 @@ def test_bos_comes_where_the_file_or_its_family_says(small, bpe, tmp_path, pre, 
 
 
 def test_turns_equal_transformers_reading_the_same_file(bpe, tmp_path):
-    metadata, tensors = file_of(hf_model("Qwen2"), "qwen2", bpe, "qwen2")
+    metadata, tensors = file_of(small_model("Qwen2"), "qwen2", bpe, "qwen2")
     metadata |= {"tokenizer.chat_template": CHATML, "tokenizer.ggml.eot_token_id": 3,
                  "tokenizer.ggml.padding_token_id": 1}
     convert(write(tmp_path / "a.gguf", metadata, tensors), tmp_path / "out")

@@ -6,11 +6,10 @@ import shutil
 
 import pytest
 import torch
-import transformers
 
 from convert_hf import convert
 from generate import generate, load
-from helpers import TINY
+from helpers import TINY, hf_model
 from kv_cache import KVCache
 from model import ModelConfig
 
@@ -38,13 +37,7 @@ MODELS = {
 def hf(request, tmp_path_factory):
     """(transformers' model, its folder), biases and norms other than their initial values."""
     family, changes = MODELS[request.param]
-    config = getattr(transformers, family + "Config")(**{**SIZES, **changes})
-    torch.manual_seed(0)
-    model = getattr(transformers, family + "ForCausalLM")._from_config(
-        config, attn_implementation="eager").eval().requires_grad_(False)
-    for weight in model.parameters():
-        if weight.ndim == 1:
-            weight.add_(0.3 * torch.randn(weight.shape))
+    model = hf_model(family, **{**SIZES, **changes})
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
     shutil.copy(TINY / "tokenizer.model", folder)
