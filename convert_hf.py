@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import tp
-from model import ModelConfig, Transformer
+from model import ModelConfig
 from tokenizer import read_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -49,6 +49,8 @@ def read_config(folder: Path) -> tuple[dict, ModelConfig]:
     if not path.exists():
         raise ValueError(f"{folder}: no config.json; a checkpoint folder has one")
     raw = read_json(path)
+    if gptq := read_json(folder / "quantize_config.json"):  # where older tools kept it
+        raw.setdefault("quantization_config", {"quant_method": "gptq", **gptq})
     eos = [file.get("eos_token_id") for file in (raw, read_json(folder / "generation_config.json"))]
     ids = [i for e in eos if e is not None for i in (e if isinstance(e, list) else [e])]
     try:
@@ -131,14 +133,19 @@ def hf_parts(config: ModelConfig) -> dict[str, dict[str, int]]:
 
 def read_weights(folder: Path, raw: dict, config: ModelConfig,
                  shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, list[Tensor]]]:
-    """Yield our tensors one after the other, each as what it stacks, from our folder or a Hugging
-    Face one, which have to have these shapes (quantize.stored_shapes).
+    """Every tensor of a checkpoint by our name, as the blocks of rows that it stacks: q, k and v of
+    a Hugging Face one, which have to have these shapes (quantize.stored_shapes).
     Raises ValueError naming a missing, extra or misshapen tensor, before the first is yielded."""
-    if "gpt_stream" in raw:
-        parts = {name: {name: shape[0]} for name, shape in shapes.items()}
-    else:
-        parts = hf_parts(config)
+    ours = {name: {name: shape[0]} for name, shape in shapes.items()}
+    parts = ours if "gpt_stream" in raw else hf_parts(config)
     tensors = open_tensors(folder)
+    check_tensors(folder, tensors, parts, shapes, config)
+    for name, stacked in parts.items():
+        yield name, [tensors[part] for part in stacked]
+
+
+def check_tensors(folder: Path, tensors: dict[str, Tensor], parts: dict[str, dict[str, int]],
+                  shapes: dict[str, tuple[int, ...]], config: ModelConfig) -> None:
     for name, stacked in parts.items():
         for part, rows in stacked.items():
             expected = (rows, *shapes[name][1:])
@@ -153,8 +160,6 @@ def read_weights(folder: Path, raw: dict, config: ModelConfig,
         if not (extra.endswith("rotary_emb.inv_freq")
                 or extra == "lm_head.weight" and config.tied_embeddings):
             raise ValueError(f"{folder}: tensor {extra} does not belong to this architecture")
-    for name, stacked in parts.items():
-        yield name, [tensors[part] for part in stacked]
 
 
 def stack(blocks: list[Tensor]) -> Tensor:
@@ -165,20 +170,30 @@ def stack(blocks: list[Tensor]) -> Tensor:
 
 
 def convert(source: Path, out: Path, dtype: torch.dtype | None = None, progress=None) -> None:
-    """Write the checkpoint at `source` to the new folder `out`, whole or not at all.
-    dtype None keeps the checkpoint's own. Raises ValueError naming the file or the tensor."""
+    """Write the checkpoint at `source` to the new folder `out`, whole or not at all. dtype None
+    keeps the checkpoint's own; what others have quantized keeps its integers. Raises ValueError
+    naming the file or the tensor."""
+    from published import open_weights, read_quantization  # which read this file
+    from quantize import empty_model, stored_shapes
     raw, config = read_config(source)
     if (raw.get("gpt_stream") or {}).get("quantization"):
         raise ValueError(f"{source}: is quantized; convert the original instead")
-    with torch.device("meta"):
-        shapes = {n: tuple(p.shape) for n, p in Transformer(config).named_parameters()}
-    weights = ((name, stack(blocks).to(dtype or blocks[0].dtype))
-               for name, blocks in read_weights(source, raw, config, shapes))
-    new = {**raw, "gpt_stream": {"format": 1}}
+    quantization = read_quantization(source, raw, config)
+
+    def weights():
+        for name, blocks in open_weights(source, raw, config, quantization):
+            tensor = stack(blocks)
+            keep = dtype is None or not tensor.is_floating_point() or name.endswith(".scale")
+            yield name, tensor if keep else tensor.to(dtype)
+
+    ours = {"format": 1, **({"quantization": quantization} if quantization else {})}
+    new = {**raw, "gpt_stream": ours}
+    new.pop("quantization_config", None)
     if dtype:
         new.pop("torch_dtype", None)  # what older files call it
         new["dtype"] = str(dtype).removeprefix("torch.")
-    write_checkpoint(out, source, new, weights, len(shapes), progress)
+    total = len(stored_shapes(empty_model(config, quantization)))
+    write_checkpoint(out, source, new, weights(), total, progress)
 
 
 def write_checkpoint(out: Path, source: Path, raw: dict, weights: Iterable[tuple[str, Tensor]],

@@ -220,7 +220,7 @@ def from_hub(name: str, fetch: bool) -> Path:
 def snapshot(library, repo: str, revision: str | None, fetch: bool) -> Path:
     """The repository's folder, with what is read of it and no more: of the two kinds of weights,
     which often lie side by side, the first. Without a network, what the cache has of it."""
-    patterns = ["config.json", *COPIED]
+    patterns = ["config.json", "quantize_config.json", *COPIED]
     for stem, ending in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         patterns += [f"{stem}{ending}", f"{stem}-*{ending}", f"{stem}{ending}.index.json"]
         folder = Path(library.snapshot_download(

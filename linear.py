@@ -118,6 +118,11 @@ class Linear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
+def reorder(x: Tensor, order: Tensor | None) -> Tensor:
+    """The inputs x (..., K) in the order in which a weight's groups of columns are stored."""
+    return x if order is None else x.index_select(-1, order)
+
+
 class Int8Linear(nn.Module):
     """y = x W^T + b with W in int8."""
 
@@ -142,6 +147,37 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class GroupedInt8Linear(nn.Module):
+    """y = x W^T + b with W in int8, in groups of columns with a scale and a zero each, as others
+    publish it."""
+
+    def __init__(self, K: int, N: int, bias: bool, group_size: int, order: bool = False):
+        super().__init__()
+        self.register_buffer("weight", torch.empty(N, K, dtype=torch.int8))
+        self.register_buffer("scale", torch.empty(N, K // group_size))
+        self.register_buffer("zero", torch.empty(N, K // group_size, dtype=torch.int16))
+        self.register_buffer("order", torch.empty(K, dtype=torch.int32) if order else None)
+        self.bias = nn.Parameter(torch.empty(N)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = reorder(x, self.order)
+        if is_row(x):
+            groups = self.scale.shape[1]
+            row = in_memory(x.reshape(-1).float())
+            sums = (self.weight.float() * row).view(len(self.weight), groups, -1).sum(-1)  # (N, G)
+            sums = sums - self.zero.float() * row.view(groups, -1).sum(-1)
+            y = (sums * self.scale).sum(-1)[None, None].type_as(x)
+        else:  # 1024 rows at a time, as above
+            size = len(self.weight) if x.is_cuda else 1024
+            parts = zip(*(t.split(size) for t in (self.weight, self.scale, self.zero)))
+            y = torch.cat([linear(x, self.unpack(*part).type_as(x)) for part in parts], dim=-1)
+        return y if self.bias is None else y + self.bias
+
+    def unpack(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        groups = weight.float().unflatten(1, (scale.shape[1], -1))
+        return ((groups - zero[..., None]) * scale[..., None]).flatten(1)
+
+
 class Int8Embedding(nn.Module):
     def __init__(self, vocab_size: int, dim: int):
         super().__init__()
@@ -155,12 +191,13 @@ class Int8Embedding(nn.Module):
 class Int4Linear(nn.Module):
     """y = x W^T + b with W in int4, as it is stored until `pack` lays it out for the device."""
 
-    def __init__(self, K: int, N: int, bias: bool, group_size: int):
+    def __init__(self, K: int, N: int, bias: bool, group_size: int, order: bool = False):
         super().__init__()
         self.group_size = group_size
         self.register_buffer("weight", torch.empty(N, K // 2, dtype=torch.uint8))
         self.register_buffer("scale", torch.empty(N, K // group_size))
         self.register_buffer("zero", torch.empty(N, K // group_size, dtype=torch.uint8))
+        self.register_buffer("order", torch.empty(K, dtype=torch.int32) if order else None)
         self.bias = nn.Parameter(torch.empty(N)) if bias else None
 
     def pack(self, dtype: torch.dtype) -> None:
@@ -181,7 +218,20 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         kernel = torch._weight_int4pack_mm if x.is_cuda else torch.ops.gpt_stream.int4_matmul
-        rows = x.flatten(0, -2).contiguous()
+        rows = reorder(x, self.order).flatten(0, -2).contiguous()
         y = kernel(rows, self.weight, self.group_size, self.scales_and_zeros)
         y = y.unflatten(0, x.shape[:-1])
+        return y if self.bias is None else y + self.bias
+
+
+class SideBySide(nn.ModuleList):
+    """Layers of one input whose outputs are one: q, k and v that were quantized in different ways,
+    or in different orders."""
+
+    def __init__(self, parts: list[nn.Module], bias: int | None):
+        super().__init__(parts)
+        self.bias = None if bias is None else nn.Parameter(torch.empty(bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([part(x) for part in self], dim=-1)
         return y if self.bias is None else y + self.bias

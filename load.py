@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import sys
@@ -13,12 +14,15 @@ import torch
 from torch import Tensor
 
 import tp
-from convert_hf import read_config, read_weights, stack
+from convert_hf import read_config, stack
 from hub import find
 from linear import Int4Linear, Linear
 from model import ModelConfig, Transformer, rope_frequencies
-from quantize import empty_model, quantization_of, store, stored_shapes
+from published import open_weights, read_quantization
+from quantize import empty_model, quantization_of, store
 from tokenizer import Tokenizer
+
+log = logging.getLogger("gpt_stream")
 
 
 def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype | None = None,
@@ -34,21 +38,18 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
     folder, quantize = find(checkpoint, quantize, group_size)
     with tp.together():
         raw, config = read_config(folder)
-        quantization = quantization_of(raw, quantize, group_size, folder)
+        theirs = None if quantize else read_quantization(folder, raw, config)
+        quantization = theirs or quantization_of(raw, quantize, group_size, folder)
         tokenizer = Tokenizer(folder)
         n = tp.n_ranks() if parallel else 1
         local = config if n == 1 else tp.share(config, n, (quantization or {}).get("group_size"))
         model = empty_model(local, quantization)
-        # What is quantized here is stored in floating point.
-        shapes = stored_shapes(empty_model(config, None if quantize else quantization))
         weights = {}
-        for name, blocks in read_weights(folder, raw, config, shapes):
+        for name, blocks in open_weights(folder, raw, config, None if quantize else quantization):
             weights.update(own_parts(name, blocks, config, n, quantization if quantize else None,
                                      device))
-        # A file may mix dtypes: the embedding's counts, or if it is quantized, the last norm's.
-        dtype = dtype or weights["norm.weight" if quantization else "embed.weight"].dtype
-        if (quantization or {}).get("mode") == "int4" and device.type == "cuda" and (
-                dtype != torch.bfloat16):
+        dtype = dtype or default_dtype(weights)
+        if device.type == "cuda" and has_int4(weights) and dtype != torch.bfloat16:
             raise ValueError(f"int4 on a GPU computes in bf16, not {dtype}; give --dtype bf16")
         for name, tensor in weights.items():
             if tensor.is_floating_point() and not name.endswith(".scale"):
@@ -63,6 +64,22 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
         if compile:
             compile_step(model, device, compile_prefill)
     return model, tokenizer
+
+
+def has_int4(weights: dict[str, Tensor]) -> bool:
+    return any(name.endswith(".weight") and tensor.dtype == torch.uint8
+               for name, tensor in weights.items())
+
+
+def default_dtype(weights: dict[str, Tensor]) -> torch.dtype:
+    """A file may mix dtypes: the embedding's counts, or if it is quantized, the last norm's. int4
+    in fp16 is for no kernel the fast one, and for some none."""
+    embed = weights["embed.weight"]
+    dtype = (embed if embed.is_floating_point() else weights["norm.weight"]).dtype
+    if dtype == torch.float16 and has_int4(weights):
+        log.info("the checkpoint is in fp16; int4 computes in bf16 (--dtype says otherwise)")
+        return torch.bfloat16
+    return dtype
 
 
 def own_parts(name: str, blocks: list[Tensor], config: ModelConfig, n: int, wanted: dict | None,

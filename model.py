@@ -61,10 +61,6 @@ class ModelConfig:
                              f"known: {', '.join(ARCHITECTURES)}")
         if (activation := hf.get("hidden_act", "silu")) not in ("silu", "swish"):
             raise ValueError(f"hidden_act {activation!r} is not supported; known: silu")
-        if hf.get("quantization_config"):
-            method = hf["quantization_config"].get("quant_method", "unknown")
-            raise ValueError(f"quantization_config ({method}) is not supported; "
-                             "use the unquantized checkpoint")
         sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
                  "vocab_size", "max_position_embeddings")
         for key in sizes + tuple(k for k in ("num_key_value_heads", "head_dim") if hf.get(k)):

@@ -10,9 +10,15 @@ a kernel. Beside each weight (N, K) of a matrix multiplication lie its scales, i
            scale (N, K / g) and zero uint8 (N, K / g), in sixteenths of a nibble, for g columns
            each                                               w = (nibble - zero / 16) * scale
 
-GPTQ and AWQ use these formulas too, with whole zeros. Embedding and output projection are int8 in
-both modes: see the README for what int4 would save there, and cost. The rest (norms, biases) stays
-as it is. Kernels want other layouts of int4: `pack` makes them after loading.
+Embedding and output projection are int8 in both modes: see the README for what int4 would save
+there, and cost. The rest (norms, biases) stays as it is. Kernels want other layouts of int4: `pack`
+makes them after loading.
+
+What others have quantized (published.py) keeps its integers, so a folder may mix kinds, and has
+
+    int8   also with scale (N, K / g) and zero int16 (N, K / g)        w = (weight - zero) * scale
+    int4   zero int16 where one is 16 whole nibbles
+    order  int32 (K,) where the columns stand in another order: the i-th is the input order[i]
 """
 
 from __future__ import annotations
@@ -23,8 +29,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from convert_hf import progress, read_config, read_weights, stack, write_checkpoint
-from linear import Int4Linear, Int8Embedding, Int8Linear
+from convert_hf import hf_parts, progress, read_config, stack, write_checkpoint
+from linear import (
+    GroupedInt8Linear,
+    Int4Linear,
+    Int8Embedding,
+    Int8Linear,
+    Linear,
+    SideBySide,
+)
 from model import ModelConfig, Transformer
 
 MODES, GROUP_SIZES = ("int8", "int4"), (32, 64, 128)
@@ -73,11 +86,14 @@ def quantize_int4(weight: Tensor, group_size: int) -> dict[str, Tensor]:
 def dequantize(parts: dict[str, Tensor]) -> Tensor:
     """The float32 weight (N, K) that the stored tensors of a layer stand for."""
     weight, scale = parts["weight"], parts["scale"]
-    if weight.dtype == torch.int8:
+    if scale.ndim == 1:
         return weight.float() * scale[:, None]
-    nibbles = torch.stack([weight & 15, weight >> 4], dim=-1).flatten(1)
-    groups = nibbles.unflatten(1, (scale.shape[1], -1)).float()
-    return ((groups - parts["zero"][..., None] / 16) * scale[..., None]).flatten(1)
+    zero = parts["zero"].float()[..., None]
+    if weight.dtype == torch.uint8:
+        weight, zero = torch.stack([weight & 15, weight >> 4], dim=-1).flatten(1), zero / 16
+    groups = weight.unflatten(1, (scale.shape[1], -1)).float()
+    columns = ((groups - zero) * scale[..., None]).flatten(1)
+    return columns[:, parts["order"].argsort()] if "order" in parts else columns
 
 
 def quantize_weight(name: str, weight: Tensor, mode: str, group_size: int) -> dict[str, Tensor]:
@@ -97,33 +113,55 @@ def quantize_weight(name: str, weight: Tensor, mode: str, group_size: int) -> di
 
 def empty_model(config: ModelConfig, quantization: dict | None = None) -> Transformer:
     """A Transformer on the meta device whose tensors are named and shaped as they are stored.
-    quantization is {"mode": ..., "group_size": ...} of a config.json, or None. Raises ValueError
-    when a group size does not divide a layer's inputs."""
+    quantization is what a config.json says (kind_of), or None. Raises ValueError when a group size
+    does not divide a layer's inputs."""
     with torch.device("meta"):
         model = Transformer(config)
         if quantization is None:
             return model
-        mode, group_size = quantization.get("mode"), quantization.get("group_size")
-        if mode not in MODES or mode == "int4" and group_size not in GROUP_SIZES:
-            raise ValueError(f"quantization {quantization} is unknown; it is int8, or int4 with "
-                             f"group_size {', '.join(map(str, GROUP_SIZES))}")
-        for name, plain in list(model.layers.named_modules()):
-            if not isinstance(plain, nn.Linear):
-                continue
-            N, K, bias = plain.out_features, plain.in_features, plain.bias is not None
-            if mode == "int4" and K % group_size:
-                raise ValueError(
-                    f"group size {group_size} does not divide the {K} inputs of layers.{name}; "
-                    f"of {GROUP_SIZES} {[g for g in GROUP_SIZES if K % g == 0] or 'none'} would")
-            if mode == "int4" and N % 16:
-                raise ValueError(f"int4 needs outputs in 16s; layers.{name} has {N}; use int8")
-            quantized = (Int8Linear(K, N, bias) if mode == "int8"
-                         else Int4Linear(K, N, bias, group_size))
-            parent, _, child = name.rpartition(".")
-            setattr(model.layers.get_submodule(parent), child, quantized)
-        model.embed = Int8Embedding(config.vocab_size, config.dim)
-        model.output = Int8Linear(config.dim, model.output.out_features, bias=False)
+        rows = hf_parts(config)
+        for name, plain in list(model.named_modules()):
+            if isinstance(plain, (nn.Linear, nn.Embedding)) and (kind := kind_of(
+                    name, quantization)):
+                model.set_submodule(name, quantized(name, plain, kind, rows))
     return model
+
+
+def kind_of(name: str, quantization: dict) -> dict | list | None:
+    """How a layer is stored: {"mode", "group_size", "order"}, None for in floating point, or one of
+    these for each part that it stacks. quantization is such a kind, {"mode": "int8"} or {"mode":
+    "int4", "group_size": ...} for all, or has "layers", a kind for each name."""
+    if "layers" in quantization:
+        return quantization["layers"].get(name)
+    return quantization if name.startswith("layers.") else {"mode": "int8"}
+
+
+def quantized(name: str, plain: nn.Module, kind: dict | list | None, rows: dict) -> nn.Module:
+    """What stands in a plain layer's place. rows is hf_parts(config)."""
+    if isinstance(plain, nn.Embedding):
+        return Int8Embedding(plain.num_embeddings, plain.embedding_dim)
+    N, K, bias = plain.out_features, plain.in_features, plain.bias is not None
+    if isinstance(kind, list):
+        parts = [quantized(f"{name}.{i}", Linear(K, n, bias=False), part, rows)
+                 for i, (part, n) in enumerate(zip(kind, rows[name + ".weight"].values()))]
+        return SideBySide(parts, N if bias else None)
+    if kind is None:
+        return plain
+    mode, group_size, order = kind.get("mode"), kind.get("group_size"), kind.get("order", False)
+    if mode not in MODES or group_size not in (GROUP_SIZES if mode == "int4" else
+                                               (None, *GROUP_SIZES)):
+        raise ValueError(f"quantization {kind} is unknown; it is int8, or int4 with group_size "
+                         f"{', '.join(map(str, GROUP_SIZES))}")
+    if group_size and K % group_size:
+        raise ValueError(
+            f"group size {group_size} does not divide the {K} inputs of {name}; "
+            f"of {GROUP_SIZES} {[g for g in GROUP_SIZES if K % g == 0] or 'none'} would")
+    if mode == "int8":
+        return (GroupedInt8Linear(K, N, bias, group_size, order) if group_size
+                else Int8Linear(K, N, bias))
+    if N % 16:
+        raise ValueError(f"int4 needs outputs in 16s; {name} has {N}; use int8")
+    return Int4Linear(K, N, bias, group_size, order)
 
 
 def stored_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
@@ -139,16 +177,17 @@ def stored_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
 def quantize_checkpoint(source: Path, out: Path, mode: str, group_size: int, show=None) -> None:
     """Write the checkpoint at `source`, quantized, to the new folder `out`, whole or not at all.
     Raises ValueError naming the file, the tensor or the size."""
+    from published import open_weights  # which reads this file
     raw, config = read_config(source)
     quantization = quantization_of(raw, mode, group_size, source)
     shapes = stored_shapes(empty_model(config, quantization))  # refuses what cannot be
-    plain = stored_shapes(empty_model(config))
 
     def weights():
-        for name, blocks in read_weights(source, raw, config, plain):
+        for name, blocks in open_weights(source, raw, config, None):
             yield from store(name, stack(blocks), quantization).items()
 
     new = {**raw, "gpt_stream": {"format": 1, "quantization": quantization}}
+    new.pop("quantization_config", None)
     write_checkpoint(out, source, new, weights(), len(shapes), show)
 
 

@@ -238,14 +238,24 @@ def own_slice(name: str, blocks: list[Tensor], config, n: int) -> Tensor:
     of its int8 or int4 parts. config is the whole model's.
 
     They are slices of memory-mapped tensors: of the file, only their pages are read."""
+    if name.endswith(".order"):
+        if is_cut_by_columns(name):
+            raise ValueError(f"{name.removesuffix('.order')} is stored in activation order, in "
+                             f"which its groups cannot be shared by {n} processes; one can run it")
+        return blocks[0]
+    apart = name.split(".")[-2]  # the number of one of the stacked layers, where they are apart
     if "attention.qkv." in name:
-        q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        q, k, v = blocks if len(blocks) == 3 else blocks[0].split([q, kv, kv])
         # With more ranks than key-value heads, several hold the same one.
         holders = max(n // config.n_kv_heads, 1)
-        return torch.cat([nth(q, rank(), n), nth(k, rank() // holders, n // holders),
-                          nth(v, rank() // holders, n // holders)])
+        own = [(rank(), n)] + 2 * [(rank() // holders, n // holders)]
+        if apart.isdigit():
+            return nth(blocks[0], *own[int(apart)])
+        q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        blocks = blocks if len(blocks) == 3 else blocks[0].split([q, kv, kv])
+        return torch.cat([nth(block, *mine) for block, mine in zip(blocks, own)])
     if "feed_forward.gate_up." in name:
+        if apart.isdigit():
+            return nth(blocks[0], rank(), n)
         gate, up = blocks if len(blocks) == 2 else blocks[0].chunk(2)
         return torch.cat([nth(gate, rank(), n), nth(up, rank(), n)])
     [whole] = blocks

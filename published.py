@@ -1,0 +1,375 @@
+"""Models as people publish them: GPTQ, AWQ and compressed-tensors folders, read as they are.
+
+All of them store integers, and a scale and a zero for each group of inputs of an output:
+
+    w = (integer - zero) * scale
+
+which is what int4 and int8 are here (quantize.py), so every stored integer stays what it is. What
+differs is where the bits lie, K inputs and N outputs, G groups, `bits` 4 or 8, in words of int32:
+
+    gptq                qweight (K bits / 32, N), qzeros (G, N bits / 32), scales (G, N), and
+                        g_idx (K,), the group of every input: in activation order they are mixed,
+                        and the inputs are put in the order of their groups here. The zeros are
+                        stored less one (checkpoint_format gptq), or whole (gptq_v2)
+    awq                 qweight (K, N / 8), qzeros (G, N / 8), scales (G, N), the eight outputs of a
+                        word in the order 0 2 4 6 1 3 5 7
+    compressed-tensors  weight_packed (N, K bits / 32), weight_scale (N, G), weight_zero_point
+                        (N bits / 32, G) unless symmetric, weight_g_idx (K,); or weight int8 (N, K)
+
+GPTQ: Frantar et al., 2022. AWQ: Lin et al., 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from convert_hf import check_tensors, hf_parts, open_tensors, read_weights
+from model import ModelConfig
+from quantize import GROUP_SIZES, dequantize, empty_model, stored_shapes
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output that each nibble of a word holds
+TENSORS = ("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_shape",
+           "weight_zero_point", "weight_g_idx", "weight")
+INSTEAD = "use the unquantized checkpoint, with --quantize int8 or int4"
+
+
+class Way(NamedTuple):
+    """One way in which a folder's layers are stored."""
+
+    method: str  # gptq, awq, pack (compressed-tensors' pack-quantized) or int8 (its int-quantized)
+    bits: int
+    group_size: int  # -1: all inputs are one group
+    symmetric: bool = False  # compressed-tensors: there are no zeros then
+    ordered: bool = False  # there is a g_idx
+    stored_less: int = 0  # what GPTQ takes off the zeros
+
+
+class Layer(NamedTuple):
+    """A layer as it was published, all but its integers."""
+
+    prefix: str  # of its tensors' names
+    way: Way
+    K: int
+    scale: Tensor  # (N, G) float32
+    zero: Tensor  # (N, G) int16
+    order: Tensor | None  # (K,) int32, where the inputs have to be put in another order
+
+    def kind(self) -> dict:
+        """What it is here, for quantize.empty_model."""
+        size = self.K // self.scale.shape[1]
+        if self.way.bits == 8 and self.scale.shape[1] == 1 and bool((self.zero == 128).all()):
+            return {"mode": "int8"}
+        unit = next((unit for unit in reversed(GROUP_SIZES) if size % unit == 0), None)
+        if unit is None:
+            raise ValueError(f"{self.prefix}: groups of {size} inputs are not supported, but of "
+                             f"{', '.join(map(str, GROUP_SIZES))} and multiples; {INSTEAD}")
+        kind = {"mode": f"int{self.way.bits}", "group_size": unit}
+        return kind if self.order is None else {**kind, "order": True}
+
+
+# ------------------------------------------------------------------------------ configuration
+
+
+def read_ways(folder: Path, raw: dict) -> list[Way]:
+    """The ways in which a folder's layers may be stored, from its quantization_config. Raises
+    ValueError naming what is not supported, and what would do."""
+    try:
+        theirs = raw["quantization_config"]
+        method = theirs.get("quant_method", "unknown")
+        readers = {"gptq": gptq_ways, "awq": awq_ways, "compressed-tensors": compressed_ways}
+        if method not in readers:
+            raise Unsupported(f"quant_method {method!r} (supported: {', '.join(readers)})")
+        ways = readers[method](theirs)
+        for way in ways:
+            if way.bits not in (4, 8) or way.method == "awq" and way.bits != 4:
+                raise Unsupported(f"{method} with {way.bits} bits")
+            if type(way.group_size) is not int or way.group_size < 1 and way.group_size != -1:
+                raise Unsupported(f"group_size {way.group_size!r}")
+    except Unsupported as what:
+        raise ValueError(f"{folder}: quantization_config: {what} is not supported; "
+                         f"{INSTEAD}") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: quantization_config is damaged: {error!r}") from None
+    return ways
+
+
+class Unsupported(Exception):
+    """What a quantization_config asks for and this does not read."""
+
+
+def gptq_ways(theirs: dict) -> list[Way]:
+    layout = theirs.get("checkpoint_format", "gptq")
+    if layout not in ("gptq", "gptq_v2") or theirs.get("is_marlin_format"):
+        raise Unsupported(f"checkpoint_format {'marlin' if layout == 'gptq' else layout!r}")
+    if theirs.get("pack_dtype", "int32") != "int32":
+        raise Unsupported(f"pack_dtype {theirs['pack_dtype']!r}")
+    # "dynamic" maps patterns of names to settings of their own, or with "-:" leaves layers as
+    # they were.
+    settings = [theirs] + [{**theirs, **own} for name, own in (theirs.get("dynamic") or {}).items()
+                           if not name.startswith("-")]
+    return [Way("gptq", s["bits"], s["group_size"], ordered=bool(s.get("desc_act")),
+                stored_less=int(layout == "gptq")) for s in settings]
+
+
+def awq_ways(theirs: dict) -> list[Way]:
+    version = str(theirs.get("version", theirs.get("checkpoint_format", "gemm"))).lower()
+    if version != "gemm":
+        raise Unsupported(f"awq's version {version!r}")
+    get = theirs.get  # an older spelling has w_bit and q_group_size
+    return [Way("awq", get("bits", get("w_bit")), get("group_size", get("q_group_size")))]
+
+
+def compressed_ways(theirs: dict) -> list[Way]:
+    for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
+        value = theirs.get(key)
+        if value and not (key == "sparsity_config" and value.get("format") == "dense"):
+            raise Unsupported(key)
+    ways = []
+    for group in theirs["config_groups"].values():
+        weights, layout = group["weights"], group.get("format") or theirs["format"]
+        if group.get("input_activations") or group.get("output_activations"):
+            raise Unsupported(f"quantized activations ({layout})")
+        if weights.get("type", "int") != "int":
+            raise Unsupported(f"{weights['type']} of {weights['num_bits']} bits ({layout})")
+        strategy = weights["strategy"]
+        packed = layout == "pack-quantized"
+        if not packed and not (layout in ("int-quantized", "naive-quantized")
+                               and weights["num_bits"] == 8):
+            raise Unsupported(f"format {layout!r} with {weights['num_bits']} bits")
+        if strategy not in ("group", "channel"):
+            raise Unsupported(f"strategy {strategy!r}")
+        ways.append(Way("pack" if packed else "int8", weights["num_bits"],
+                        weights["group_size"] if strategy == "group" else -1,
+                        symmetric=weights.get("symmetric", True),
+                        ordered=weights.get("actorder") == "group"))
+    return ways
+
+
+# ------------------------------------------------------------------------------ layers
+
+
+def expected(way: Way, N: int, K: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a layer's tensors, by the last part of their names."""
+    G = 1 if way.group_size == -1 else K // way.group_size
+
+    def words(n):  # of n integers
+        return -(-n * way.bits // 32)
+
+    shapes = {
+        "gptq": {"qweight": (words(K), N), "qzeros": (G, words(N)), "scales": (G, N)},
+        "awq": {"qweight": (K, words(N)), "qzeros": (G, words(N)), "scales": (G, N)},
+        "pack": {"weight_packed": (N, words(K)), "weight_scale": (N, G),
+                 "weight_zero_point": (words(N), G)},
+        "int8": {"weight": (N, K), "weight_scale": (N, G), "weight_zero_point": (N, G)},
+    }[way.method]
+    if way.symmetric:
+        shapes.pop("weight_zero_point")
+    if way.ordered:
+        shapes["g_idx" if way.method == "gptq" else "weight_g_idx"] = (K,)
+    return shapes
+
+
+def open_layer(tensors: dict[str, Tensor], prefix: str, N: int, K: int,
+               ways: list[Way]) -> Layer | None:
+    """A layer of N outputs and K inputs whose tensors' names begin with prefix, or None if it is
+    stored in floating point. Raises ValueError naming a tensor that is not as it should be."""
+    plain = tensors.get(prefix + "weight")
+    if plain is not None and plain.is_floating_point():
+        return None
+
+    def misfit(way):  # what is wrong with the first tensor that is not as this way has it
+        if way.group_size > 0 and K % way.group_size:
+            return f"group size {way.group_size} does not divide the {K} inputs of {prefix[:-1]}"
+        for name, shape in expected(way, N, K).items():
+            if (tensor := tensors.get(prefix + name)) is None:
+                return f"tensor {prefix}{name} is missing"
+            if tuple(tensor.shape) != shape:
+                return (f"tensor {prefix}{name} has shape {tuple(tensor.shape)}; the "
+                        f"quantization_config asks for {shape}")
+        return None
+
+    misfits = [misfit(way) for way in ways]
+    if None not in misfits:
+        raise ValueError(misfits[0])
+    way = ways[misfits.index(None)]
+    name = prefix + ("scales" if way.method in ("gptq", "awq") else "weight_scale")
+    scale = tensors[name].float()
+    if not scale.isfinite().all():
+        raise ValueError(f"tensor {name} has NaN or infinite values")
+    if way.method in ("gptq", "awq"):
+        scale = scale.t().contiguous()
+    order = read_order(tensors, prefix, way, K, scale.shape[1])
+    return Layer(prefix, way, K, scale, read_zeros(tensors, prefix, way, N, scale), order)
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """The unsigned integers in int32 words (R, W), lowest bits first: uint8 (R, W * 32 / bits)."""
+    mask = 2 ** bits - 1
+    planes = [(words >> shift & mask).to(torch.uint8) for shift in range(0, 32, bits)]
+    return torch.stack(planes, dim=-1).flatten(1)
+
+
+def unpack_awq(words: Tensor) -> Tensor:
+    """unpack, with the eight nibbles of a word in their outputs' order."""
+    nibbles = unpack(words, 4).unflatten(1, (-1, 8))
+    return nibbles[..., torch.tensor(AWQ_ORDER).argsort()].flatten(1)
+
+
+def read_zeros(tensors: dict[str, Tensor], prefix: str, way: Way, N: int, scale: Tensor) -> Tensor:
+    """(N, G) int16, on the scale of unsigned integers."""
+    middle = 1 << way.bits - 1
+    if way.symmetric:
+        return torch.full(scale.shape, middle, dtype=torch.int16)
+    stored = tensors[prefix + ("qzeros" if way.method in ("gptq", "awq") else "weight_zero_point")]
+    if way.method == "gptq":
+        return unpack(stored, way.bits).t().to(torch.int16) + way.stored_less
+    if way.method == "awq":
+        return unpack_awq(stored).t().to(torch.int16)
+    if way.method == "pack":
+        return unpack(stored.t(), way.bits)[:, :N].t().to(torch.int16)
+    return stored.to(torch.int16) + middle
+
+
+def read_order(tensors: dict[str, Tensor], prefix: str, way: Way, K: int, G: int) -> Tensor | None:
+    """The inputs' numbers, (K,) int32, group after group; None where they stand so."""
+    name = prefix + ("g_idx" if way.method == "gptq" else "weight_g_idx")
+    groups = tensors.get(name)
+    if groups is None or bool((groups == -1).all()):  # compressed-tensors: no order
+        return None
+    if groups.shape != (K,) or bool(((groups < 0) | (groups >= G)).any()):
+        raise ValueError(f"tensor {name} has to be the groups, 0 to {G - 1}, of {K} inputs")
+    if bool((groups.long().bincount(minlength=G) != K // G).any()):
+        raise ValueError(f"tensor {name} has groups of unequal sizes, which is not supported; "
+                         f"{INSTEAD}")
+    order = groups.argsort(stable=True)
+    return None if bool((order.diff() == 1).all()) else order.int()
+
+
+def read_integers(tensors: dict[str, Tensor], layer: Layer) -> Tensor:
+    """(N, K) uint8, the inputs in the layer's order."""
+    prefix, way, K = layer.prefix, layer.way, layer.K
+    if way.method == "gptq":
+        integers = unpack(tensors[prefix + "qweight"].t(), way.bits)
+    elif way.method == "awq":
+        integers = unpack_awq(tensors[prefix + "qweight"]).t()
+    elif way.method == "pack":
+        integers = unpack(tensors[prefix + "weight_packed"], way.bits)[:, :K]
+    else:
+        integers = tensors[prefix + "weight"].view(torch.uint8) ^ 128
+    return integers if layer.order is None else integers[:, layer.order]
+
+
+def our_tensors(tensors: dict[str, Tensor], layer: Layer) -> dict[str, Tensor]:
+    """What a layer is stored as here: see quantize.py."""
+    kind, integers = layer.kind(), read_integers(tensors, layer)
+    if kind == {"mode": "int8"}:
+        return {"weight": (integers ^ 128).view(torch.int8), "scale": layer.scale[:, 0]}
+    times = layer.K // layer.scale.shape[1] // kind["group_size"]
+    scale, zero = (t.repeat_interleave(times, dim=1) for t in (layer.scale, layer.zero))
+    if layer.way.bits == 8:
+        ours = {"weight": (integers ^ 128).view(torch.int8), "scale": scale, "zero": zero - 128}
+    else:  # a zero of 16 does not fit into a byte in sixteenths
+        dtype = torch.uint8 if bool((zero < 16).all()) else torch.int16
+        ours = {"weight": integers[:, ::2] | integers[:, 1::2] << 4, "scale": scale,
+                "zero": (zero * 16).to(dtype)}
+    return ours if layer.order is None else {**ours, "order": layer.order}
+
+
+# ------------------------------------------------------------------------------ folders
+
+
+def is_plain(name: str, part: str, tensors: dict[str, Tensor]) -> bool:
+    """Whether a part of our tensor `name` is no integers: nothing but a weight of layers can be."""
+    weight = tensors.get(part)
+    return (not name.endswith(".weight") or "norm" in name or name == "embed.weight"
+            or weight is not None and weight.is_floating_point())
+
+
+def open_layers(folder: Path, raw: dict, tensors: dict[str, Tensor],
+                config: ModelConfig) -> Iterator[tuple[str, dict[str, Layer | None]]]:
+    """Our tensors' names, each with the layers that it stacks, by the names of their weights; None
+    is one in floating point. Raises ValueError naming a tensor that is missing or misshapen."""
+    ways, shapes = read_ways(folder, raw), stored_shapes(empty_model(config))
+    for name, parts in hf_parts(config).items():
+        layers = dict.fromkeys(parts)
+        for part, N in parts.items():
+            if not is_plain(name, part, tensors):
+                try:
+                    layers[part] = open_layer(tensors, part.removesuffix("weight"), N,
+                                              shapes[name][1], ways)
+                except ValueError as error:
+                    raise ValueError(f"{folder}: {error}") from None
+        yield name, layers
+
+
+def read_quantization(folder: Path, raw: dict, config: ModelConfig) -> dict | None:
+    """How a published folder's layers are stored here, for quantize.empty_model: {"mode": its
+    method, "group_size": the largest, "layers": a kind for each}. None for any other folder.
+    Raises ValueError naming what is not supported, or a tensor that is not as it should be."""
+    if not raw.get("quantization_config"):
+        return None
+    tensors, kinds, sizes = open_tensors(folder), {}, []
+    check_rest(folder, tensors, config)
+    for name, layers in open_layers(folder, raw, tensors, config):
+        each = [layer and layer.kind() for layer in layers.values()]
+        sizes += [kind["group_size"] for kind in each if kind and "group_size" in kind]
+        if any(each):
+            same = alike(each, [layer and layer.order for layer in layers.values()])
+            kinds[name.removesuffix(".weight")] = each[0] if same else each
+    return {"mode": raw["quantization_config"]["quant_method"], "layers": kinds,
+            **({"group_size": max(sizes)} if sizes else {})}
+
+
+def alike(kinds: list[dict | None], orders: list[Tensor | None]) -> bool:
+    """Whether layers of one input can be stacked."""
+    return all(kind == kinds[0] and (order is None or torch.equal(order, orders[0]))
+               for kind, order in zip(kinds, orders))
+
+
+def check_rest(folder: Path, tensors: dict[str, Tensor], config: ModelConfig) -> None:
+    """Raises ValueError naming a tensor in floating point that is missing or misshapen, or one that
+    belongs to nothing."""
+    plain, rest, stacked = {}, dict(tensors), hf_parts(config)
+    biases = {part for name, parts in stacked.items() if name.endswith(".bias") for part in parts}
+    for name, parts in stacked.items():
+        plain[name] = {part: rows for part, rows in parts.items()
+                       if is_plain(name, part, tensors)}
+        for part in parts.keys() - plain[name].keys():
+            layer = part.removesuffix("weight")
+            for last in TENSORS:
+                rest.pop(layer + last, None)
+            if layer + "bias" not in biases and not rest.get(layer + "bias", torch.ones(1)).any():
+                del rest[layer + "bias"]  # old tools gave every layer one, of zeros
+    check_tensors(folder, rest, plain, stored_shapes(empty_model(config)), config)
+
+
+def open_weights(folder: Path, raw: dict, config: ModelConfig,
+                 quantization: dict | None) -> Iterator[tuple[str, list[Tensor]]]:
+    """The tensors of any folder, as convert_hf.read_weights yields them: stored as quantization,
+    the folder's own, says, or if that is None, in floating point. Of a published folder, one layer
+    at a time is unpacked."""
+    if not raw.get("quantization_config"):
+        shapes = stored_shapes(empty_model(config, quantization))
+        yield from read_weights(folder, raw, config, shapes)
+        return
+    tensors = open_tensors(folder)
+    check_rest(folder, tensors, config)
+    for name, layers in open_layers(folder, raw, tensors, config):
+        stem = name.removesuffix("weight")
+        blocks = [our_tensors(tensors, layer) if layer else {"weight": tensors[part]}
+                  for part, layer in layers.items()]
+        if quantization is None or not any(layers.values()):
+            yield name, [dequantize(block) if len(block) > 1 else block["weight"]
+                         for block in blocks]
+        elif isinstance(quantization["layers"][stem[:-1]], list):
+            for i, block in enumerate(blocks):
+                yield from ((f"{stem}{i}.{kind}", [tensor]) for kind, tensor in block.items())
+        else:
+            for kind in blocks[0]:
+                alike = blocks[:1] if kind == "order" else blocks
+                yield stem + kind, [block[kind] for block in alike]
