@@ -43,6 +43,8 @@ def make_parser(doc: str, checkpoint: str | Path = EMBEDDED) -> argparse.Argumen
     add("--checkpoint", default=checkpoint, metavar="NAME",
         help="a folder, a .gguf file, smollm2, or org/model[@revision] on the Hugging Face Hub; "
         "default %(default)s")
+    add("--adapter", action="append", default=[], metavar="NAME",
+        help="a LoRA adapter to merge in: a folder or org/adapter[@revision]; may be repeated")
     add("--window", type=number(int, 1), metavar="W",
         help="latest tokens seen; default: what the sinks leave of the trained context")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own")

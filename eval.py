@@ -134,7 +134,7 @@ def main():
     with user_errors(parser):
         text = read_text(args.text)
         model, tokenizer = load(args.checkpoint, args.device, DTYPES.get(args.dtype), args.quantize,
-                                group_size=args.group_size)
+                                group_size=args.group_size, adapters=args.adapter)
         ids = torch.tensor(tokenizer.encode(text)[:args.max_tokens + 1],
                            device=model.norm.weight.device)
         if len(ids) < 2:

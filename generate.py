@@ -284,7 +284,8 @@ def open_model(args) -> tuple[Transformer, Tokenizer]:
         raise ValueError("--compile-prefill goes with --compile")
     say(f"loading {args.checkpoint}")
     return load(args.checkpoint, args.device, DTYPES.get(args.dtype), args.quantize,
-                args.compile, args.group_size, compile_prefill=args.compile_prefill)
+                args.compile, args.group_size, compile_prefill=args.compile_prefill,
+                adapters=args.adapter)
 
 
 def open_speculation(model: Transformer, cache: KVCache, tokenizer: Tokenizer,

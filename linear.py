@@ -13,6 +13,7 @@ from torch import Tensor, nn
 # Smaller weights stay in rows: reading one for a token takes no longer than calling a library does
 # (a model of 135M decodes in 8.0 to 9.9 ms a token with rows, in 10.4 to 11.5 packed).
 PACKED_BYTES = 1 << 22
+MODES, GROUP_SIZES = ("int8", "int4"), (32, 64, 128)
 
 # ------------------------------------------------------------------------------ kernels
 
@@ -235,3 +236,33 @@ class SideBySide(nn.ModuleList):
     def forward(self, x: Tensor) -> Tensor:
         y = torch.cat([part(x) for part in self], dim=-1)
         return y if self.bias is None else y + self.bias
+
+
+def quantized(name: str, plain: nn.Module, kind: dict | list | None, rows: list[int]) -> nn.Module:
+    """What stands in a plain layer's place: kind is {"mode", "group_size", "order"}, or a list of
+    one for each of the layers that it stacks, which have these numbers of rows; None leaves it.
+    Raises ValueError naming the layer and a size that cannot be."""
+    if isinstance(plain, nn.Embedding):
+        return Int8Embedding(plain.num_embeddings, plain.embedding_dim)
+    N, K, bias = plain.out_features, plain.in_features, plain.bias is not None
+    if isinstance(kind, list):
+        parts = [quantized(f"{name}.{i}", Linear(K, n, bias=False), part, [n])
+                 for i, (part, n) in enumerate(zip(kind, rows))]
+        return SideBySide(parts, N if bias else None)
+    if kind is None:
+        return plain
+    mode, group_size, order = kind.get("mode"), kind.get("group_size"), kind.get("order", False)
+    if mode not in MODES or group_size not in (GROUP_SIZES if mode == "int4" else
+                                               (None, *GROUP_SIZES)):
+        raise ValueError(f"quantization {kind} is unknown; it is int8, or int4 with group_size "
+                         f"{', '.join(map(str, GROUP_SIZES))}")
+    if group_size and K % group_size:
+        raise ValueError(
+            f"group size {group_size} does not divide the {K} inputs of {name}; "
+            f"of {GROUP_SIZES} {[g for g in GROUP_SIZES if K % g == 0] or 'none'} would")
+    if mode == "int8":
+        return (GroupedInt8Linear(K, N, bias, group_size, order) if group_size
+                else Int8Linear(K, N, bias))
+    if N % 16:
+        raise ValueError(f"int4 needs outputs in 16s; {name} has {N}; use int8")
+    return Int4Linear(K, N, bias, group_size, order)

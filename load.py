@@ -1,51 +1,63 @@
-"""From a checkpoint's name to a model that runs: find, read, slice, quantize, place, compile."""
+"""From a checkpoint's name to a model that runs: find, read, merge adapters, slice, quantize,
+place, compile."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
+import re
 import shutil
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import tp
-from convert_hf import read_config, stack
-from hub import find
+from convert_hf import hf_parts, open_file, read_config, stack
+from hub import ADAPTER, find, find_adapter
 from linear import Int4Linear, Linear
 from model import ModelConfig, Transformer, rope_frequencies
 from published import open_weights, read_quantization
-from quantize import empty_model, quantization_of, store
-from tokenizer import Tokenizer
+from quantize import empty_model, quantization_of, store, stored_shapes
+from tokenizer import Tokenizer, read_json
 
 log = logging.getLogger("gpt_stream")
 
 
 def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype | None = None,
          quantize: str | None = None, compile: bool = False, group_size: int = 32,
-         parallel: bool = True, compile_prefill: bool = False) -> tuple[Transformer, Tokenizer]:
+         parallel: bool = True, compile_prefill: bool = False,
+         adapters: Sequence[str | Path] = ()) -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer of a checkpoint, by its name (hub.py).
 
     device None is the GPU if there is one; dtype None is the checkpoint's own; quantize is "int8",
     "int4" (in groups of group_size) or None. Under torchrun each process takes its slice of the
-    model (tp.py), or if not parallel, the whole. On a CPU, in the checkpoint's dtype, unquantized
+    model (tp.py), or if not parallel, the whole. LoRA adapters, by their names, are merged into the
+    weights. On a CPU, in the checkpoint's dtype, unquantized
     weights stay memory-mapped until they are compiled. Raises ValueError naming what is wrong."""
     device = check_device(tp.start(device))
     folder, quantize = find(checkpoint, quantize, group_size)
+    adapter_folders = [find_adapter(name) for name in adapters]
     with tp.together():
         raw, config = read_config(folder)
         theirs = None if quantize else read_quantization(folder, raw, config)
         quantization = theirs or quantization_of(raw, quantize, group_size, folder)
+        if adapter_folders and (raw.get("quantization_config") or quantization and not quantize):
+            raise ValueError(f"{folder}: is stored quantized; an adapter needs the original weights, "
+                             "which --quantize can quantize once they are merged")
+        lora = [read_adapter(at, config) for at in adapter_folders]
         tokenizer = Tokenizer(folder)
         n = tp.n_ranks() if parallel else 1
         local = config if n == 1 else tp.share(config, n, (quantization or {}).get("group_size"))
         model = empty_model(local, quantization)
-        weights = {}
+        parts, weights = hf_parts(config), {}
         for name, blocks in open_weights(folder, raw, config, None if quantize else quantization):
+            if lora:
+                blocks = merge(blocks, parts[name], lora, torch.float32 if quantize else dtype)
             weights.update(own_parts(name, blocks, config, n, quantization if quantize else None,
                                      device))
         dtype = dtype or default_dtype(weights)
@@ -58,7 +70,7 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
             for part in [name for name in weights if name.startswith("embed.")]:
                 name = part.replace("embed", "output")
                 weights[name] = tp.own_slice(name, [weights[part]], config, n)
-        model.fingerprint = fingerprint(config, dtype, quantization, weights)
+        model.fingerprint = fingerprint((config, dtype, quantization, *map(digest, lora)), weights)
         finish(model, weights, device)
         del weights  # compiling lays them out anew
         if compile:
@@ -95,17 +107,124 @@ def own_parts(name: str, blocks: list[Tensor], config: ModelConfig, n: int, want
     return store(name, tensor, wanted) if wanted else {name: tensor}
 
 
-def fingerprint(config: ModelConfig, dtype: torch.dtype, quantization: dict | None,
-                weights: dict[str, Tensor]) -> str:
+def fingerprint(settings: tuple, weights: dict[str, Tensor]) -> str:
     """Tells models apart, fine-tunes too: a sha256 over the settings and the first row of every
     weight, which touches little of a memory-mapped file. Scales are left out: where quantizing
     computed them, a GPU rounds the last bit another way than a CPU."""
-    digest = hashlib.sha256(repr((config, dtype, quantization)).encode())
+    known = hashlib.sha256(repr(settings).encode())
     for name, tensor in sorted(weights.items()):
         if not name.endswith(".scale"):
             row = tensor.reshape(-1, tensor.shape[-1])[0].contiguous().cpu()
-            digest.update(name.encode() + row.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+            known.update(name.encode() + row.view(torch.uint8).numpy().tobytes())
+    return known.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------ adapters
+
+
+# Settings of peft's under which a weight is not W + s B A, or not the layers' alone.
+NOT_PLAIN = ("use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save",
+             "trainable_token_indices", "target_parameters", "layer_replication",
+             "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
+             "monteclora_config")
+# A LoRA adapter (Hu et al., 2021): A (r, K), B (N, r) and s, by Hugging Face's name of the weight.
+Lora = dict[str, tuple[Tensor, Tensor, float]]
+
+
+def read_adapter(folder: Path, config: ModelConfig) -> Lora:
+    """A LoRA adapter as peft saves it. Raises ValueError naming the setting or the tensor that is
+    not supported, or is not of this model."""
+    settings, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
+    check_settings(folder / "adapter_config.json", settings)
+    tensors = open_file(path)
+    layers, shapes = {}, stored_shapes(empty_model(config))
+    for name in tensors:
+        found = re.fullmatch(r"base_model\.model\.(.+)\.lora_[AB]\.weight", name)
+        if not found:
+            raise ValueError(f"{path}: tensor {name} is not supported: an adapter may have lora_A "
+                             "and lora_B of linear layers")
+        layers.setdefault(found[1], name.removesuffix("A.weight").removesuffix("B.weight"))
+    sizes = {part: (rows, shapes[name][-1]) for name, parts in hf_parts(config).items()
+             for part, rows in parts.items() if len(shapes[name]) == 2 and name != "embed.weight"}
+    adapter = {}
+    for layer, stem in layers.items():
+        if layer + ".weight" not in sizes:
+            raise ValueError(f"{path}: tensor {stem}A.weight is of another model: this one has no "
+                             f"linear layer {layer}")
+        N, K = sizes[layer + ".weight"]
+        r, s = rank_and_scale(folder / "adapter_config.json", settings, layer)
+        for kind, shape in (("A", (r, K)), ("B", (N, r))):
+            tensor = tensors.get(f"{stem}{kind}.weight")
+            if tensor is None:
+                raise ValueError(f"{path}: tensor {stem}{kind}.weight is missing")
+            if tuple(tensor.shape) != shape or not tensor.isfinite().all():
+                raise ValueError(f"{path}: tensor {stem}{kind}.weight has shape "
+                                 f"{tuple(tensor.shape)} or values that are not finite; of this "
+                                 f"model and the adapter's rank it is {shape}")
+        adapter[layer + ".weight"] = (tensors[stem + "A.weight"], tensors[stem + "B.weight"], s)
+    if not adapter:
+        raise ValueError(f"{path}: no tensors in it")
+    return adapter
+
+
+def check_settings(path: Path, settings: dict) -> None:
+    for file in ADAPTER:
+        if not (path.parent / file).exists():
+            raise ValueError(f"{path.parent}: no {file}, which a LoRA adapter has")
+    odd = [key for key in NOT_PLAIN if settings.get(key)]
+    if settings.get("peft_type") != "LORA":
+        odd = ["peft_type"]
+    elif settings.get("bias", "none") != "none":
+        odd = ["bias"]
+    elif settings.get("init_lora_weights", True) not in (True, False, None, "gaussian", "eva"):
+        odd = ["init_lora_weights"]  # PiSSA and others change the base model's weights, too
+    if odd:
+        raise ValueError(f"{path}: {odd[0]} {settings.get(odd[0])!r} is not supported; plain LoRA "
+                         "is, of linear layers")
+
+
+def rank_and_scale(path: Path, settings: dict, layer: str) -> tuple[int, float]:
+    """r and s of a layer: alpha / r or, with rslora, alpha / sqrt(r) (Kalajdzievski, 2023). Keys of
+    rank_pattern and alpha_pattern are ends of a layer's name, as regular expressions."""
+    def of(patterns, default):
+        return next((value for key, value in (settings.get(patterns) or {}).items()
+                     if re.match(rf"(.*\.)?({key})$", layer)), default)
+    try:
+        r = of("rank_pattern", settings.get("r", 8))
+        alpha = of("alpha_pattern", settings.get("lora_alpha", 8))
+        return r, alpha / (r ** 0.5 if settings.get("use_rslora") else r)
+    except (re.error, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: no rank or scale for {layer}: {error}") from None
+
+
+def merge(blocks: list[Tensor], parts: dict[str, int], adapters: list[Lora],
+          dtype: torch.dtype | None) -> list[Tensor]:
+    """The blocks of rows of one of our tensors, those that an adapter names merged: computed in
+    float32, and returned in dtype, or if it is None in their own. parts are the blocks' names."""
+    if not any(part in adapter for part in parts for adapter in adapters):
+        return blocks
+    if len(blocks) != len(parts):  # one of our folders, where they are stacked
+        blocks = blocks[0].split(list(parts.values()))
+    merged = []
+    for part, block in zip(parts, blocks):
+        weight = block.float()
+        for A, B, s in [adapter[part] for adapter in adapters if part in adapter]:
+            weight = weight + s * (B.float() @ A.float())
+        merged.append(weight.to(dtype or block.dtype))
+    return merged
+
+
+def digest(adapter: Lora) -> str:
+    """Tells adapters apart, of which not all change a weight's first row."""
+    known = hashlib.sha256()
+    for name, (A, B, s) in sorted(adapter.items()):
+        known.update(f"{name} {s}".encode())
+        for tensor in (A, B):
+            known.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return known.hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------ ready to run
 
 
 def finish(model: Transformer, weights: dict[str, Tensor], device: torch.device) -> None:

@@ -10,7 +10,8 @@ differs is where the bits lie, K inputs and N outputs, G groups, `bits` 4 or 8, 
     gptq                qweight (K bits / 32, N), qzeros (G, N bits / 32), scales (G, N), and
                         g_idx (K,), the group of every input: in activation order they are mixed,
                         and the inputs are put in the order of their groups here. The zeros are
-                        stored less one (checkpoint_format gptq), or whole (gptq_v2)
+                        stored less one (checkpoint_format gptq: a zero of 16 can be), or whole
+                        (gptq_v2)
     awq                 qweight (K, N / 8), qzeros (G, N / 8), scales (G, N), the eight outputs of a
                         word in the order 0 2 4 6 1 3 5 7
     compressed-tensors  weight_packed (N, K bits / 32), weight_scale (N, G), weight_zero_point
@@ -46,7 +47,7 @@ class Way(NamedTuple):
     group_size: int  # -1: all inputs are one group
     symmetric: bool = False  # compressed-tensors: there are no zeros then
     ordered: bool = False  # there is a g_idx
-    stored_less: int = 0  # what GPTQ takes off the zeros
+    less_one: str = ""  # GPTQ takes one off "each" zero, GPTQModel off their "words", with borrows
 
 
 class Layer(NamedTuple):
@@ -108,12 +109,14 @@ def gptq_ways(theirs: dict) -> list[Way]:
         raise Unsupported(f"checkpoint_format {'marlin' if layout == 'gptq' else layout!r}")
     if theirs.get("pack_dtype", "int32") != "int32":
         raise Unsupported(f"pack_dtype {theirs['pack_dtype']!r}")
+    by = str((theirs.get("meta") or {}).get("quantizer"))
+    less_one = "" if layout == "gptq_v2" else "words" if "gptqmodel" in by else "each"
     # "dynamic" maps patterns of names to settings of their own, or with "-:" leaves layers as
     # they were.
     settings = [theirs] + [{**theirs, **own} for name, own in (theirs.get("dynamic") or {}).items()
                            if not name.startswith("-")]
     return [Way("gptq", s["bits"], s["group_size"], ordered=bool(s.get("desc_act")),
-                stored_less=int(layout == "gptq")) for s in settings]
+                less_one=less_one) for s in settings]
 
 
 def awq_ways(theirs: dict) -> list[Way]:
@@ -227,7 +230,9 @@ def read_zeros(tensors: dict[str, Tensor], prefix: str, way: Way, N: int, scale:
         return torch.full(scale.shape, middle, dtype=torch.int16)
     stored = tensors[prefix + ("qzeros" if way.method in ("gptq", "awq") else "weight_zero_point")]
     if way.method == "gptq":
-        return unpack(stored, way.bits).t().to(torch.int16) + way.stored_less
+        one = sum(1 << shift for shift in range(0, 32, way.bits))  # in every place of a word
+        words = stored + one if way.less_one == "words" else stored
+        return unpack(words, way.bits).t().to(torch.int16) + int(way.less_one == "each")
     if way.method == "awq":
         return unpack_awq(stored).t().to(torch.int16)
     if way.method == "pack":

@@ -30,17 +30,9 @@ import torch
 from torch import Tensor, nn
 
 from convert_hf import hf_parts, progress, read_config, stack, write_checkpoint
-from linear import (
-    GroupedInt8Linear,
-    Int4Linear,
-    Int8Embedding,
-    Int8Linear,
-    Linear,
-    SideBySide,
-)
+from linear import GROUP_SIZES, MODES, quantized
 from model import ModelConfig, Transformer
 
-MODES, GROUP_SIZES = ("int8", "int4"), (32, 64, 128)
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a group's range, to choose from
 
 
@@ -119,11 +111,12 @@ def empty_model(config: ModelConfig, quantization: dict | None = None) -> Transf
         model = Transformer(config)
         if quantization is None:
             return model
-        rows = hf_parts(config)
+        parts = hf_parts(config)
         for name, plain in list(model.named_modules()):
-            if isinstance(plain, (nn.Linear, nn.Embedding)) and (kind := kind_of(
-                    name, quantization)):
-                model.set_submodule(name, quantized(name, plain, kind, rows))
+            if isinstance(plain, (nn.Linear, nn.Embedding)) and (
+                    kind := kind_of(name, quantization)):
+                stacked = list(parts.get(f"{name}.weight", {}).values())
+                model.set_submodule(name, quantized(name, plain, kind, stacked))
     return model
 
 
@@ -134,34 +127,6 @@ def kind_of(name: str, quantization: dict) -> dict | list | None:
     if "layers" in quantization:
         return quantization["layers"].get(name)
     return quantization if name.startswith("layers.") else {"mode": "int8"}
-
-
-def quantized(name: str, plain: nn.Module, kind: dict | list | None, rows: dict) -> nn.Module:
-    """What stands in a plain layer's place. rows is hf_parts(config)."""
-    if isinstance(plain, nn.Embedding):
-        return Int8Embedding(plain.num_embeddings, plain.embedding_dim)
-    N, K, bias = plain.out_features, plain.in_features, plain.bias is not None
-    if isinstance(kind, list):
-        parts = [quantized(f"{name}.{i}", Linear(K, n, bias=False), part, rows)
-                 for i, (part, n) in enumerate(zip(kind, rows[name + ".weight"].values()))]
-        return SideBySide(parts, N if bias else None)
-    if kind is None:
-        return plain
-    mode, group_size, order = kind.get("mode"), kind.get("group_size"), kind.get("order", False)
-    if mode not in MODES or group_size not in (GROUP_SIZES if mode == "int4" else
-                                               (None, *GROUP_SIZES)):
-        raise ValueError(f"quantization {kind} is unknown; it is int8, or int4 with group_size "
-                         f"{', '.join(map(str, GROUP_SIZES))}")
-    if group_size and K % group_size:
-        raise ValueError(
-            f"group size {group_size} does not divide the {K} inputs of {name}; "
-            f"of {GROUP_SIZES} {[g for g in GROUP_SIZES if K % g == 0] or 'none'} would")
-    if mode == "int8":
-        return (GroupedInt8Linear(K, N, bias, group_size, order) if group_size
-                else Int8Linear(K, N, bias))
-    if N % 16:
-        raise ValueError(f"int4 needs outputs in 16s; {name} has {N}; use int8")
-    return Int4Linear(K, N, bias, group_size, order)
 
 
 def stored_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:

@@ -52,7 +52,9 @@ def open_model(args) -> Transformer:
     dtype = DTYPES.get(args.dtype)
     if not args.shape:
         return load(args.checkpoint, args.device, dtype, args.quantize,
-                    group_size=args.group_size)[0]
+                    group_size=args.group_size, adapters=args.adapter)[0]
+    if args.adapter:
+        raise ValueError("--adapter goes with --checkpoint, not with --shape")
     return random_model(ModelConfig.from_hf(shape_config(args.shape)), check_device(args.device),
                         dtype or torch.bfloat16,
                         quantization_of({}, args.quantize, args.group_size, args.shape))

@@ -7,6 +7,7 @@ import json
 import lzma
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ import tp_worker
 from convert_hf import hf_parts, read_config
 from generate import generate, load, make_cache
 from helpers import TINY, hf_model, run
-from published import open_weights, read_quantization
+from published import open_weights
+from test_errors import refused
 from test_tp import ONE_THREAD, TORCHRUN
 
 EXPORTED = Path(__file__).parent / "published"
@@ -155,3 +157,248 @@ def test_compressed_tensors(name, tmp_path):
         assert torch.equal(ours[layer], weight), layer
     model, _ = load(tmp_path / "it", device="cpu", dtype=torch.float32)
     check_logits(model, tmp_path / "it", read)
+
+
+@pytest.mark.parametrize("name", ["gptq-three-orders", "gptq-8bit", "gptq-8bit-channel", "mixed"])
+def test_converted_they_keep_every_integer(name, tmp_path):
+    if name == "mixed":
+        compress(tmp_path / name, SCHEMES[name])
+    folder = tmp_path / name if name == "mixed" else in_place(tmp_path, name)
+    status, _, err = run("convert_hf", folder, tmp_path / "ours", "--dtype", "fp32")
+    assert status == 0, err
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert "quantization_config" not in config
+    a, b = (load(it, device="cpu", dtype=torch.float32)[0] for it in (folder, tmp_path / "ours"))
+    assert a.fingerprint == b.fingerprint
+    for (key, theirs), ours in zip(a.state_dict().items(), b.state_dict().values()):
+        assert torch.equal(theirs, ours) and theirs.dtype == ours.dtype, key
+    status, _, err = run("quantize", "--checkpoint", tmp_path / "ours", "--mode", "int8",
+                         "--out", tmp_path / "q")
+    assert status == 2 and "is quantized already" in err
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_asked_for_it_is_quantized_anew(mode, tmp_path):
+    """And equals quantizing what the tool reads."""
+    folder, read = in_place(tmp_path, "gptq-act-order"), dequantized("gptq-act-order")
+    plain_model(folder, read).save_pretrained(tmp_path / "plain")
+    shutil.copy(TINY / "tokenizer.model", tmp_path / "plain")
+    status, _, err = run("quantize", "--checkpoint", folder, "--mode", mode,
+                         "--out", tmp_path / "q")
+    assert status == 0, err
+    models = [load(at, device="cpu", dtype=torch.float32, quantize=q)[0] for at, q in (
+        (folder, mode), (tmp_path / "plain", mode), (tmp_path / "q", None))]
+    for key, tensor in models[0].state_dict().items():
+        assert all(torch.equal(tensor, m.state_dict()[key]) for m in models[1:]), key
+
+
+def test_what_is_stored_in_fp16_runs_in_bf16_where_it_is_int4(tmp_path, caplog):
+    caplog.set_level("INFO", logger="gpt_stream")
+    for name, dtype in (("awq-32", torch.bfloat16), ("gptq-8bit-channel", torch.float16)):
+        folder = in_place(tmp_path, name)
+        model, _ = load(folder, device="cpu")
+        assert model.norm.weight.dtype == dtype
+        assert load(folder, device="cpu", dtype=torch.float16)[0].norm.weight.dtype == torch.float16
+    assert [record.message for record in caplog.records] == [
+        "the checkpoint is in fp16; int4 computes in bf16 (--dtype says otherwise)"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gptq-three-orders", "gptq-8bit", "awq-32", "mixed"])
+def test_compiled_equals_eager(name, tmp_path):
+    read = compress(tmp_path / name, SCHEMES[name]) if name == "mixed" else dequantized(name)
+    folder = tmp_path / name if name == "mixed" else in_place(tmp_path, name)
+    eager, compiled = (load(folder, device="cpu", dtype=torch.float32, compile=c,
+                            compile_prefill=c)[0] for c in (False, True))
+    check_logits(compiled, folder, read)
+    check_tokens(compiled, eager)
+
+
+# ------------------------------------------------------------------------------ odd ones
+
+
+def of_one_layer(folder, qweight, qzeros, **quantization_config):
+    """gptq-channel with q_proj's words and scales of one: q_proj's weight as it is read."""
+    path, layer = folder / "model.safetensors", "model.layers.0.self_attn.q_proj."
+    tensors = load_file(path)
+    for name, word in (("qweight", qweight), ("qzeros", qzeros)):
+        tensors[layer + name] = torch.full_like(tensors[layer + name], word)
+    tensors[layer + "scales"] = torch.ones_like(tensors[layer + "scales"])
+    save_file(tensors, path)
+    raw = json.loads((folder / "config.json").read_text())["quantization_config"]
+    edit(folder, quantization_config={**raw, **quantization_config})
+    return weights_of(folder)[layer + "weight"]
+
+
+def test_zeros_of_gptq_in_its_three_spellings(tmp_path):
+    """A nibble of 15 is a zero of 16, as AutoGPTQ and auto-round read it; GPTQModel takes one off
+    whole words instead, with borrows, so that its zero of 0 comes back; v2 takes nothing off."""
+    folder, count = in_place(tmp_path, "gptq-channel"), torch.arange(64) % 8
+    eight = 0x76543210  # inputs of 0 to 7, over and over
+    weight = of_one_layer(folder, eight, -1)
+    assert torch.equal(weight, (count - 16).float().expand(64, 64))
+    model, _ = load(folder, device="cpu", dtype=torch.float32)
+    x, qkv = torch.randn(1, 3, 64), model.layers[0].attention.qkv
+    assert (qkv(x)[..., :64] - x @ weight.t()).abs().max() < 1e-3
+    zeros = torch.tensor([0, 9, 0, 0, 15, 3, 8, 1])
+    word = sum(zero << 4 * i for i, zero in enumerate(zeros.tolist())) - 0x11111111
+    weight = of_one_layer(folder, eight, word, meta={"quantizer": ["gptqmodel:1.9.0"]})
+    assert torch.equal(weight, (count[None] - zeros.repeat(8)[:, None]).float())
+    weight = of_one_layer(folder, eight, 0x33333333, checkpoint_format="gptq_v2")
+    assert torch.equal(weight, (count - 3).float().expand(64, 64))
+
+
+def test_older_folders(tmp_path):
+    """Settings in a file of their own, biases of zeros, no g_idx; AutoAWQ's older names."""
+    folder, name = in_place(tmp_path, "gptq-channel"), "model.layers.0.self_attn.k_proj."
+    raw, tensors = (json.loads((folder / "config.json").read_text()),
+                    load_file(folder / "model.safetensors"))
+    theirs = raw.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "quantize_config.json").write_text(json.dumps(theirs))
+    tensors = {n: t for n, t in tensors.items() if not n.endswith("g_idx")}
+    save_file({**tensors, name + "bias": torch.zeros(32)}, folder / "model.safetensors")
+    expected = dequantized("gptq-channel")
+    assert torch.equal(weights_of(folder)[name + "weight"], expected[name + "weight"])
+    folder, expected = in_place(tmp_path, "awq-64"), dequantized("awq-64")
+    edit(folder, quantization_config={"quant_method": "awq", "w_bit": 4, "q_group_size": 64,
+                                      "zero_point": True, "version": "GEMM"})
+    assert torch.equal(weights_of(folder)[name + "weight"], expected[name + "weight"])
+
+
+def test_layers_with_settings_of_their_own(tmp_path):
+    """GPTQModel's "dynamic": a layer's kind follows from its tensors, among those listed."""
+    folder = in_place(tmp_path, "gptq-8bit")
+    tensors, name = load_file(folder / "model.safetensors"), "model.layers.0.mlp.down_proj."
+    four = load_file(EXPORTED / "gptq-channel" / "model.safetensors")
+    tensors.update({n: t for n, t in four.items() if n.startswith(name)})
+    save_file(tensors, folder / "model.safetensors")
+    raw = json.loads((folder / "config.json").read_text())["quantization_config"]
+    raw["dynamic"] = {"-:lm_head": {}, "+:.*down_proj": {"bits": 4, "group_size": -1}}
+    edit(folder, quantization_config=raw)
+    assert torch.equal(weights_of(folder)[name + "weight"],
+                       dequantized("gptq-channel")[name + "weight"])
+
+
+# ------------------------------------------------------------------------------ what is refused
+
+
+def with_settings(name, **changes):
+    """The quantization_config of an exported folder, changed; one name for all its groups."""
+    raw = json.loads((EXPORTED / name / "config.json").read_text())["quantization_config"]
+    return {**raw, **changes}
+
+
+def compressed_settings(format="pack-quantized", activations=None, weights=None, **changes):
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32,
+               "symmetric": True, **(weights or {})}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+    return {"quant_method": "compressed-tensors", "format": format, "ignore": ["lm_head"],
+            "config_groups": {"group_0": group}, **changes}
+
+
+@pytest.mark.parametrize("settings, naming", [
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+     "quant_method 'bitsandbytes'"),
+    ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "quant_method 'fp8'"),
+    ({"bits": 4}, "quant_method 'unknown'"),
+    ("gptq", "damaged"),
+    (with_settings("gptq-channel", bits=3), "gptq with 3 bits"),
+    (with_settings("gptq-channel", bits=2), "gptq with 2 bits"),
+    (with_settings("gptq-channel", bits="4"), "gptq with 4 bits"),
+    (with_settings("gptq-channel", group_size=0), "group_size 0"),
+    (with_settings("gptq-channel", checkpoint_format="marlin"), "checkpoint_format 'marlin'"),
+    (with_settings("gptq-channel", is_marlin_format=True), "checkpoint_format 'marlin'"),
+    (with_settings("gptq-channel", pack_dtype="int64"), "pack_dtype 'int64'"),
+    (with_settings("awq-32", bits=8), "awq with 8 bits"),
+    (with_settings("awq-32", version="gemv"), "awq's version 'gemv'"),
+    (compressed_settings(weights={"type": "float", "num_bits": 8}, format="float-quantized"),
+     "float of 8 bits (float-quantized)"),
+    (compressed_settings(activations={"num_bits": 8}), "quantized activations"),
+    (compressed_settings(weights={"num_bits": 3}), "with 3 bits"),
+    (compressed_settings(format="marlin-24"), "format 'marlin-24'"),
+    (compressed_settings(weights={"strategy": "block"}), "strategy 'block'"),
+    (compressed_settings(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
+    (compressed_settings(transform_config={"config_groups": {"u": {}}}), "transform_config"),
+    (compressed_settings(config_groups={}), "damaged"),
+    ({**compressed_settings(), "config_groups": {"W4A16": ["Linear"]}}, "damaged")])
+def test_settings_that_are_not_supported_are_named(settings, naming, tmp_path):
+    folder = in_place(tmp_path, "gptq-channel")
+    edit(folder, quantization_config=settings)
+    refused("generate", "--checkpoint", folder, naming=[folder, "quantization_config", naming])
+
+
+Q, DOWN = "model.layers.0.self_attn.q_proj.", "model.layers.0.mlp.down_proj."
+
+
+def changed(name, change):
+    """A change of one tensor."""
+    return lambda tensors: tensors.update({name: change(tensors[name])})
+
+
+@pytest.mark.parametrize("name, change, naming", [
+    ("gptq-act-order", lambda t: t.pop(Q + "scales"), [Q + "scales", "missing"]),
+    ("gptq-act-order", lambda t: t.pop(Q + "qzeros"), [Q + "qzeros", "missing"]),
+    ("gptq-act-order", lambda t: t.pop(Q + "g_idx"), [Q + "g_idx", "missing"]),
+    ("gptq-act-order", lambda t: t.pop(Q + "qweight"), [Q + "qweight", "missing"]),
+    ("gptq-act-order", lambda t: t.pop("model.norm.weight"), ["model.norm.weight", "missing"]),
+    ("gptq-act-order", changed(Q + "g_idx", lambda t: t + 1), [Q + "g_idx", "0 to 1"]),
+    ("gptq-act-order", changed(Q + "g_idx", lambda t: t * 0 - 2), [Q + "g_idx", "0 to 1"]),
+    ("gptq-act-order", changed(Q + "g_idx", lambda t: t * 0), [Q + "g_idx", "unequal"]),
+    ("gptq-act-order", changed(Q + "g_idx", lambda t: t[:9].clone()), [Q + "g_idx", "(9,)"]),
+    ("gptq-act-order", changed(Q + "scales", lambda t: t * float("nan")), [Q + "scales", "NaN"]),
+    ("gptq-act-order", changed(Q + "qweight", lambda t: t.half()), [Q + "qweight", "int32"]),
+    ("gptq-act-order", changed(Q + "scales", lambda t: t.int()), [Q + "scales", "float"]),
+    ("gptq-act-order", lambda t: t.update({Q + "extra": torch.ones(1)}), [Q + "extra", "belong"]),
+    ("gptq-act-order", lambda t: t.update({Q + "bias": torch.ones(64)}), [Q + "bias", "belong"]),
+    ("awq-32", changed(DOWN + "scales", lambda t: t / 0), [DOWN + "scales", "infinite"]),
+    ("awq-32", changed(DOWN + "qzeros", lambda t: t[:1].clone()), [DOWN + "qzeros", "(1, 8)"]),
+    ("awq-32", lambda t: t.pop(DOWN + "qzeros"), [DOWN + "qzeros", "missing"])])
+def test_tensors_that_do_not_fit_are_named(name, change, naming, tmp_path):
+    folder = in_place(tmp_path, name)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    refused("convert_hf", folder, tmp_path / "out", naming=[folder, *naming])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name, changes, naming", [
+    ("gptq-act-order", dict(bits=8), [Q + "qweight", "(8, 64)", "asks for (16, 64)"]),
+    ("gptq-act-order", dict(group_size=64), [Q + "qzeros", "(2, 8)", "asks for (1, 8)"]),
+    ("gptq-act-order", dict(group_size=48), ["48", "64 inputs of " + Q[:-1]]),
+    ("awq-32", dict(group_size=16), [Q + "qzeros", "(2, 8)", "asks for (4, 8)"])])
+def test_settings_that_do_not_match_the_tensors(name, changes, naming, tmp_path):
+    folder = in_place(tmp_path, name)
+    edit(folder, quantization_config=with_settings(name, **changes))
+    refused("generate", "--checkpoint", folder, naming=[folder, *naming])
+
+
+def test_groups_that_fit_no_kernel_are_refused_with_what_would_do(tmp_path):
+    compress(tmp_path / "it", dict(num_bits=4, group_size=16))
+    refused("generate", "--checkpoint", tmp_path / "it", naming=[
+        tmp_path, Q[:-1], "groups of 16", "32, 64, 128", "--quantize"])
+
+
+# ------------------------------------------------------------------------------ processes
+
+
+@pytest.mark.slow
+def test_two_processes_say_what_one_says(tmp_path):
+    """Layers that lie apart, int8 with zeros, and what cannot be shared, refused by name."""
+    scheme = SCHEMES["mixed"]
+    compress(tmp_path / "mixed", scheme)
+    for name in ("gptq-8bit-channel", "gptq-act-order"):
+        in_place(tmp_path, name)
+    names = ["mixed", "gptq-8bit-channel"]
+    one = tp_worker.of_folders(tmp_path, names)
+    subprocess.run([*TORCHRUN, "--nproc-per-node", "2", Path(tp_worker.__file__), tmp_path, *names],
+                   env=ONE_THREAD, check=True, timeout=300, capture_output=True)
+    found = load_file(tmp_path / "ranks-2.safetensors")
+    for name in names:
+        assert (found[name] - one[name]).abs().max() < 1e-4, name
+    done = subprocess.run([*TORCHRUN, "--nproc-per-node", "2", "generate.py", "--checkpoint",
+                           tmp_path / "gptq-act-order", "--device", "cpu"], cwd=TINY.parent.parent,
+                          env=ONE_THREAD, capture_output=True, text=True)
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("generate.py: error")]
+    assert "layers.0.attention.out is stored in activation order" in line and "2 processes" in line

@@ -1,8 +1,9 @@
 """What test_tp.py runs under torchrun, and once more in a single process to compare with.
 
-    torchrun --nproc-per-node 2 tests/tp_worker.py FOLDER
+    torchrun --nproc-per-node 2 tests/tp_worker.py FOLDER [CHECKPOINT ...]
 
-FOLDER holds the checkpoint "wide"; rank 0 leaves its findings there as ranks-N.safetensors."""
+FOLDER holds the checkpoint "wide"; rank 0 leaves its findings there as ranks-N.safetensors. Of
+checkpoints that are named (see of_folders), these are the logits alone."""
 
 import json
 import sys
@@ -110,10 +111,23 @@ def of_a_checkpoint_that_one_rank_lacks(folder: Path) -> dict[str, torch.Tensor]
     return {}
 
 
+def of_folders(folder: Path, names: list[str]) -> dict[str, torch.Tensor]:
+    """Logits of checkpoints in the folder, each named CHECKPOINT[+ADAPTER][=int8|=int4]."""
+    found, tokens = {}, torch.arange(5, 35)[None]
+    for name in names:
+        checkpoint, *adapters = name.partition("=")[0].split("+")
+        model, _ = load(folder / checkpoint, device="cpu", dtype=torch.float32,
+                        quantize=name.partition("=")[2] or None,
+                        adapters=[folder / adapter for adapter in adapters])
+        with torch.no_grad():
+            found[name] = model(tokens, make_cache(model, 4, 40))
+    return found
+
+
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    found = findings(folder) | of_the_traffic(folder)
-    if tp.n_ranks() == 2:
+    folder, names = Path(sys.argv[1]), sys.argv[2:]
+    found = of_folders(folder, names) if names else findings(folder) | of_the_traffic(folder)
+    if tp.n_ranks() == 2 and not names:
         found |= of_the_compiled() | of_the_programs(folder)
         found |= of_a_checkpoint_that_one_rank_lacks(folder)
     if tp.rank() == 0:

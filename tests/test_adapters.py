@@ -1,0 +1,214 @@
+"""LoRA adapters: merged logits equal peft's, in float32."""
+
+import json
+import shutil
+import subprocess
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import tp_worker
+from convert_hf import convert
+from generate import load, make_cache
+from helpers import TINY, hf_model, run
+from quantize import quantize_checkpoint
+from test_errors import refused
+from test_tp import ONE_THREAD, TORCHRUN
+
+TOKENS = torch.randint(0, 96, (2, 30), generator=torch.Generator().manual_seed(0))
+SIZES = dict(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+             initializer_range=0.2, eos_token_id=None)
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+KINDS = {
+    "two": dict(r=4, lora_alpha=12, target_modules=["q_proj", "v_proj"]),
+    "all": dict(r=8, lora_alpha=16, target_modules=[*ALL, "lm_head"]),
+    "rslora": dict(r=16, lora_alpha=6, use_rslora=True, target_modules=ALL),
+    "patterns": dict(r=4, lora_alpha=8, target_modules=ALL,
+                     rank_pattern={"k_proj": 2, "layers.1.mlp.up_proj": 6, r".*\.0\.mlp.*": 3},
+                     alpha_pattern={"^model.layers.0.self_attn.q_proj": 1, "own_proj": 64,
+                                    "down_proj": 5}),
+    "keys": dict(r=2, lora_alpha=64, target_modules=["k_proj"]),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A base model, and an adapter of each kind as peft saves it."""
+    folder = tmp_path_factory.mktemp("adapters")
+    hf_model("Llama", **SIZES).save_pretrained(folder / "base")
+    shutil.copy(TINY / "tokenizer.model", folder / "base")
+    for name, settings in KINDS.items():
+        adapted(folder, name, **settings)
+    return folder
+
+
+def adapted(folder, name, **settings):
+    model = get_peft_model(base(folder), LoraConfig(**settings))
+    torch.manual_seed(len(name))
+    for weight_name, weight in model.named_parameters():
+        if "lora_" in weight_name:
+            weight.data.normal_(std=0.1)
+    model.save_pretrained(folder / name)
+    return folder / name
+
+
+def base(folder):
+    from transformers import LlamaForCausalLM
+    return LlamaForCausalLM.from_pretrained(folder / "base", attn_implementation="eager").eval()
+
+
+def merged(folder, *names):
+    """peft's model, with one adapter after the other merged in."""
+    model = base(folder)
+    for name in names:
+        model = PeftModel.from_pretrained(model, folder / name).merge_and_unload()
+    return model.requires_grad_(False)
+
+
+def logits(checkpoint, *adapters, **options):
+    model, _ = load(checkpoint, device="cpu", dtype=torch.float32, adapters=adapters, **options)
+    with torch.no_grad():
+        return model(TOKENS, make_cache(model, batch_size=2))
+
+
+@pytest.mark.parametrize("names", [["two"], ["all"], ["rslora"], ["patterns"], ["two", "all"],
+                                   ["keys", "patterns", "rslora"]])
+def test_merged_logits_equal_peft_s(names, made, tmp_path):
+    expected = merged(made, *names)(TOKENS).logits
+    ours = logits(made / "base", *[made / name for name in names])
+    assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (ours - logits(made / "base")).abs().max() > 1
+    convert(made / "base", tmp_path / "ours")  # where q, k and v are one tensor
+    assert torch.equal(logits(tmp_path / "ours", *[made / name for name in names]), ours)
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_they_are_merged_before_quantizing(mode, made, tmp_path):
+    merged(made, "all").save_pretrained(tmp_path / "merged")
+    shutil.copy(TINY / "tokenizer.model", tmp_path / "merged")
+    ours = logits(made / "base", made / "all", quantize=mode)
+    expected = logits(tmp_path / "merged", quantize=mode)
+    # A last bit of the sum may be on the other side of a step: a few weights move by one.
+    assert (ours - expected).abs().mean() < 1e-3 * (ours - logits(made / "base")).abs().mean()
+
+
+def test_in_bf16_the_sum_is_rounded_once(made):
+    model, _ = load(made / "base", device="cpu", dtype=torch.bfloat16, adapters=[made / "all"])
+    theirs = merged(made, "all").state_dict()
+    ours = model.layers[1].feed_forward.down.weight
+    assert ours.dtype == torch.bfloat16
+    expected = theirs["model.layers.1.mlp.down_proj.weight"]
+    assert (ours.float() - expected).abs().max() <= 2 ** -8 * expected.abs().max()
+
+
+def test_fingerprints_tell_adapters_apart(made, tmp_path):
+    """Of the adapter "keys" no first row of a weight changes."""
+    changed = shutil.copytree(made / "keys", tmp_path / "changed")
+    tensors = load_file(changed / "adapter_model.safetensors")
+    tensors["base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"][-1, -1] += 0.1
+    save_file(tensors, changed / "adapter_model.safetensors")
+    louder = shutil.copytree(made / "keys", tmp_path / "louder")
+    edit(louder, lora_alpha=65)
+    seen = {load(made / "base", device="cpu", adapters=them)[0].fingerprint for them in (
+        [], [made / "keys"], [changed], [louder], [made / "keys", changed], [made / "all"])}
+    assert len(seen) == 6
+
+
+def edit(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_the_programs_take_them(made, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "A cat"}')
+    (tmp_path / "text.txt").write_text("The cat sat on the mat. " * 20)
+    flags = ["--checkpoint", made / "base", "--dtype", "fp32", "--device", "cpu"]
+    for program, *argv in (["generate", "--prompt", "A"], ["batch", "--prompts",
+                                                           tmp_path / "p.jsonl"]):
+        argv += ["--max-new-tokens", 9, "--temperature", 0, "--json", *flags]
+        said = [run(program, *argv, *more) for more in (
+            [], ["--adapter", made / "all"], ["--adapter", made / "all", "--adapter",
+                                              made / "two"])]
+        assert [status for status, _, _ in said] == [0, 0, 0], said[1][2]
+        assert len({json.dumps(json.loads(out)["token_ids"]) for _, out, _ in said}) == 3
+
+
+def test_a_draft_stays_as_it_is(made):
+    seen = []
+
+    def spy(*args, original=load, **options):
+        seen.append((str(args[0]), list(options.get("adapters", ()))))
+        return original(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("generate.load", spy)
+        status, _, err = run("generate", "--checkpoint", made / "base", "--draft", made / "base",
+                             "--adapter", made / "two", "--max-new-tokens", 3, "--device", "cpu",
+                             "--prompt", "A", "--json")
+    assert status == 0, err
+    assert seen == [(str(made / "base"), [str(made / "two")]), (str(made / "base"), [])]
+
+
+@pytest.mark.parametrize("changes, naming", [
+    (dict(use_dora=True), "use_dora"), (dict(fan_in_fan_out=True), "fan_in_fan_out"),
+    (dict(modules_to_save=["lm_head"]), "modules_to_save"), (dict(bias="all"), "bias 'all'"),
+    (dict(lora_bias=True), "lora_bias"), (dict(peft_type="IA3"), "peft_type 'IA3'"),
+    (dict(trainable_token_indices=[3]), "trainable_token_indices"),
+    (dict(init_lora_weights="pissa_niter_16"), "init_lora_weights 'pissa_niter_16'"),
+    (dict(r=3), "(4, 64)"), (dict(r="x"), "no rank or scale"), (dict(r=0), "no rank or scale"),
+    (dict(alpha_pattern={"(": 3}), "no rank or scale"), (dict(lora_alpha=None), "no rank or scale")])
+def test_settings_that_are_not_supported_are_named(changes, naming, made, tmp_path):
+    adapter = shutil.copytree(made / "two", tmp_path / "it")
+    edit(adapter, **changes)
+    refused("generate", "--checkpoint", made / "base", "--adapter", adapter,
+            naming=[adapter, naming])
+
+
+ROOT = "base_model.model."
+Q = ROOT + "model.layers.0.self_attn.q_proj."
+
+
+@pytest.mark.parametrize("change, naming", [
+    (lambda t: t.pop(Q + "lora_B.weight"), [Q + "lora_B.weight", "missing"]),
+    (lambda t: t.update({Q + "lora_A.weight": torch.ones(4, 32)}), ["(4, 32)", "(4, 64)"]),
+    (lambda t: t.update({Q + "lora_B.weight": torch.full((64, 4), torch.nan)}), ["not finite"]),
+    (lambda t: t.update({Q + "lora_magnitude_vector": torch.ones(64)}), ["magnitude_vector"]),
+    (lambda t: t.update({ROOT + "lm_head.weight": torch.ones(96, 64)}), ["lm_head.weight"]),
+    (lambda t: t.update({ROOT + "model.embed_tokens.lora_embedding_A": torch.ones(4, 96)}),
+     ["lora_embedding_A"]),
+    (lambda t: t.update({Q.replace(".0.", ".7.") + "lora_A.weight": torch.ones(4, 64)}),
+     ["another model", "model.layers.7.self_attn.q_proj"]),
+    (lambda t: t.clear(), ["no tensors"])])
+def test_tensors_that_do_not_fit_are_named(change, naming, made, tmp_path):
+    adapter = shutil.copytree(made / "two", tmp_path / "it")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    refused("generate", "--checkpoint", made / "base", "--adapter", adapter,
+            naming=[adapter, *naming])
+
+
+def test_what_is_no_adapter_or_has_no_base(made, tmp_path):
+    base_folder, two = made / "base", made / "two"
+    for name, naming in ((tmp_path / "none", "no such adapter folder"),
+                         (base_folder, "adapter_config.json"), ("nonsense", "adapter 'nonsense'")):
+        refused("generate", "--checkpoint", base_folder, "--adapter", name, naming=[name, naming])
+    quantize_checkpoint(base_folder, tmp_path / "q", "int8", 32)
+    refused("generate", "--checkpoint", tmp_path / "q", "--adapter", two,
+            naming=[tmp_path / "q", "is stored quantized", "--quantize"])
+    refused("generate", "--checkpoint", TINY, "--adapter", two, naming=[two, "of this model"])
+    refused("bench", "--shape", "135m", "--adapter", two, naming=["--adapter", "--shape"])
+
+
+@pytest.mark.slow
+def test_two_processes_say_what_one_says(made):
+    names = ["base+all", "base+all+two=int4"]
+    one = tp_worker.of_folders(made, names)
+    subprocess.run([*TORCHRUN, "--nproc-per-node", "2", tp_worker.__file__, made, *names],
+                   env=ONE_THREAD, check=True, timeout=300, capture_output=True)
+    found = load_file(made / "ranks-2.safetensors")
+    for name in names:
+        assert (found[name] - one[name]).abs().max() < 1e-4, name
