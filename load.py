@@ -47,8 +47,8 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
         theirs = None if quantize else read_quantization(folder, raw, config)
         quantization = theirs or quantization_of(raw, quantize, group_size, folder)
         if adapter_folders and (raw.get("quantization_config") or quantization and not quantize):
-            raise ValueError(f"{folder}: is stored quantized; an adapter needs the original weights, "
-                             "which --quantize can quantize once they are merged")
+            raise ValueError(f"{folder}: is stored quantized; an adapter needs the original, which "
+                             "--quantize quantizes after merging")
         lora = [read_adapter(at, config) for at in adapter_folders]
         tokenizer = Tokenizer(folder)
         n = tp.n_ranks() if parallel else 1

@@ -56,21 +56,10 @@ class Layer(NamedTuple):
     prefix: str  # of its tensors' names
     way: Way
     K: int
+    kind: dict  # what it is here, for quantize.empty_model
     scale: Tensor  # (N, G) float32
     zero: Tensor  # (N, G) int16
     order: Tensor | None  # (K,) int32, where the inputs have to be put in another order
-
-    def kind(self) -> dict:
-        """What it is here, for quantize.empty_model."""
-        size = self.K // self.scale.shape[1]
-        if self.way.bits == 8 and self.scale.shape[1] == 1 and bool((self.zero == 128).all()):
-            return {"mode": "int8"}
-        unit = next((unit for unit in reversed(GROUP_SIZES) if size % unit == 0), None)
-        if unit is None:
-            raise ValueError(f"{self.prefix}: groups of {size} inputs are not supported, but of "
-                             f"{', '.join(map(str, GROUP_SIZES))} and multiples; {INSTEAD}")
-        kind = {"mode": f"int{self.way.bits}", "group_size": unit}
-        return kind if self.order is None else {**kind, "order": True}
 
 
 # ------------------------------------------------------------------------------ configuration
@@ -85,7 +74,8 @@ def read_ways(folder: Path, raw: dict) -> list[Way]:
         readers = {"gptq": gptq_ways, "awq": awq_ways, "compressed-tensors": compressed_ways}
         if method not in readers:
             raise Unsupported(f"quant_method {method!r} (supported: {', '.join(readers)})")
-        ways = readers[method](theirs)
+        if not (ways := readers[method](theirs)):
+            raise Unsupported("an empty config_groups")
         for way in ways:
             if way.bits not in (4, 8) or way.method == "awq" and way.bits != 4:
                 raise Unsupported(f"{method} with {way.bits} bits")
@@ -177,6 +167,24 @@ def expected(way: Way, N: int, K: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def misfit(tensors: dict[str, Tensor], prefix: str, N: int, K: int, way: Way) -> str | None:
+    """What is wrong with the first tensor of a layer that is not as this way has it."""
+    if way.group_size > 0 and K % way.group_size:
+        return f"group size {way.group_size} does not divide the {K} inputs of {prefix[:-1]}"
+    for name, shape in expected(way, N, K).items():
+        if (tensor := tensors.get(prefix + name)) is None:
+            return f"tensor {prefix}{name} is missing"
+        dtypes = ((torch.float16, torch.bfloat16, torch.float32) if "scale" in name
+                  else (torch.int8,) if way.method == "int8" else (torch.int32,))
+        if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+            return (f"tensor {prefix}{name} is {tuple(tensor.shape)} of {tensor.dtype}; the "
+                    f"quantization_config asks for {shape} of {dtypes[0]}")
+    zeros = tensors.get(prefix + "weight_zero_point")
+    if way.symmetric and zeros is not None and zeros.any():
+        return f"tensor {prefix}weight_zero_point is not zero; the quantization_config is symmetric"
+    return None
+
+
 def open_layer(tensors: dict[str, Tensor], prefix: str, N: int, K: int,
                ways: list[Way]) -> Layer | None:
     """A layer of N outputs and K inputs whose tensors' names begin with prefix, or None if it is
@@ -185,18 +193,7 @@ def open_layer(tensors: dict[str, Tensor], prefix: str, N: int, K: int,
     if plain is not None and plain.is_floating_point():
         return None
 
-    def misfit(way):  # what is wrong with the first tensor that is not as this way has it
-        if way.group_size > 0 and K % way.group_size:
-            return f"group size {way.group_size} does not divide the {K} inputs of {prefix[:-1]}"
-        for name, shape in expected(way, N, K).items():
-            if (tensor := tensors.get(prefix + name)) is None:
-                return f"tensor {prefix}{name} is missing"
-            if tuple(tensor.shape) != shape:
-                return (f"tensor {prefix}{name} has shape {tuple(tensor.shape)}; the "
-                        f"quantization_config asks for {shape}")
-        return None
-
-    misfits = [misfit(way) for way in ways]
+    misfits = [misfit(tensors, prefix, N, K, way) for way in ways]
     if None not in misfits:
         raise ValueError(misfits[0])
     way = ways[misfits.index(None)]
@@ -206,8 +203,22 @@ def open_layer(tensors: dict[str, Tensor], prefix: str, N: int, K: int,
         raise ValueError(f"tensor {name} has NaN or infinite values")
     if way.method in ("gptq", "awq"):
         scale = scale.t().contiguous()
+    zero = read_zeros(tensors, prefix, way, N, scale)
     order = read_order(tensors, prefix, way, K, scale.shape[1])
-    return Layer(prefix, way, K, scale, read_zeros(tensors, prefix, way, N, scale), order)
+    return Layer(prefix, way, K, kind_of(prefix, way, K, zero, order), scale, zero, order)
+
+
+def kind_of(prefix: str, way: Way, K: int, zero: Tensor, order: Tensor | None) -> dict:
+    """What a layer is here. Groups that are larger than the kernels' are several with one scale."""
+    size = K // zero.shape[1]
+    if way.bits == 8 and zero.shape[1] == 1 and bool((zero == 128).all()):
+        return {"mode": "int8"}
+    unit = next((unit for unit in reversed(GROUP_SIZES) if size % unit == 0), None)
+    if unit is None:
+        raise ValueError(f"{prefix[:-1]} has groups of {size} inputs; what can be read are "
+                         f"{', '.join(map(str, GROUP_SIZES))} and multiples; {INSTEAD}")
+    kind = {"mode": f"int{way.bits}", "group_size": unit}
+    return kind if order is None else {**kind, "order": True}
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
@@ -257,13 +268,13 @@ def read_order(tensors: dict[str, Tensor], prefix: str, way: Way, K: int, G: int
 
 def read_integers(tensors: dict[str, Tensor], layer: Layer) -> Tensor:
     """(N, K) uint8, the inputs in the layer's order."""
-    prefix, way, K = layer.prefix, layer.way, layer.K
+    prefix, way = layer.prefix, layer.way
     if way.method == "gptq":
         integers = unpack(tensors[prefix + "qweight"].t(), way.bits)
     elif way.method == "awq":
         integers = unpack_awq(tensors[prefix + "qweight"]).t()
     elif way.method == "pack":
-        integers = unpack(tensors[prefix + "weight_packed"], way.bits)[:, :K]
+        integers = unpack(tensors[prefix + "weight_packed"], way.bits)[:, :layer.K]
     else:
         integers = tensors[prefix + "weight"].view(torch.uint8) ^ 128
     return integers if layer.order is None else integers[:, layer.order]
@@ -271,7 +282,7 @@ def read_integers(tensors: dict[str, Tensor], layer: Layer) -> Tensor:
 
 def our_tensors(tensors: dict[str, Tensor], layer: Layer) -> dict[str, Tensor]:
     """What a layer is stored as here: see quantize.py."""
-    kind, integers = layer.kind(), read_integers(tensors, layer)
+    kind, integers = layer.kind, read_integers(tensors, layer)
     if kind == {"mode": "int8"}:
         return {"weight": (integers ^ 128).view(torch.int8), "scale": layer.scale[:, 0]}
     times = layer.K // layer.scale.shape[1] // kind["group_size"]
@@ -321,7 +332,7 @@ def read_quantization(folder: Path, raw: dict, config: ModelConfig) -> dict | No
     tensors, kinds, sizes = open_tensors(folder), {}, []
     check_rest(folder, tensors, config)
     for name, layers in open_layers(folder, raw, tensors, config):
-        each = [layer and layer.kind() for layer in layers.values()]
+        each = [layer and layer.kind for layer in layers.values()]
         sizes += [kind["group_size"] for kind in each if kind and "group_size" in kind]
         if any(each):
             same = alike(each, [layer and layer.order for layer in layers.values()])

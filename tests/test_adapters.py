@@ -159,7 +159,8 @@ def test_a_draft_stays_as_it_is(made):
     (dict(trainable_token_indices=[3]), "trainable_token_indices"),
     (dict(init_lora_weights="pissa_niter_16"), "init_lora_weights 'pissa_niter_16'"),
     (dict(r=3), "(4, 64)"), (dict(r="x"), "no rank or scale"), (dict(r=0), "no rank or scale"),
-    (dict(alpha_pattern={"(": 3}), "no rank or scale"), (dict(lora_alpha=None), "no rank or scale")])
+    (dict(alpha_pattern={"(": 3}), "no rank or scale"),
+    (dict(lora_alpha=None), "no rank or scale")])
 def test_settings_that_are_not_supported_are_named(changes, naming, made, tmp_path):
     adapter = shutil.copytree(made / "two", tmp_path / "it")
     edit(adapter, **changes)

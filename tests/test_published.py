@@ -320,7 +320,7 @@ def compressed_settings(format="pack-quantized", activations=None, weights=None,
     (compressed_settings(weights={"strategy": "block"}), "strategy 'block'"),
     (compressed_settings(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
     (compressed_settings(transform_config={"config_groups": {"u": {}}}), "transform_config"),
-    (compressed_settings(config_groups={}), "damaged"),
+    (compressed_settings(config_groups={}), "an empty config_groups"),
     ({**compressed_settings(), "config_groups": {"W4A16": ["Linear"]}}, "damaged")])
 def test_settings_that_are_not_supported_are_named(settings, naming, tmp_path):
     folder = in_place(tmp_path, "gptq-channel")
@@ -348,7 +348,7 @@ def changed(name, change):
     ("gptq-act-order", changed(Q + "g_idx", lambda t: t[:9].clone()), [Q + "g_idx", "(9,)"]),
     ("gptq-act-order", changed(Q + "scales", lambda t: t * float("nan")), [Q + "scales", "NaN"]),
     ("gptq-act-order", changed(Q + "qweight", lambda t: t.half()), [Q + "qweight", "int32"]),
-    ("gptq-act-order", changed(Q + "scales", lambda t: t.int()), [Q + "scales", "float"]),
+    ("gptq-act-order", changed(Q + "scales", lambda t: t.int()), [Q + "scales", "torch.float16"]),
     ("gptq-act-order", lambda t: t.update({Q + "extra": torch.ones(1)}), [Q + "extra", "belong"]),
     ("gptq-act-order", lambda t: t.update({Q + "bias": torch.ones(64)}), [Q + "bias", "belong"]),
     ("awq-32", changed(DOWN + "scales", lambda t: t / 0), [DOWN + "scales", "infinite"]),
