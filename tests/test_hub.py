@@ -408,6 +408,27 @@ def test_a_model_in_shards_loads_and_only_what_is_read_is_fetched(server, tiny, 
         assert torch.equal(weight, theirs.state_dict()[name]), name
 
 
+def test_an_adapter_s_two_files_are_fetched_and_need_no_network_later(server, monkeypatch):
+    files = {"adapter_config.json": b"{}", "adapter_model.safetensors": SMALL["model.safetensors"]}
+    server.repos["org/lora"] = {"main": files | dict.fromkeys(
+        ("README.md", "optimizer.pt", "tokenizer.json", "checkpoint-9/adapter_config.json"), b"x")}
+    server.repos["org/old"] = {"main": {"adapter_config.json": b"{}", "adapter_model.bin": b"x"}}
+    folder = hub.find_adapter("org/lora")
+    assert sorted(server.served) == sorted(files) == sorted(p.name for p in folder.iterdir())
+    with pytest.raises(ValueError, match="org/old: .*no adapter_model.safetensors"):
+        hub.find_adapter("org/old")
+    lose_the_network(server, monkeypatch)
+    assert hub.find_adapter("org/lora") == folder
+    with pytest.raises(ValueError, match="org/none: .*cannot be reached"):
+        hub.find_adapter("org/none")
+
+
+def test_older_gptq_settings_are_fetched(server):
+    server.repos["org/gptq"] = {"main": SMALL | {"quantize_config.json": b"{}"}}
+    folder, _ = hub.find("org/gptq")
+    assert (folder / "quantize_config.json").exists()
+
+
 def test_a_second_start_fetches_nothing_and_needs_no_network(server, monkeypatch):
     server.repos["org/model"] = {"main": SMALL}
     folder, _ = hub.find("org/model")

@@ -116,7 +116,6 @@ def test_older_files_say_rope_at_the_top_level():
     (dict(rope_scaling={"rope_type": "llama3", "factor": 4}), "low_freq_factor"),
     (dict(hidden_act="gelu"), "gelu"), (dict(hidden_size="64"), "hidden_size"),
     (dict(num_hidden_layers=0), "num_hidden_layers"), (dict(num_key_value_heads=3), "3"),
-    (dict(quantization_config={"quant_method": "gptq"}), "gptq"),
     (dict(partial_rotary_factor=0.5), "partial_rotary_factor")])
 def test_what_is_not_supported_is_named(change, named):
     with pytest.raises(ValueError, match=named):
