@@ -248,6 +248,19 @@ def test_zeros_of_gptq_in_its_three_spellings(tmp_path):
     assert torch.equal(weight, (count - 3).float().expand(64, 64))
 
 
+def test_compressed_tensors_in_activation_order(tmp_path):
+    """Older versions of it stored each input's group; its unpacking, and the formula."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+    compress(tmp_path / "it", SCHEMES["pack-4-32"])
+    path, layer = tmp_path / "it" / "model.safetensors", "model.layers.1.mlp.down_proj."
+    tensors = load_file(path)
+    groups = (torch.arange(128) // 32)[torch.randperm(128)].int()
+    save_file({**tensors, layer + "weight_g_idx": groups}, path)
+    steps = unpack_from_int32(tensors[layer + "weight_packed"], 4, (64, 128)).float()
+    expected = steps * tensors[layer + "weight_scale"].float()[:, groups]
+    assert torch.equal(weights_of(tmp_path / "it")[layer + "weight"], expected)
+
+
 def test_older_folders(tmp_path):
     """Settings in a file of their own, biases of zeros, no g_idx; AutoAWQ's older names."""
     folder, name = in_place(tmp_path, "gptq-channel"), "model.layers.0.self_attn.k_proj."
@@ -372,6 +385,14 @@ def test_settings_that_do_not_match_the_tensors(name, changes, naming, tmp_path)
     folder = in_place(tmp_path, name)
     edit(folder, quantization_config=with_settings(name, **changes))
     refused("generate", "--checkpoint", folder, naming=[folder, *naming])
+
+
+def test_zeros_where_the_settings_have_none(tmp_path):
+    compress(tmp_path / "it", SCHEMES["pack-4-64-zeros"])
+    settings = json.loads((tmp_path / "it" / "config.json").read_text())["quantization_config"]
+    settings["config_groups"]["group_0"]["weights"]["symmetric"] = True
+    edit(tmp_path / "it", quantization_config=settings)
+    refused("generate", "--checkpoint", tmp_path / "it", naming=[Q + "weight_zero_point"])
 
 
 def test_groups_that_fit_no_kernel_are_refused_with_what_would_do(tmp_path):
