@@ -293,7 +293,9 @@ def our_tensors(tensors: dict[str, Tensor], layer: Layer) -> dict[str, Tensor]:
         dtype = torch.uint8 if bool((zero < 16).all()) else torch.int16
         ours = {"weight": integers[:, ::2] | integers[:, 1::2] << 4, "scale": scale,
                 "zero": (zero * 16).to(dtype)}
-    return ours if layer.order is None else {**ours, "order": layer.order}
+    if layer.order is not None:
+        ours["order"] = layer.order
+    return {name: tensor.contiguous() for name, tensor in ours.items()}
 
 
 # ------------------------------------------------------------------------------ folders

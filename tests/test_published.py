@@ -20,7 +20,7 @@ import tp_worker
 from convert_hf import hf_parts, read_config
 from generate import generate, load, make_cache
 from helpers import TINY, hf_model, run
-from published import open_weights
+from published import open_weights, read_quantization
 from test_errors import refused
 from test_tp import ONE_THREAD, TORCHRUN
 
@@ -146,6 +146,9 @@ def test_exported_folders(name, tmp_path):
         assert torch.equal(ours[layer], weight), layer
     model, _ = load(folder, device="cpu", dtype=torch.float32)
     check_logits(model, folder, read)
+    raw, config = read_config(folder)
+    stored = open_weights(folder, raw, config, read_quantization(folder, raw, config))
+    assert all(block.is_contiguous() for _, blocks in stored for block in blocks)  # CUDA asks it
 
 
 @pytest.mark.parametrize("name", SCHEMES)
