@@ -36,9 +36,9 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
 
     device None is the GPU if there is one; dtype None is the checkpoint's own; quantize is "int8",
     "int4" (in groups of group_size) or None. Under torchrun each process takes its slice of the
-    model (tp.py), or if not parallel, the whole. LoRA adapters, by their names, are merged into the
-    weights. On a CPU, in the checkpoint's dtype, unquantized
-    weights stay memory-mapped until they are compiled. Raises ValueError naming what is wrong."""
+    model (tp.py), or if not parallel, the whole. LoRA adapters, by their names, are merged into it.
+    On a CPU, in the checkpoint's dtype, unquantized weights stay memory-mapped until they are
+    compiled. Raises ValueError naming what is wrong."""
     device = check_device(tp.start(device))
     folder, quantize = find(checkpoint, quantize, group_size)
     adapter_folders = [find_adapter(name) for name in adapters]
@@ -85,7 +85,7 @@ def has_int4(weights: dict[str, Tensor]) -> bool:
 
 def default_dtype(weights: dict[str, Tensor]) -> torch.dtype:
     """A file may mix dtypes: the embedding's counts, or if it is quantized, the last norm's. int4
-    in fp16 is for no kernel the fast one, and for some none."""
+    computes in bf16 rather than fp16: on a GPU there is nothing else."""
     embed = weights["embed.weight"]
     dtype = (embed if embed.is_floating_point() else weights["norm.weight"]).dtype
     if dtype == torch.float16 and has_int4(weights):
