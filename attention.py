@@ -25,8 +25,7 @@ def attend(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, at) -> Tensor
         return attend_all(q_sink, q_recent, k, v, at.mask, at.n_sink)
     if q_recent.shape[1] == 1 and torch.compiler.is_compiling():
         return attend_in_sums(q_sink, q_recent, k, v, at.mask, at.n_sink)
-    return torch.ops.gpt_stream.attend_held(q_sink, q_recent, k, v, at.mask, at.positions,
-                                            at.n_sink, at.window)
+    return torch.ops.gpt_stream.attend_held(q_sink, q_recent, k, v, at.mask, at.n_sink, at.window)
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -43,6 +42,8 @@ def grouped(q: Tensor, n_kv_heads: int) -> Tensor:
     """(B, T, heads, D) -> (B, kv_heads, T * G, D): queries that share a key-value head are rows of
     one product, so the cache is read once and never repeated."""
     B, T, _, D = q.shape
+    if T == 1:
+        return q.reshape(B, n_kv_heads, -1, D)
     return q.reshape(B, T, n_kv_heads, -1, D).transpose(1, 2).reshape(B, n_kv_heads, -1, D)
 
 
@@ -95,24 +96,24 @@ def attend_in_sums(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, mask:
 FEW = 1024  # slots; to more of them one token attends sooner as it is written down
 
 torch.library.define("gpt_stream::attend_held", "(Tensor q_sink, Tensor q_recent, Tensor k, "
-                     "Tensor v, Tensor mask, Tensor positions, int n_sink, int window) -> Tensor")
+                     "Tensor v, Tensor mask, int n_sink, int window) -> Tensor")
 flash = torch._scaled_dot_product_flash_attention_for_cpu  # -> (y, logsumexp of the scores)
 
 
 @torch.library.register_fake("gpt_stream::attend_held")
-def _(q_sink, q_recent, k, v, mask, positions, n_sink, window):
+def _(q_sink, q_recent, k, v, mask, n_sink, window):
     return torch.empty_like(q_recent, memory_format=torch.contiguous_format)
 
 
 @torch.library.impl("gpt_stream::attend_held", "cpu")
-def _(q_sink, q_recent, k, v, mask, positions, n_sink, window):
-    """attend_all over the slots that the mask is about; positions (B, T) are the queries'.
+def _(q_sink, q_recent, k, v, mask, n_sink, window):
+    """attend_all over the slots that the mask is about, which are all that are in use.
 
     Until the window slides, sinks are seen at their true distances, and one query does for all.
     From then on the sinks are attended to apart, and both parts are added up in proportion to the
     sums of their exponentials, as flash attention adds up its blocks (Dao et al., 2022)."""
-    T, n_kv_heads, newest = positions.shape[1], k.shape[1], max(positions[:, -1].tolist())
-    sinks_apart, n = n_sink if newest >= n_sink + window else 0, mask.shape[-1]
+    T, n_kv_heads, n = q_recent.shape[1], k.shape[1], mask.shape[-1]
+    sinks_apart = n_sink if n >= n_sink + window else 0
     if T == 1 and n > FEW:
         return attend_all(q_sink, q_recent, k[:, :, :n], v[:, :, :n], mask, sinks_apart)
     keys, values = k[:, :, sinks_apart:n], v[:, :, sinks_apart:n]
@@ -120,8 +121,8 @@ def _(q_sink, q_recent, k, v, mask, positions, n_sink, window):
     q = grouped(q_recent, n_kv_heads).contiguous()  # which the kernel takes for granted
     y, total = flash(q, keys, values, attn_mask=seen)
     if sinks_apart:
-        if min(positions[:, 0].tolist()) < n_sink:  # to a row that sees nothing, the kernel gives 0
-            total = total.masked_fill(seen.amax(-1) < 0, -math.inf)
+        # To a query that sees nothing there, a first sink, the kernel gives 0 and a total of 0.
+        total = total.masked_fill(seen.amax(-1) < 0, -math.inf)
         sinks = flash(grouped(q_sink, n_kv_heads).contiguous(), k[:, :, :n_sink], v[:, :, :n_sink],
                       attn_mask=mask[:, None, :, :n_sink])
         y = add_up(y, total, *sinks)

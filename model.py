@@ -236,7 +236,6 @@ class Step:
     slots: Tensor | None = None  # (B, T): where the new keys and values go
     mask: Tensor | None = None  # (B, T * G, n) float32, of the n slots in use: 0 where a query sees
     # them, else -inf; the G queries of a token that share a key-value head have a row each
-    positions: Tensor | None = None  # (B, T)
     n_sink: int = 0
     window: int = 0
 
@@ -279,7 +278,7 @@ class Transformer(nn.Module):
                       sink_rope=rope(cache.sink_positions(positions), self.frequencies),
                       slots=in_memory(cache.slots(positions)),
                       mask=in_memory(cache.mask(positions, in_use).repeat_interleave(groups, 1)),
-                      positions=positions, n_sink=cache.n_sink, window=cache.window)
+                      n_sink=cache.n_sink, window=cache.window)
             cache.length.add_(tokens.shape[1])  # += would make it an output of the graph
         x = self.embed(tokens).type_as(self.norm.weight)  # (B, T, dim)
         for layer, block in enumerate(self.layers):

@@ -47,9 +47,9 @@ def mask_of(cache, positions, groups, slots=None):
     return cache.mask(positions, slots).repeat_interleave(groups, dim=1)
 
 
-def op(q_sink, q_recent, cache, positions, mask):
+def op(q_sink, q_recent, cache, mask):
     return torch.ops.gpt_stream.attend_held(q_sink, q_recent, cache.k[0], cache.v[0], mask,
-                                            positions, cache.n_sink, cache.window)
+                                            cache.n_sink, cache.window)
 
 
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
@@ -66,7 +66,7 @@ def test_both_equal_the_formula(lengths, T, n_sink, n_kv_heads):
     everywhere = attend_all(q_sink, q_recent, cache.k[0], cache.v[0], mask, n_sink)
     assert (everywhere - expected).abs().max() < 1e-5
     mask = mask_of(cache, positions, 4 // n_kv_heads)
-    assert (op(q_sink, q_recent, cache, positions, mask) - expected).abs().max() < 1e-5
+    assert (op(q_sink, q_recent, cache, mask) - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("lengths, T", [([1200], 1), ([900], 20), ([3, 1900], 2)])
@@ -75,7 +75,7 @@ def test_a_window_of_several_of_the_kernel_s_blocks(lengths, T, dtype):
     cache, positions, q_sink, q_recent = a_call(4, lengths, T, window=1100, dtype=dtype)
     expected = by_the_formula(q_sink, q_recent, cache.k[0], cache.v[0], cache, positions)
     mask = mask_of(cache, positions, 2).to(dtype)
-    assert (op(q_sink, q_recent, cache, positions, mask) - expected).abs().max() < 1e-5
+    assert (op(q_sink, q_recent, cache, mask) - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("length", [20, 500])
@@ -83,7 +83,7 @@ def test_the_operator_is_to_the_compiler_what_it_says(length):
     cache, positions, q_sink, q_recent = a_call(4, [length], 3)
     mask = mask_of(cache, positions, 2)
     torch.library.opcheck(torch.ops.gpt_stream.attend_held.default, (
-        q_sink, q_recent, cache.k[0], cache.v[0], mask, positions, cache.n_sink, cache.window))
+        q_sink, q_recent, cache.k[0], cache.v[0], mask, cache.n_sink, cache.window))
 
 
 def test_a_chunk_that_begins_among_the_sinks_and_ends_beyond_the_window():
@@ -96,7 +96,7 @@ def test_a_chunk_that_begins_among_the_sinks_and_ends_beyond_the_window():
         x.normal_()
     expected = by_the_formula(q_sink, q_recent, cache.k[0], cache.v[0], cache, positions)
     mask = mask_of(cache, positions, 2)
-    assert (op(q_sink, q_recent, cache, positions, mask) - expected).abs().max() < 1e-5
+    assert (op(q_sink, q_recent, cache, mask) - expected).abs().max() < 1e-5
 
 
 def test_queries_may_lie_in_memory_in_any_order():
@@ -105,8 +105,8 @@ def test_queries_may_lie_in_memory_in_any_order():
     mask = mask_of(cache, positions, 1)
     lying = [q.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0) for q in (q_sink, q_recent)]
     assert lying[0].stride(-1) != 1
-    assert torch.equal(op(*lying, cache, positions, mask),
-                       op(q_sink, q_recent, cache, positions, mask))
+    assert torch.equal(op(*lying, cache, mask),
+                       op(q_sink, q_recent, cache, mask))
 
 
 @pytest.mark.slow
@@ -129,9 +129,9 @@ def test_a_token_s_graph_equals_the_formula_whatever_is_held(n_sink, batch_size)
 def test_what_is_not_held_is_not_read():
     cache, positions, q_sink, q_recent = a_call(4, [30], 3)
     mask = mask_of(cache, positions, 2)
-    expected = op(q_sink, q_recent, cache, positions, mask)
+    expected = op(q_sink, q_recent, cache, mask)
     cache.k[0][:, :, 33:], cache.v[0][:, :, 33:] = torch.nan, torch.nan
-    assert torch.equal(op(q_sink, q_recent, cache, positions, mask), expected)
+    assert torch.equal(op(q_sink, q_recent, cache, mask), expected)
 
 
 def test_without_a_cache_it_is_the_formula():
