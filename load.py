@@ -111,8 +111,8 @@ def finish(model: Transformer, weights: dict[str, Tensor], device: torch.device)
 
 
 def pack(model: Transformer, compile: bool) -> None:
-    """Lay weights out as a CPU's library reads them fastest: all that are in bf16, of which it reads
-    a token's rows half as fast, or those that a graph is not to read by itself."""
+    """Lay weights out as a CPU's library reads them fastest: all in bf16, which it reads half as
+    fast in rows, for a token; or if compiled, those that a graph is not to read by itself."""
     for module in model.modules():
         if isinstance(module, Linear):
             tied = module.weight is model.embed.weight  # in a graph, one tensor serves both
@@ -193,7 +193,7 @@ class Threads:
     def __init__(self, n: int):
         self.most = self.now = n
         self.kind, self.seconds = None, []  # of the latest steps, all with `now` threads
-        self.trial_of = None  # while `now` is on trial: the threads before, and their seconds a step
+        self.trial_of = None  # while `now` is on trial: the threads before, and seconds a step then
         self.crowded = self.calm = 0  # steps in a row with less than their core, and with all of it
         self.wait, self.rest = 0.0, 0.5  # seconds to the next trial, and between two
 

@@ -1,4 +1,4 @@
-"""How many threads steps run on, beside programs that come and go: on a machine that is a formula."""
+"""How many threads steps run on, beside programs that come and go: the machine is a formula."""
 
 import pytest
 import torch
