@@ -157,7 +157,9 @@ def compile_step(model: Transformer, device: torch.device, prefill: bool = False
     step = types.MethodType(types.FunctionType(code, Transformer.step.__globals__), model)
     graph = torch.compile(step, fullgraph=True, dynamic=False, options={
         "guard_filter_fn": needed_guards,
-        "triton.cudagraphs": on_gpu, "coordinate_descent_tuning": on_gpu})
+        "triton.cudagraphs": on_gpu, "coordinate_descent_tuning": on_gpu,
+        # Else the number of threads is compiled in, unless it is the number of cores.
+        "cpp.dynamic_threads": torch.get_num_threads() != os.cpu_count()})
     eager = model.step
 
     def run(tokens, cache, in_use, last):
@@ -192,19 +194,15 @@ class Threads:
 
     def __init__(self, n: int):
         self.most = self.now = n
-        self.kind, self.seconds = None, []  # of the latest steps, all with `now` threads
-        self.trial_of = None  # while `now` is on trial: the threads before, and seconds a step then
+        self.seconds: dict = {}  # kind of step -> those of the latest few, with `now` threads
+        self.trial_of = None  # while `now` is on trial: threads before, and a kind's seconds then
         self.crowded = self.calm = 0  # steps in a row with less than their core, and with all of it
         self.wait, self.rest = 0.0, 0.5  # seconds to the next trial, and between two
 
     def note(self, kind, seconds: float, cpu_seconds: float) -> None:
         """Take note of a step: how long it was and how much of that this thread ran. Steps of one
         kind are compared. May change `now`, for the steps to come."""
-        if kind != self.kind:
-            if self.trial_of:
-                return
-            self.kind, self.seconds = kind, []
-        self.seconds = [*self.seconds[-4:], seconds]
+        self.seconds[kind] = latest = [*self.seconds.get(kind, ())[-4:], seconds]
         if self.trial_of:
             self.judge(*self.trial_of)
             return
@@ -212,24 +210,27 @@ class Threads:
         self.crowded, self.calm = (0, self.calm + 1) if free else (self.crowded + 1, 0)
         self.wait = min(self.wait, 0.5) if self.calm == 10 else self.wait  # somebody may have gone
         self.wait -= seconds
-        if self.wait <= 0 and len(self.seconds) >= 3:
-            if self.now > 1 and self.crowded >= 3:
-                self.try_out(self.now // 2)
-            elif self.now < self.most:
-                self.try_out(min(2 * self.now, self.most))
-
-    def try_out(self, n: int) -> None:
-        self.trial_of, self.now, self.seconds = (self.now, median(self.seconds)), n, []
-
-    def judge(self, before: int, seconds_before: float) -> None:
-        """Three steps decide, or one that is very slow."""
-        if len(self.seconds) < 3 and max(self.seconds) < 3 * seconds_before:
+        if self.wait > 0 or len(latest) < 3:
             return
-        better = median(self.seconds) < 0.95 * seconds_before
+        if self.now > 1 and self.crowded >= 3:
+            self.try_out(self.now // 2, kind)
+        elif self.now < self.most:
+            self.try_out(min(2 * self.now, self.most), kind)
+
+    def try_out(self, n: int, kind) -> None:
+        self.trial_of = self.now, kind, median(self.seconds[kind])
+        self.now, self.seconds = n, {}
+
+    def judge(self, before: int, kind, seconds_before: float) -> None:
+        """Three steps decide, or one that is very slow."""
+        seconds = self.seconds.get(kind, [])
+        if len(seconds) < 3 and max(seconds, default=0) < 3 * seconds_before:
+            return
+        better = median(seconds) < 0.95 * seconds_before
         self.rest = 0.5 if better else min(2 * self.rest, 4.0)
-        self.wait = max(self.rest, 10 * sum(self.seconds))  # a trial in vain costs a tenth at most
+        self.wait = max(self.rest, 10 * sum(seconds))  # a trial in vain costs a tenth at most
         self.now = self.now if better else before
-        self.trial_of, self.seconds = None, []
+        self.trial_of, self.seconds = None, {}
 
 
 threads = Threads(torch.get_num_threads())

@@ -33,7 +33,7 @@ class Machine:
 def test_an_idle_machine_tries_nothing(cores):
     machine = Machine(cores)
     tried = []
-    machine.threads.try_out = tried.append
+    machine.threads.try_out = lambda n, kind: tried.append(n)
     assert machine.run(60, others=0) == (pytest.approx(50 * cores, rel=0.01), cores)
     assert not tried
 
@@ -55,14 +55,21 @@ def test_of_sixteen_cores_eight_stay_when_two_are_taken():
     assert machine.run(20, others=0)[0] > 0.95 * 16 * 50
 
 
-def test_steps_of_another_kind_decide_nothing():
-    """A chunk of a prompt takes longer than a token, with any number of threads."""
+def test_steps_are_compared_with_their_own_kind():
+    """A chunk of a prompt takes longer than a token with any number of threads; and however the two
+    take turns, what is free again is found."""
     machine = Machine(2)
-    machine.run(1, others=2)
-    before = machine.threads.now
-    machine.threads.trial_of, machine.threads.now = (1, 0.04), 2
-    machine.threads.note("chunk", 5.0, 5.0)
-    assert machine.threads.trial_of and machine.threads.now == 2 and before == 1
+    assert machine.run(1, others=2)[1] == 1
+    for _ in range(400):
+        n = machine.threads.now
+        machine.threads.note("chunk", 0.2 / n, 0.2 / n)
+        machine.threads.note("decode", 0.02 / n, 0.02 / n)
+    assert machine.threads.now == 2
+    for _ in range(3):
+        machine.threads.note("chunk", 9.0, 2.0)
+    assert machine.threads.now == 1
+    machine.threads.note("decode", 0.04, 0.04)  # far less than a chunk took, which says nothing
+    assert machine.threads.trial_of
 
 
 def test_a_step_runs_on_what_was_found_and_the_users_own_number_counts(monkeypatch):
