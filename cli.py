@@ -65,6 +65,10 @@ def add_generation(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="0 is greedy; default 0.8")
     add("--top-k", type=number(int, 1), metavar="K")
     add("--top-p", type=number(float, 0, 1), default=0.95, metavar="P", help="default 0.95")
+    add("--min-p", type=number(float, 0, 1), metavar="P",
+        help="only tokens at least P times as likely as the likeliest")
+    add("--repetition-penalty", type=number(float, 1e-3), default=1.0, metavar="R",
+        help="above 1, what the prompt and the answer have said becomes less likely")
     add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="default: random, reported")
     add("--stop", action="append", default=[], metavar="TEXT", help="end here; may be repeated")
     add("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
@@ -74,6 +78,11 @@ def add_generation(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--speculate", type=number(int, 1), metavar="K",
         help="tokens proposed a round; default: as many as pay")
     return parser
+
+
+def add_samples(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--samples", type=number(int, 1), default=1, metavar="N",
+                        help="answers to each prompt, with seeds that count up; default 1")
 
 
 @contextlib.contextmanager

@@ -27,7 +27,8 @@ COLDEST = 1e-30  # as temperature: below, float32 would overflow
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one answer is drawn, checked. The defaults are greedy, and what is off."""
+    """How one answer is drawn, checked. The defaults are greedy, and everything else off; None is
+    the default too."""
 
     temperature: float = 0.0
     top_k: int = 0  # 0: all
@@ -46,6 +47,8 @@ class Sampling:
                 ("presence_penalty", -math.inf, math.inf),
                 ("frequency_penalty", -math.inf, math.inf)):
             value = getattr(self, name)
+            if value is None:
+                object.__setattr__(self, name, value := getattr(Sampling, name))
             if not (low <= value <= high and math.isfinite(value)):
                 raise ValueError(f"{name} {value} must be a finite number of at least {low}"
                                  + f" and at most {high}" * (high < math.inf))
@@ -66,6 +69,8 @@ def probabilities(logits: Tensor, temperature: float | Tensor, top_k: int | Tens
     exactly the top_k most likely, then the fewest of those whose mass reaches top_p, and of those
     the ones at least min_p times as likely as the likeliest. None (and 0, 1, 0) is off."""
     scores = scale(logits, temperature)
+    top_k, top_p, min_p = (None if not isinstance(x, Tensor) and x == off else x
+                           for x, off in ((top_k, 0), (top_p, 1), (min_p, 0)))
     if top_k is None and top_p is None:
         kept, ids = scores.softmax(-1), None
     else:
@@ -106,7 +111,7 @@ def most_likely(scores: Tensor, top_k: int | Tensor | None,
     size = scores.shape[-1]
     if isinstance(top_k, int) and top_k:
         return *scores.topk(min(top_k, size)), None
-    if scores.device.type == "cpu" and top_k is None:
+    if on_cpu(scores) and top_k is None:
         likely, ids = scores.topk(min(1024, size))
         total = scores.logsumexp(-1, keepdim=True)
         if ((likely - total).exp().sum(-1, keepdim=True) >= per_row(top_p, scores)).all():
@@ -119,15 +124,16 @@ def within(likely: Tensor, total: Tensor | None, top_k: int | Tensor | None,
     """(..., n) probabilities of the likeliest tokens, in order; 0 where top_k or top_p drop one."""
     if top_k is not None:
         rank = torch.arange(likely.shape[-1], device=likely.device)
-        limit = top_k if isinstance(top_k, Tensor) else torch.tensor(top_k)
-        likely = likely.masked_fill((rank >= limit) & (limit > 0), -math.inf)
+        limit = torch.where(top_k > 0, top_k, len(rank)) if isinstance(top_k, Tensor) else top_k
+        likely = likely.masked_fill(rank >= limit, -math.inf)
     probs = likely.softmax(-1) if total is None else (likely - total).exp()
     if top_p is None:
         return probs
+    if isinstance(top_p, Tensor):  # 1 is all, though the sum may round above it
+        top_p = torch.where(top_p < 1, top_p, math.inf)
     mass_before = probs.cumsum(-1) - probs
     mass_before[..., 0] = -1  # the likeliest always stays
-    off = torch.as_tensor(top_p, device=likely.device) >= 1
-    return probs.masked_fill((mass_before >= top_p) & ~off, 0)
+    return probs.masked_fill(mass_before >= top_p, 0)
 
 
 def distribution(logits: Tensor, temperature: float = 0.0, top_k: int | None = None,
@@ -153,6 +159,21 @@ def penalize(logits: Tensor, seen: Tensor, counts: Tensor | None = None,
     again = torch.where(logits > 0, logits / repetition, logits * repetition)
     logits = torch.where(seen.bool(), again, logits)
     return logits if counts is None else logits - frequency * counts - presence * (counts > 0)
+
+
+def seen_in(ids: list[int], vocab_size: int, device="cpu") -> Tensor:
+    """(1, V) bool: which tokens are among the ids."""
+    seen = torch.zeros(1, vocab_size, dtype=torch.bool)
+    seen[0, ids] = True
+    return seen.to(device)
+
+
+def log_probabilities(logits: Tensor, ids: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Logarithms of the probabilities of ids (B, 1) in logits (B, V) as they are, and then of the n
+    likeliest, (B, 1 + n), and which tokens those are, (B, 1 + n)."""
+    log_probs = logits.float().log_softmax(-1)
+    ids = torch.cat([ids, log_probs.topk(n).indices], dim=-1)
+    return log_probs.gather(-1, ids), ids
 
 
 # ------------------------------------------------------------------------------ draws
@@ -258,7 +279,9 @@ def choose_on_gpu(logits: Tensor, temperature: float | Tensor, top_k: int | Tens
                   keys: Tensor) -> Tensor:
     """Ids (B,) of rows (B, V), whatever is in the tensors."""
     ids = pick(probabilities(logits, temperature, top_k, top_p, min_p), uniform(keys))
-    return torch.where(torch.as_tensor(temperature, device=ids.device) == 0, logits.argmax(-1), ids)
+    if not isinstance(temperature, Tensor):
+        return ids
+    return torch.where(temperature == 0, logits.argmax(-1), ids)
 
 
 def choose_on_cpu(logits: Tensor, *settings: float | Tensor | None) -> Tensor:
@@ -370,8 +393,7 @@ class Rows:
             self.seen = torch.zeros(shape, dtype=torch.bool, device=device)
             self.counts = torch.zeros(shape, device=device)
         self.counts[row] = 0
-        self.seen[row] = False
-        self.seen[row, torch.tensor(prompt_ids, device=self.keys.device)] = True
+        self.seen[row] = seen_in(prompt_ids, self.vocab_size, self.seen.device)[0]
 
     def end(self, row: int) -> None:
         self.asked[row] = Sampling()
@@ -403,13 +425,14 @@ class Rows:
         return ids
 
     def penalize(self, logits: Tensor, rows: slice, penalized: list[int]) -> Tensor:
-        """The logits (B, V) of the rows, of which some ask for it. A CPU changes, in place, only
-        those of tokens that were seen: a tenth of the time."""
+        """The logits (B, V) of the rows, of which some ask for it. A CPU looks which tokens were
+        seen, and computes those only."""
         seen, counts = self.seen[rows], self.counts[rows]
         use = [self.settings[f"{name}_penalty"][rows] for name in (
             "repetition", "presence", "frequency")]
         if not on_cpu(logits):
             return penalize(logits, seen, counts, *use)
+        logits = logits.clone()
         for row in penalized:
             at = seen[row].nonzero()[:, 0]
             logits[row, at] = penalize(logits[row, at], seen[row, at], counts[row, at],
