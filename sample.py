@@ -347,11 +347,13 @@ def settle(probs: Tensor, heights: Tensor, top_p: float, min_p: float, key: int)
     while top_p < 1 or least:
         p = probs[token].item()
         # With its equals, and a few that are less by a rounding: what comes before is not more.
-        if p >= least and F.threshold(probs, p * (1 - 2e-7), 0).sum().item() - p < top_p:
+        if p >= least and (
+                top_p >= 1 or F.threshold(probs, p * (1 - 2e-7), 0).sum().item() - p < top_p):
             break
         before = F.threshold(probs, p, 0)
         before[:token] += p * (probs[:token] == p)
-        if not (mass := before.sum().item()) or p >= least and mass < top_p:
+        mass = before.sum().item()
+        if not mass or not (p < least or mass >= top_p < 1):  # as it stands, it ends where p is NaN
             break  # the likeliest always stays
         again += 1
         token = pick_one(before, block_heights(before), uniform(key, again))
