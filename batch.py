@@ -13,6 +13,7 @@ lines only the first turn is said: what comes after it is a conversation, for ch
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,16 +22,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from cli import (
-    add_generation,
-    add_samples,
-    hold_interrupt,
-    make_parser,
-    number,
-    read_prompts,
-    say,
-    user_errors,
-)
+from cli import add_generation, hold_interrupt, make_parser, number, read_prompts, say, user_errors
 from convert_hf import progress
 from generate import (
     Transcript,
@@ -65,6 +57,15 @@ class Prompt:
     # which ids those are only the repetition penalty needs to know.
     cache: KVCache | None = None
     before: Sequence[int] = ()
+
+    def __post_init__(self):
+        """Raises ValueError naming the number, its value and what would be right."""
+        for name, low, high in (("max_new_tokens", 1, math.inf), ("samples", 1, math.inf),
+                                ("logprobs", 0, TOP_LOGPROBS)):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name} {value} must be at least {low}"
+                                 + f" and at most {high}" * (high < math.inf))
 
 
 @dataclass
@@ -150,8 +151,7 @@ def generate_batch(model: Transformer, prompts: Iterable[Sequence[int] | Prompt 
     end: a server calls generate.check_ids before."""
     batch = batch or Batch(model, batch_size, n_sink, window)
     batch.clear(model.config.vocab_size)
-    wanted = complete(prompts, max_new_tokens, ignore_eos, generator, **sampling)
-    streams = number_streams(model, wanted)
+    streams = streams_of(model, prompts, max_new_tokens, ignore_eos, generator, **sampling)
     more = True
     while more or not batch.idle:
         if any(batch.rows):
@@ -163,42 +163,34 @@ def generate_batch(model: Transformer, prompts: Iterable[Sequence[int] | Prompt 
             yield from seat(batch)
 
 
-def complete(prompts: Iterable[Sequence[int] | Prompt | None], max_new_tokens: int | Sequence[int],
-             ignore_eos: bool, generator: torch.Generator | None,
-             **sampling) -> Iterator[Prompt | None]:
-    """The prompts, of plain ids too, as Prompts with a seed."""
-    device = generator.device if generator else "cpu"
-    for n, prompt in enumerate(prompts):
-        if prompt is not None and not isinstance(prompt, Prompt):
-            limit = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[n]
-            prompt = Prompt(prompt, Sampling(**sampling), limit, () if ignore_eos else None)
-        if prompt and prompt.sampling.seed is None:
-            seed = torch.randint(2**62, (), generator=generator, device=device).item()
-            prompt = replace(prompt, sampling=replace(prompt.sampling, seed=seed))
-        yield prompt
-
-
-def number_streams(model: Transformer, prompts: Iterable[Prompt | None]) -> Iterator[list[Stream]]:
+def streams_of(model: Transformer, prompts: Iterable[Sequence[int] | Prompt | None],
+               max_new_tokens: int | Sequence[int], ignore_eos: bool,
+               generator: torch.Generator | None, **sampling) -> Iterator[list[Stream]]:
     """The streams of each prompt, one a sample; none where there is no prompt now."""
-    n = 0
+    index = n = 0
     for prompt in prompts:
         if prompt is None:
             yield []
             continue
-        if prompt.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens {prompt.max_new_tokens} must be at least 1")
-        if not 0 <= (prompt.logprobs or 0) <= TOP_LOGPROBS:
-            raise ValueError(f"logprobs {prompt.logprobs} must be from 0 to {TOP_LOGPROBS}")
+        if not isinstance(prompt, Prompt):
+            limit = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[n]
+            prompt = Prompt(prompt, Sampling(**sampling), limit, () if ignore_eos else None)
         check_ids(model, prompt.ids)
-        if prompt.stop_ids is None:
-            prompt = replace(prompt, stop_ids=model.config.eos_ids)
-        yield [Stream(n + i, sample_of(prompt, i), prompt.max_new_tokens, time.perf_counter())
-               for i in range(prompt.samples)]
-        n += prompt.samples
+        yield [Stream(index + i, one, one.max_new_tokens, time.perf_counter())
+               for i, one in enumerate(samples_of(model, prompt, generator))]
+        index, n = index + prompt.samples, n + 1
 
 
-def sample_of(prompt: Prompt, i: int) -> Prompt:
-    return replace(prompt, sampling=replace(prompt.sampling, seed=prompt.sampling.seed + i))
+def samples_of(model: Transformer, prompt: Prompt,
+               generator: torch.Generator | None) -> list[Prompt]:
+    """What is asked for of each of a prompt's answers."""
+    seed, stop_ids = prompt.sampling.seed, prompt.stop_ids
+    if seed is None:
+        seed = torch.randint(2**62, (), generator=generator,
+                             device=generator.device if generator else "cpu").item()
+    stop_ids = model.config.eos_ids if stop_ids is None else stop_ids
+    return [replace(prompt, sampling=replace(prompt.sampling, seed=seed + i), stop_ids=stop_ids)
+            for i in range(prompt.samples)]
 
 
 def admit(model: Transformer, batch: Batch, waiting: Iterator[list[Stream]]) -> bool:
@@ -367,13 +359,12 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
 
 
 def main():
-    parser = add_generation(make_parser(__doc__))
+    parser = add_generation(make_parser(__doc__), samples=True)
     parser.add_argument("--prompts", required=True, metavar="FILE",
                         help="prompts, a JSON object a line; of several turns, only the first")
     parser.add_argument("--limit", type=number(int, 1), metavar="N", help="first N prompts only")
     parser.add_argument("--batch", type=number(int, 1), default=8, metavar="B",
                         help="streams side by side; default 8")
-    add_samples(parser)
     args = parser.parse_args()
     with user_errors(parser):
         for flag in ("draft", "lookup", "speculate"):

@@ -54,9 +54,12 @@ def make_parser(doc: str, checkpoint: str | Path = EMBEDDED) -> argparse.Argumen
     return parser
 
 
-def add_generation(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """What every program takes that generates."""
+def add_generation(parser: argparse.ArgumentParser, samples=False) -> argparse.ArgumentParser:
+    """What every program takes that generates, some of them several answers to one prompt."""
     add = parser.add_argument
+    if samples:
+        add("--samples", type=number(int, 1), default=1, metavar="N",
+            help="answers to a prompt, with seeds that count up; default 1")
     add("--max-new-tokens", type=number(int, 1), default=512, metavar="N", help="default 512")
     add("--compile", action="store_true", help="compile the model for this machine first")
     add("--compile-prefill", action="store_true",
@@ -78,11 +81,6 @@ def add_generation(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--speculate", type=number(int, 1), metavar="K",
         help="tokens proposed a round; default: as many as pay")
     return parser
-
-
-def add_samples(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--samples", type=number(int, 1), default=1, metavar="N",
-                        help="answers to each prompt, with seeds that count up; default 1")
 
 
 @contextlib.contextmanager

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from cli import (
     add_generation,
-    add_samples,
     check_text,
     figures,
     hold_interrupt,
@@ -34,7 +33,7 @@ from convert_hf import DTYPES
 from kv_cache import KVCache
 from load import load
 from model import ModelConfig, Transformer
-from sample import sample, seen_in
+from sample import penalty, sample
 from speculate import Speculation, speculate
 from tokenizer import Tokenizer, stop_at
 from tp import agree
@@ -157,14 +156,6 @@ def generate(model: Transformer, cache: KVCache, prompt_ids: list[int], max_new_
     yield from continue_from(model, cache, logits, max_new_tokens, ignore_eos, speculation,
                              temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                              generator=generator, **penalty(logits, prompt_ids, repetition_penalty))
-
-
-def penalty(logits: Tensor, prompt_ids: list[int], repetition_penalty: float) -> dict:
-    """What sample.sample takes for it, if there is one."""
-    if repetition_penalty == 1:
-        return {}
-    return dict(repetition_penalty=repetition_penalty,
-                seen=seen_in(prompt_ids, logits.shape[-1], logits.device))
 
 
 def continue_from(model: Transformer, cache: KVCache, logits: Tensor, max_new_tokens: int,
@@ -348,9 +339,8 @@ def get_ready(model: Transformer, cache: KVCache, args,
 
 
 def main():
-    parser = add_generation(make_parser(__doc__))
+    parser = add_generation(make_parser(__doc__), samples=True)
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, metavar="TEXT")
-    add_samples(parser)
     args = parser.parse_args()
     with user_errors(parser):
         prompt = check_text("--prompt", args.prompt)
@@ -363,8 +353,8 @@ def main():
         for index in range(args.samples):
             record = answer(model, cache, tokenizer, ids, args, generator,
                             (lambda text: None) if args.json else show, speculation, kept)
-            which = {} if kept is None else {"index": index}
-            print(json.dumps({**which, **record}) if args.json else "", flush=True)
+            record = record if kept is None else {"index": index, **record}
+            print(json.dumps(record) if args.json else "", flush=True)
             say(f"{figures(record)}, compiled in {record['compile_s']:.1f} s, seed {args.seed}")
             if record["finish_reason"] == "interrupt":
                 break

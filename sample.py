@@ -168,6 +168,14 @@ def seen_in(ids: list[int], vocab_size: int, device="cpu") -> Tensor:
     return seen.to(device)
 
 
+def penalty(logits: Tensor, prompt_ids: list[int], repetition_penalty: float) -> dict:
+    """What `sample` takes for the repetition penalty of one row, if there is one."""
+    if repetition_penalty == 1:
+        return {}
+    return dict(repetition_penalty=repetition_penalty,
+                seen=seen_in(prompt_ids, logits.shape[-1], logits.device))
+
+
 def log_probabilities(logits: Tensor, ids: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Logarithms of the probabilities of ids (B, 1) in logits (B, V) as they are, and then of the n
     likeliest, (B, 1 + n), and which tokens those are, (B, 1 + n)."""

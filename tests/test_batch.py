@@ -297,7 +297,6 @@ def test_log_probabilities_are_noted_for_whoever_asks():
 
 
 @pytest.mark.parametrize("changes, word", [
-    (dict(prompts=[Prompt([1], logprobs=21)]), "logprobs 21"),
     (dict(temperature=-1.0), "temperature -1"), (dict(batch_size=0), "batch size 0"),
     (dict(prompts=[[1], []]), "empty"),
     (dict(prompts=[[64]]), "outside"), (dict(max_new_tokens=0), "max_new_tokens 0"),
@@ -305,6 +304,14 @@ def test_log_probabilities_are_noted_for_whoever_asks():
 def test_what_cannot_be_is_refused(changes, word):
     with pytest.raises(ValueError, match=word):
         list(generate_batch(random_model(), **{"prompts": [[1]], **changes}))
+
+
+@pytest.mark.parametrize("changes, word", [
+    (dict(logprobs=21), "logprobs 21 .* at most 20"), (dict(samples=0), "samples 0"),
+    (dict(max_new_tokens=0), "max_new_tokens 0")])
+def test_a_prompt_that_cannot_be_is_refused(changes, word):
+    with pytest.raises(ValueError, match=word):
+        Prompt([1], **changes)
 
 
 def test_no_prompts_are_no_events():
