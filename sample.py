@@ -314,7 +314,9 @@ def choose_on_cpu(logits: Tensor, *settings: float | Tensor | None) -> Tensor:
     many = [row for row, (heat, k, *_) in enumerate(rows) if heat and not k]
     if many:
         probs = logits if len(many) == n_rows else logits[many]  # (n, V)
-        probs = (probs / torch.tensor([[max(rows[row][0], COLDEST)] for row in many])).softmax(-1)
+        heats = [[max(rows[row][0], COLDEST)] for row in many]
+        same = all(heat == heats[0] for heat in heats)
+        probs = (probs / (heats[0][0] if same else torch.tensor(heats))).softmax(-1)
         heights = block_heights(probs)
         for at, row in enumerate(many):
             ids[row] = settle(probs[at], heights[at], *rows[row][2:])
@@ -428,7 +430,7 @@ class Rows:
             ids = choose_on_gpu(logits, self.settings["temperature"][rows], *limits,
                                 mix(self.keys[rows] ^ self.drawn[rows]))
         ids = in_step(ids)[:, None]
-        self.drawn[rows] += 1
+        self.drawn[rows].add_(1)
         if penalized:
             self.seen[rows].scatter_(-1, ids, True)
             self.counts[rows].scatter_add_(-1, ids, torch.ones_like(ids).float())
