@@ -158,6 +158,8 @@ def compile_step(model: Transformer, device: torch.device, prefill: bool = False
     graph = torch.compile(step, fullgraph=True, dynamic=False, options={
         "guard_filter_fn": needed_guards,
         "triton.cudagraphs": on_gpu, "coordinate_descent_tuning": on_gpu,
+        # The graph's own checks of its kernels' shapes, in Python, take a tenth of a small step.
+        "size_asserts": False, "alignment_asserts": False, "scalar_asserts": False,
         # Else the number of threads is compiled in, unless it is the number of cores.
         "cpp.dynamic_threads": torch.get_num_threads() != os.cpu_count()})
     eager = model.step
