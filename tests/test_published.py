@@ -211,8 +211,8 @@ def test_what_is_stored_in_fp16_runs_in_bf16_where_it_is_int4(tmp_path, caplog):
 def test_compiled_equals_eager(name, tmp_path):
     read = compress(tmp_path / name, SCHEMES[name]) if name == "mixed" else dequantized(name)
     folder = tmp_path / name if name == "mixed" else in_place(tmp_path, name)
-    eager, compiled = (load(folder, device="cpu", dtype=torch.float32, compile=c,
-                            compile_prefill=c)[0] for c in (False, True))
+    eager, compiled = (load(folder, device="cpu", dtype=torch.float32, compile=c)[0]
+                       for c in (False, True))
     check_logits(compiled, folder, read)
     check_tokens(compiled, eager)
 
