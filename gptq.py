@@ -59,14 +59,13 @@ def quantize_gptq(weight: Tensor, hessian: Tensor, drift: Tensor, group_size: in
     name when they are not finite."""
     if not weight.isfinite().all():
         raise ValueError(f"tensor {name} has NaN or infinite values and cannot be quantized")
-    if not hessian.isfinite().all():
+    if not (hessian + drift).isfinite().all():
         raise ValueError(f"{name}: the text makes its inputs NaN or infinite")
     order = by_importance(hessian.diagonal(), group_size)
-    hessian, inverse = damped_inverse(hessian[order][:, order], name)
+    hessian, inverse, factor = damped_inverse(hessian[order][:, order], name)
     weight = weight.float()[:, order]
     # |W y - Q x|^2 is |(W + W (y - x) x^T H^-1 - Q) x|^2 and a constant, x and y as columns.
     weight = weight + DRIFT * weight @ drift[order][:, order] @ inverse
-    factor = torch.linalg.cholesky(inverse, upper=True)
     nibbles, scale, zero = round_columns(weight, factor, group_size)
     steps = nibbles - zero.repeat_interleave(group_size, 1) / 16
     scale = refit(weight, steps, hessian, scale)
@@ -84,19 +83,21 @@ def by_importance(diagonal: Tensor, group_size: int) -> Tensor:
     return (first[:, None] * group_size + within[first]).flatten()
 
 
-def damped_inverse(hessian: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """The dampened Hessian and its inverse, which is positive definite in float32, too. An input
-    that the text never raised has nothing but the dampening, and is rounded by itself."""
+def damped_inverse(hessian: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The dampened Hessian, its inverse, and the upper triangular factor of that: factor^T factor.
+    An input that the text never raised has nothing but the dampening, so its column is rounded by
+    itself. What float32 cannot invert is dampened more."""
     mean = hessian.diagonal().mean().item() or 1.0
     share = DAMPENING
     while True:
         damped = hessian.clone()
         damped.diagonal().add_(share * mean)
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            inverse = torch.cholesky_inverse(factor)
-            if not torch.linalg.cholesky_ex(inverse, upper=True).info:
-                return damped, inverse
+            inverse = torch.cholesky_inverse(lower)
+            factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+        if not failed:
+            return damped, inverse, factor
         share *= 10
         log.info("%s: its Hessian has no Cholesky factor; dampened by %g now", name, share)
 
