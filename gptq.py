@@ -254,6 +254,8 @@ def gptq_checkpoint(source: Path, text: str, out: Path, n_sequences: int = 128,
     Raises ValueError naming the file, the tensor or the size."""
     device = check_device(device)
     raw, config = read_config(source)
+    if raw.get("quantization_config"):
+        raise ValueError(f"{source}: others have quantized it already; quantize the original")
     quantization = quantization_of(raw, "int4", group_size, source)
     shapes = stored_shapes(empty_model(config, quantization))  # refuses what cannot be
     longest = min(config.max_seq_len, config.sliding_window or config.max_seq_len)

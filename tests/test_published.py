@@ -390,6 +390,11 @@ def test_settings_that_do_not_match_the_tensors(name, changes, naming, tmp_path)
     refused("generate", "--checkpoint", folder, naming=[folder, *naming])
 
 
+def test_gptq_wants_the_original(tmp_path):
+    refused("gptq", "--checkpoint", in_place(tmp_path, "awq-32"), "--text", __file__,
+            "--out", tmp_path / "out", naming=["awq-32", "quantize the original"])
+
+
 def test_zeros_where_the_settings_have_none(tmp_path):
     compress(tmp_path / "it", SCHEMES["pack-4-64-zeros"])
     settings = json.loads((tmp_path / "it" / "config.json").read_text())["quantization_config"]
