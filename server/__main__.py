@@ -1,0 +1,159 @@
+"""An OpenAI-style server of endless conversations: continuous batching, nothing read twice.
+
+    python -m server                                        # SmolLM2 on http://127.0.0.1:8000
+    python -m server --checkpoint NAME --batch 8 --compile --api-key-file KEYS --host 0.0.0.0
+
+Every answer's memory is constant, so what is admitted is a count of rows, never a guess about
+lengths. A finished answer's cache is kept in host memory: when its conversation goes on, only the
+new turn is read. SIGTERM ends it: no new requests, running answers may take --grace seconds more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import ipaddress
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+
+from cli import check_text, make_parser, number, say, user_errors
+from convert_hf import DTYPES
+from load import load
+from server.app import Settings, make_app
+from server.engine import Engine
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, checkpoint="smollm2")
+    parser.prog = "python -m server"
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", metavar="H", help="address to listen on; default 127.0.0.1")
+    add("--port", type=number(int, 0, 65535), default=8000, metavar="P",
+        help="default 8000; 0 is any that is free")
+    add("--batch", type=number(int, 1), default=8, metavar="B",
+        help="answers side by side; default 8")
+    add("--queue", type=number(int, 1), default=64, metavar="N",
+        help="requests that may wait; default 64")
+    add("--max-new-tokens", type=number(int, 1), default=512, metavar="N",
+        help="of an answer: the default, and the most that can be asked for; default 512")
+    add("--sink", type=number(int, 0), metavar="S",
+        help="first tokens of every conversation, never evicted; default 4")
+    add("--pin-system", metavar="TEXT", help="a system turn for all, which is never evicted")
+    add("--keep-gb", type=number(float, 0), default=2.0, metavar="G",
+        help="memory for conversations that may go on; default 2")
+    add("--compile", action="store_true", help="compile the model for this machine first")
+    add("--api-key-file", metavar="FILE", help="who may ask: a key a line")
+    add("--no-auth", action="store_true", help="let everyone who reaches another --host ask")
+    add("--allow-host", action="append", default=[], metavar="NAME",
+        help="a name that this server goes by, beside localhost; may be repeated")
+    add("--allow-origin", action="append", default=[], metavar="URL",
+        help="a site whose pages may ask from browsers (CORS); may be repeated")
+    add("--grace", type=number(float, 0), default=30.0, metavar="SECONDS",
+        help="how long running answers may go on after SIGTERM; default 30")
+    return parser
+
+
+def read_keys(path: str) -> tuple[bytes, ...]:
+    """The keys in a file, one a line. Raises ValueError or OSError naming the file."""
+    keys = tuple(line.strip() for line in Path(path).read_bytes().splitlines() if line.strip())
+    if not keys:
+        raise ValueError(f"{path}: no key in it; it needs one a line")
+    return keys
+
+
+def check_exposure(args) -> None:
+    """Raises ValueError for a server that strangers could use by mistake."""
+    if args.api_key_file and args.no_auth:
+        raise ValueError("--api-key-file and --no-auth exclude each other")
+    local = args.host == "localhost"
+    with contextlib.suppress(ValueError):
+        local = ipaddress.ip_address(args.host).is_loopback
+    if not (local or args.api_key_file or args.no_auth):
+        raise ValueError(f"--host {args.host} lets others in: give --api-key-file FILE, or "
+                         "--no-auth if everyone there may ask")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; nobody is heard yet. Raises OSError naming the address."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        raise OSError(f"--host {host} --port {port}: {error.strerror}") from None
+    return sock
+
+
+def model_name(checkpoint: str) -> str:
+    """What clients call it: the name that was given, without folders or .gguf."""
+    path = Path(checkpoint)
+    return path.name.removesuffix(".gguf") if path.exists() else str(checkpoint)
+
+
+def make_engine(args) -> Engine:
+    """Load the model and start its thread."""
+    say(f"loading {args.checkpoint}")
+    model, tokenizer = load(args.checkpoint, args.device, DTYPES.get(args.dtype), args.quantize,
+                            args.compile, args.group_size)
+    sink = args.sink
+    if args.pin_system is not None:
+        if sink is not None:
+            raise ValueError("--pin-system decides the number of sinks; leave --sink out")
+        sink = len(tokenizer.system_turn(check_text("--pin-system", args.pin_system)))
+    engine = Engine(model, tokenizer, args.batch, sink, args.window,
+                    int(args.keep_gb * 2**30), args.queue, args.pin_system)
+    if args.compile:
+        say("compiling: 10 to 30 s the first time, a few from then on")
+    engine.warm()
+    return engine.start()
+
+
+async def serve(app, sock: socket.socket, engine: Engine, grace: float) -> None:
+    """Answer until SIGTERM or Ctrl-C, and then for as long as running answers take, or grace
+    seconds; a second signal ends it at once."""
+    server = uvicorn.Server(uvicorn.Config(
+        app, log_level="warning", access_log=False, lifespan="off", ws="none", proxy_headers=False,
+        server_header=False, timeout_graceful_shutdown=5))
+    loop, asked_to_end, now = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+
+    def on_signal(number, frame):
+        loop.call_soon_threadsafe(now.set if asked_to_end.is_set() else asked_to_end.set)
+
+    server.handle_exit = on_signal  # uvicorn's own would end with the signal instead of status 0
+    serving = asyncio.ensure_future(server.serve([sock]))
+    ending = asyncio.ensure_future(asked_to_end.wait())
+    await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
+    engine.drain()
+    say("shutting down")
+    deadline = loop.time() + grace
+    while not (engine.idle() or now.is_set() or loop.time() > deadline):
+        await asyncio.sleep(0.05)
+    await asyncio.to_thread(engine.stop)
+    await asyncio.sleep(0.1)  # the last events are on their way
+    server.should_exit = True
+    await serving
+
+
+def main():
+    parser = arguments()
+    args = parser.parse_args()
+    with user_errors(parser):
+        check_exposure(args)
+        keys = read_keys(args.api_key_file) if args.api_key_file else ()
+        sock = listen(args.host, args.port)
+        engine = make_engine(args)
+        settings = Settings(model_name(args.checkpoint), args.max_new_tokens, keys,
+                            (args.host, *args.allow_host), tuple(args.allow_origin))
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        say(f"http://{host}:{sock.getsockname()[1]} serves {settings.model}")
+        asyncio.run(serve(make_app(engine, settings), sock, engine, args.grace))
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
