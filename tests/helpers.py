@@ -10,6 +10,7 @@ import torch
 
 from attention import attend_all
 from model import ModelConfig, Transformer
+from sample import choose_on_gpu
 
 TINY = Path(__file__).parent.parent / "checkpoints" / "tiny"
 
@@ -42,7 +43,9 @@ def hf_model(family, **config):
 
 
 def as_on_a_gpu(monkeypatch):
-    """Attention as GPUs compute it. (A CPU looks how much is held, which costs it nothing.)"""
+    """Attention and sampling as GPUs compute them. (A CPU looks how much is held, and at what is
+    drawn, which costs it nothing.)"""
+    monkeypatch.setattr("sample.choose_on_cpu", choose_on_gpu)
     monkeypatch.setattr("model.attend", lambda q_sink, q_recent, k, v, at: attend_all(
         q_sink, q_recent, k, v, at.mask, at.n_sink))
 
