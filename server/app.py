@@ -24,10 +24,11 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from server.engine import Engine, Job
+from server.answers import Job
+from server.engine import Engine
 from server.forms import Form
 from server.metrics import Metrics
-from server.protocol import MAX_BODY, ApiError, Request, parse
+from server.protocol import MAX_BODY, ApiError, parse
 
 log = logging.getLogger("gpt_stream")
 PAGE = Path(__file__).parent / "page.html"
@@ -88,10 +89,13 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
         asked = await asyncio.to_thread(parse, body, chat, settings.model, settings.max_new_tokens)
         jobs = await asyncio.to_thread(engine.plan, asked, key)
         form = Form(asked, settings.model, engine.fingerprint)
-        events = engine.submit(jobs)
+        events = metrics.watch(engine.submit(jobs), jobs)
         if asked.stream:
-            return EventStream(stream(asked, jobs, metrics.watch(events, jobs), form))
-        return await whole(request, jobs, metrics.watch(events, jobs), form)
+            return EventStream(stream(events, jobs, form), lambda: engine.leave(jobs))
+        try:
+            return await whole(request, events, jobs, form)
+        finally:
+            engine.leave(jobs)
 
     @route("/v1/chat/completions", "POST")
     async def chat_completions(request: HttpRequest) -> Response:
@@ -212,7 +216,7 @@ async def read_body(request: HttpRequest) -> bytes:
 # ------------------------------------------------------------------------------ answers
 
 
-async def whole(request: HttpRequest, jobs: list[Job], events: AsyncIterator,
+async def whole(request: HttpRequest, events: AsyncIterator, jobs: list[Job],
                 form: Form) -> Response:
     """The answer as one object, when all of it is there."""
     async def collect() -> None:
@@ -230,12 +234,9 @@ async def whole(request: HttpRequest, jobs: list[Job], events: AsyncIterator,
     finally:
         collecting.cancel()
         gone.cancel()
-        for job in jobs:
-            job.cancel()
 
 
-async def stream(asked: Request, jobs: list[Job], events: AsyncIterator,
-                 form: Form) -> AsyncIterator[bytes]:
+async def stream(events: AsyncIterator, jobs: list[Job], form: Form) -> AsyncIterator[bytes]:
     """The answer piece by piece, as server-sent events."""
     try:
         async for event in events:
@@ -244,18 +245,15 @@ async def stream(asked: Request, jobs: list[Job], events: AsyncIterator,
         yield form.last(jobs)
     except ApiError as error:
         yield form.failed(error)
-    finally:
-        for job in jobs:
-            job.cancel()
 
 
 class EventStream(Response):
     """A stream of server-sent events, which ends when the client goes away or stops reading."""
 
-    def __init__(self, chunks: AsyncIterator[bytes]):
+    def __init__(self, chunks: AsyncIterator[bytes], at_end: Callable[[], None]):
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         del self.headers["content-length"]
-        self.chunks = chunks
+        self.chunks, self.at_end = chunks, at_end
 
     async def __call__(self, scope, receive, send) -> None:
         async def run() -> None:
@@ -274,6 +272,7 @@ class EventStream(Response):
                 with contextlib.suppress(asyncio.TimeoutError):
                     await running
         finally:
+            self.at_end()
             gone.cancel()
             running.cancel()
             with contextlib.suppress(asyncio.CancelledError):

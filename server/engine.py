@@ -1,121 +1,32 @@
 """One model, one thread, many answers: batch.py's continuous batching, fed from a queue.
 
-The event loop's side is `plan` (which takes its time: in a worker thread), `submit`, and
-`Job.cancel`. The engine's thread runs `generate_batch`, which takes the next prompt when it has
-room, and sends every token's text to the loop as it comes.
+The event loop's side is `plan` (which takes its time: in a worker thread), `submit`, and `leave`
+when an answer is complete or nobody waits for it. The engine's thread runs `generate_batch`, which
+takes the next prompt when it has room, and sends every token's text to the loop as it comes.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import dataclasses
+import functools
 import logging
+import secrets
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
 
-import torch
-
-from batch import Batch, Prompt, generate_batch
-from generate import check_ids
+from batch import Batch, Prompt, Stream, generate_batch
+from generate import LARGE_CHUNK, check_ids
+from kv_cache import KVCache
 from model import Transformer
+from server.answers import Answer, Event, Job, Token
 from server.keep import Keep, Kept, chain, extended, put, take
 from server.protocol import MAX_PROMPT, ApiError, Request
-from tokenizer import Tokenizer, stop_at
+from tokenizer import Tokenizer
 
 log = logging.getLogger("gpt_stream")
-
-
-@dataclass
-class Token:
-    """A token as logprobs tell of it."""
-
-    text: str
-    logprob: float
-    top: list[tuple[str, float]]  # the likeliest instead
-
-
-@dataclass
-class Event:
-    """What one step adds to one choice."""
-
-    choice: int
-    text: str
-    token: Token | None = None  # where logprobs are asked for
-    finish: str | None = None  # "stop" or "length", with the last event
-
-
-@dataclass
-class Job:
-    """One prompt of a request, and its n answers."""
-
-    asked: Request
-    ids: list[int]  # what is to be read
-    first_choice: int  # its answers are this choice of the request and the next ones
-    kept: Kept | None = None  # what was read before
-    key: str = ""  # of the messages, for what will be kept; none: nothing is
-    found: str = ""  # the key of what was found
-    system: int = 0  # the first of ids that others may share
-    system_key: str = ""
-    new_tokens: int = 0
-    cancelled: bool = False
-    answers: int = 0  # that have begun
-    queue: asyncio.Queue | None = None
-    loop: asyncio.AbstractEventLoop | None = None
-
-    @property
-    def cached_tokens(self) -> int:
-        return len(self.kept.ids) if self.kept else 0
-
-    @property
-    def prompt_tokens(self) -> int:
-        return self.cached_tokens + len(self.ids)
-
-    def all_ids(self) -> list[int]:
-        return (self.kept.ids if self.kept else []) + self.ids
-
-    def cancel(self) -> None:
-        """Nobody waits for it any more: its rows are free within a step."""
-        self.cancelled = True
-
-    def post(self, event: Event | ApiError) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            self.loop.call_soon_threadsafe(self.queue.put_nowait, event)
-
-
-@dataclass
-class Answer:
-    """One stream: what has been said of it, and what has been shown."""
-
-    job: Job
-    choice: int
-    tokenizer: Tokenizer
-    ids: list[int] = field(default_factory=list)
-    text: str = ""  # shown
-    lengths: list[int] = field(default_factory=list)  # of all text, after each token
-    finish: str = "length"
-
-    def __post_init__(self):
-        self.detokenize, self.stop = self.tokenizer.stream(), stop_at(self.job.asked.stop)
-
-    def add(self, token_id: int | None) -> str:
-        """Take a token, at last None; the text that can be shown now."""
-        piece = self.detokenize(token_id)
-        text, stopped = self.stop(piece, final=token_id is None)
-        if token_id is not None:
-            self.ids.append(token_id)
-            self.lengths.append((self.lengths[-1] if self.lengths else 0) + len(piece))
-        self.finish = "stop" if stopped else self.finish
-        self.text += text
-        return text
-
-    def unshown(self) -> int:
-        """The last tokens of which no text was shown; -1 if the text shown ends within a token."""
-        shown = len(self.text)
-        if not shown:
-            return len(self.ids)
-        return len(self.ids) - 1 - self.lengths.index(shown) if shown in self.lengths else -1
+LONG = 1024  # tokens; of prompts that are longer, only one is read at a time
 
 
 class Engine:
@@ -127,10 +38,12 @@ class Engine:
         self.model, self.tokenizer, self.max_queue = model, tokenizer, max_queue
         self.pinned = [{"role": "system", "content": pin_system}] if pin_system else []
         self.fingerprint = getattr(model, "fingerprint", "random")
-        self.batch = Batch(model, batch_size, n_sink, window)
+        self.names = {token_id: text for text, token_id in tokenizer.specials.items()}
+        self.batch = Batch(model, batch_size, n_sink, window, n_staging=2, n_chunks=2)
         self.keep = Keep(keep_bytes)
         self.waiting: deque[Job] = deque()
-        self.answers: dict[int, Answer] = {}
+        self.jobs: list[Job] = []  # that somebody waits for
+        self.answers: dict[int, Answer] = {}  # that are in a row, by their number in the batch
         self.wake = threading.Condition()
         self.draining = self.closed = False
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
@@ -218,6 +131,7 @@ class Engine:
             for job in jobs:
                 job.queue, job.loop = queue, loop
                 self.waiting.append(job)
+                self.jobs.append(job)
             self.wake.notify()
         return arriving(queue, sum(job.asked.n for job in jobs))
 
@@ -225,8 +139,15 @@ class Engine:
         """Take no more requests."""
         self.draining = True
 
-    def idle(self) -> bool:
-        return not (self.waiting or self.answers)
+    def leave(self, jobs: list[Job]) -> None:
+        """Nobody waits for these any more: what they hold is free within a step."""
+        for job in jobs:
+            job.cancelled = True
+            if job.prompt:
+                job.prompt.dropped = True
+        with self.wake:
+            self.jobs = [job for job in self.jobs if job not in jobs]
+            self.waiting = deque(job for job in self.waiting if job not in jobs)
 
     def stop(self) -> None:
         """End the thread. Answers that are not complete end with an error."""
@@ -238,11 +159,9 @@ class Engine:
 
     def fail(self, message: str, status: int = 500) -> None:
         """End all that is running or waiting with an error."""
-        jobs = [*self.waiting, *{id(a.job): a.job for a in [*self.answers.values()]}.values()]
-        self.waiting.clear()
-        for job in jobs:
-            job.cancel()
+        for job in self.jobs:
             job.post(ApiError(status, message, retry_after=1))
+        self.leave(self.jobs)
 
     # -------------------------------------------------------------------------- the engine's thread
 
@@ -255,7 +174,7 @@ class Engine:
                 log.error("the engine failed: %s; running answers are lost", type(error).__name__)
                 self.fail("The engine failed at this; try again.")
                 self.answers.clear()
-                self.batch.clear()
+                self.batch.begin()
 
     def prompts(self) -> Iterator[Prompt | None]:
         """What generate_batch takes next: None while nothing waits, the end when closed."""
@@ -265,5 +184,89 @@ class Engine:
                     self.wake.wait()
                 if self.closed:
                     return
-                job = self.waiting.popleft() if self.waiting else None
-            yield self.prompt(job) if job and not job.cancelled else None
+                # One staging row stays free of long prompts, so that short ones overtake them.
+                busy = any(reading.left > LONG for reading in self.batch.readings)
+                job = next((job for job in self.waiting if not busy or len(job.ids) <= LONG), None)
+                if job:
+                    self.waiting.remove(job)
+            yield self.prompt(job) if job else None
+
+    def prompt(self, job: Job) -> Prompt:
+        """A job as generate_batch takes one."""
+        sampling = job.asked.sampling
+        if sampling.seed is None:
+            sampling = dataclasses.replace(sampling, seed=secrets.randbits(63))
+        job.prompt = prompt = Prompt(job.ids, job.asked.max_new_tokens, sampling, job.asked.n,
+                                     job.asked.top_logprobs, owner=job)
+        prompt.dropped = job.cancelled
+        if job.kept:
+            prompt.before, prompt.begin = job.kept.ids, functools.partial(put, job.kept)
+        if job.system:
+            prompt.n_shared, prompt.shared = job.system, functools.partial(self.share, job)
+        return prompt
+
+    def share(self, job: Job, cache: KVCache) -> None:
+        """Keep a system turn, which has just been read, for others."""
+        self.keep.add(job.system_key, take(cache, 0, job.ids[:job.system]))
+
+    def tell(self, index: int, token_id: int | None) -> None:
+        """Pass on what generate_batch says of a stream: a token, or its end."""
+        stream = self.batch.stream(index)
+        job = stream.prompt.owner
+        if token_id is None:
+            self.end(self.answers.pop(index), stream)
+            return
+        if index not in self.answers:
+            self.answers[index] = Answer(job, job.first_choice + stream.number, self.tokenizer)
+        answer = self.answers[index]
+        job.new_tokens += 1
+        text = answer.add(token_id)
+        if answer.stopped or job.cancelled:
+            stream.left = 0
+        if answer.stopped or token_id in self.model.config.eos_ids:
+            answer.finish = "stop"
+        token = self.token(token_id, stream.logprobs) if stream.logprobs else None
+        if not job.cancelled:
+            job.post(Event(answer.choice, text, token))
+
+    def end(self, answer: Answer, stream: Stream) -> None:
+        """Keep a conversation that has ended for now, and only then say so."""
+        job, rest = answer.job, answer.flush()
+        undo = answer.unshown()
+        if job.key and undo >= 0 and self.keep.max_bytes:
+            row = self.batch.rows.index(stream)
+            kept = take(self.batch.cache, row, job.all_ids() + answer.ids, undo)
+            if kept:
+                self.keep.add(extended(job.key, "assistant", answer.text), kept, job.found)
+        if not job.cancelled:
+            job.post(Event(answer.choice, rest, finish=answer.finish))
+
+    def token(self, token_id: int, logprobs: tuple) -> Token:
+        logprob, values, ids = (tensor.tolist() for tensor in logprobs)
+        return Token(self.name(token_id), logprob[0],
+                     [(self.name(i), value) for i, value in zip(ids, values)])
+
+    def name(self, token_id: int) -> str:
+        """A token's text; special ones have a name."""
+        return self.names.get(token_id) or self.tokenizer.decode([token_id])
+
+    def warm(self) -> None:
+        """Run every graph that answering needs, so that none is compiled later."""
+        for _ in range(3 if self.batch.device.type == "cuda" else 1):
+            list(generate_batch(self.model, [[0] * (LARGE_CHUNK + 1)], max_new_tokens=3,
+                                ignore_eos=True, batch=self.batch))
+        self.batch.begin()
+        self.batch.steps = self.batch.busy = 0
+
+
+async def arriving(queue: asyncio.Queue, n_choices: int) -> AsyncIterator[list[Event]]:
+    """A request's events until all its choices have ended. Raises an ApiError among them."""
+    while n_choices:
+        events = [await queue.get()]
+        while not queue.empty():
+            events.append(queue.get_nowait())
+        for event in events:
+            if isinstance(event, ApiError):
+                raise event
+            n_choices -= event.finish is not None
+        yield events

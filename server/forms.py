@@ -6,7 +6,7 @@ import json
 import secrets
 import time
 
-from server.engine import Event, Job
+from server.answers import Event, Job
 from server.protocol import ApiError, Request
 
 

@@ -1,4 +1,4 @@
-"""Conversations that are kept: the caches of finished answers, in host memory, found by what was said.
+"""Kept conversations: caches of finished answers, in host memory, found by what was said.
 
 A key is a chain of hashes over the model, who asks, and every message's role and content, so a
 request that begins with a kept conversation finds it, and no one else's.

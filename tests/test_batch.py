@@ -105,7 +105,7 @@ def test_no_more_chunks_come_between_two_steps_than_one_and_the_idle_rows(monkey
     batch, step, chunks, most = Batch(model, 3, 4, WINDOW), model.step, [], {}
 
     def watched(tokens, cache, *rest):
-        if cache is batch.staging:
+        if cache is batch.staging[0]:
             chunks.append(batch.rows.count(None))
         else:
             if chunks:
