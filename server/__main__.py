@@ -126,6 +126,10 @@ async def serve(app, sock: socket.socket, engine: Engine, grace: float) -> None:
 
     server.handle_exit = on_signal  # uvicorn's own would end with the signal instead of status 0
     serving = asyncio.ensure_future(server.serve([sock]))
+    while not (server.started or serving.done()):
+        await asyncio.sleep(0.01)
+    host, port, *_ = sock.getsockname()
+    say(f"http://{f'[{host}]' if ':' in host else host}:{port} serves")
     ending = asyncio.ensure_future(asked_to_end.wait())
     await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
     engine.drain()
@@ -149,8 +153,6 @@ def main():
         engine = make_engine(args)
         settings = Settings(model_name(args.checkpoint), args.max_new_tokens, keys,
                             (args.host, *args.allow_host), tuple(args.allow_origin))
-        host = f"[{args.host}]" if ":" in args.host else args.host
-        say(f"http://{host}:{sock.getsockname()[1]} serves {settings.model}")
         asyncio.run(serve(make_app(engine, settings), sock, engine, args.grace))
     sys.exit(0)
 

@@ -139,6 +139,9 @@ class Engine:
         """Take no more requests."""
         self.draining = True
 
+    def idle(self) -> bool:
+        return not self.jobs
+
     def leave(self, jobs: list[Job]) -> None:
         """Nobody waits for these any more: what they hold is free within a step."""
         for job in jobs:

@@ -49,7 +49,7 @@ class Form:
             if self.chat and not self.opened[event.choice]:
                 parts.append(self.piece(event.choice, {"role": "assistant", "content": ""}))
             self.opened[event.choice] = True
-            logprobs = self.written(event.choice, [event])
+            logprobs = self.written(event.choice, [event]) if event.token else None
             if event.text or logprobs:
                 said = {"content": event.text} if self.chat else event.text
                 parts.append(self.piece(event.choice, said, logprobs))
@@ -106,4 +106,4 @@ def usage(jobs: list[Job]) -> dict:
 
 
 def event_of(content: dict) -> bytes:
-    return b"data: " + json.dumps(content).encode() + b"\n\n"
+    return f"data: {json.dumps(content, separators=(',', ':'))}\n\n".encode()
