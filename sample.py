@@ -181,7 +181,7 @@ def pick(weights: Tensor, u: Tensor) -> Tensor:
 
     Whole blocks are passed over first, so that all but one row of a block is only summed up."""
     blocks = weights.unflatten(-1, (-1, math.gcd(weights.shape[-1], BLOCK)))
-    mass = blocks.sum(-1, dtype=torch.float64).cumsum(-1)  # (B, V / BLOCK)
+    mass = blocks.sum(-1).cumsum(-1, dtype=torch.float64)  # (B, V / BLOCK)
     target = u[:, None] * mass[:, -1:]
     block = torch.searchsorted(mass, target, right=True).clamp_(max=mass.shape[-1] - 1)
     target -= F.pad(mass, (1, 0)).gather(-1, block)
@@ -205,7 +205,8 @@ def draw(weights: Tensor, temperature: float, generator: torch.Generator | None 
 def sample(logits: Tensor, temperature: float | Tensor = 0.0, top_k: int | Tensor | None = None,
            top_p: float | Tensor | None = None, generator: torch.Generator | None = None,
            min_p: float | Tensor | None = None, keys: Tensor | None = None,
-           repetition_penalty: float | Tensor = 1.0, seen: Tensor | None = None) -> Tensor:
+           repetition_penalty: float | Tensor = 1.0, seen: Tensor | None = None,
+           overwrite: bool = False) -> Tensor:
     """Token ids (...) int64 for logits (..., V); the likeliest at temperature 0.
 
     The randomness is that of the keys (rows,), 32 bits each, or else of the generator. What is drawn
@@ -220,6 +221,7 @@ def sample(logits: Tensor, temperature: float | Tensor = 0.0, top_k: int | Tenso
         if keys is None:
             keys = random_keys(len(rows), rows.device, generator)
         choose = choose_on_cpu if rows.device.type == "cpu" else choose_on_gpu
+        rows = rows.float() if overwrite or rows.dtype != torch.float32 else rows.clone()
         ids = choose(rows, temperature, top_k, top_p, min_p, keys)
     ids = in_step(ids)
     if seen is not None:
@@ -238,45 +240,50 @@ def choose_on_gpu(logits: Tensor, temperature: float | Tensor, top_k: int | Tens
 def choose_on_cpu(logits: Tensor, temperature: float | Tensor, top_k: int | Tensor | None,
                   top_p: float | Tensor | None, min_p: float | Tensor | None,
                   keys: Tensor) -> Tensor:
-    """`sample` of rows (B, V) where looking at values costs nothing: greedy rows take no more than
-    the likeliest, rows with top-k sort that many, and all others sort nothing (see `redraw`)."""
-    def listed(setting, off):
-        if isinstance(setting, Tensor):
-            return setting.tolist()
-        return [off if setting is None else setting] * len(logits)
-
+    """`sample` of rows (B, V), overwritten, where looking at values costs nothing: greedy rows take
+    no more than the likeliest, rows with top-k sort that many, and all others sort nothing."""
+    heat, k, p, low = (listed(setting, off, len(logits)) for setting, off in (
+        (temperature, 0), (top_k, 0), (top_p, 1), (min_p, 0)))
     ids = torch.empty(len(logits), dtype=torch.int64)
-    heat, k, p, low, key = (listed(*pair) for pair in (
-        (temperature, 0), (top_k, 0), (top_p, 1), (min_p, 0), (keys, 0)))
-    greedy = [row for row in range(len(ids)) if not heat[row]]
-    few = [row for row in range(len(ids)) if heat[row] and k[row]]
-    many = [row for row in range(len(ids)) if heat[row] and not k[row]]
-    if greedy:
-        ids[greedy] = some(logits, greedy).argmax(-1)
-    if few:
-        scores, at = scale(some(logits, few), torch.tensor([heat[row] for row in few])).topk(
-            min(max(k[row] for row in few), logits.shape[-1]))
-        kept = within(scores, None, *(torch.tensor([s[row] for row in few])[:, None]
-                                      for s in (k, p)))
-        kept = kept.masked_fill(kept < kept[:, :1] * torch.tensor([[low[row]] for row in few]), 0)
-        ids[few] = at.gather(-1, pick(kept, uniform(keys[few]))[:, None])[:, 0]
-    if many:
-        probs = scale(some(logits, many),
-                      torch.tensor([heat[row] for row in many])).softmax(-1)
-        drawn = pick(probs, uniform(keys[many])).tolist()
-        ids[many] = torch.tensor([redraw(*row) for row in zip(
-            probs, drawn, [p[row] for row in many], [low[row] for row in many],
-            [key[row] for row in many])])
+    for row in range(len(logits)):
+        if not heat[row]:
+            ids[row] = logits[row].argmax(-1)
+        elif k[row]:
+            likely, at = top(logits[row], min(k[row], logits.shape[-1]))
+            kept = probabilities(likely, heat[row], None, p[row], low[row])
+            ids[row] = at[pick(kept[None], uniform(keys[row:row + 1]))[0]]
+    many = [row for row in range(len(logits)) if heat[row] and not k[row]]
+    if many:  # all rows at once: each call has its cost
+        logits = logits.sub_(logits.amax(-1, keepdim=True))
+        heats = torch.tensor([[heat[row] or 1] for row in range(len(logits))])
+        weights = logits.div_(heats).exp_()
+        drawn = pick(weights, uniform(keys)).tolist()
+        for row in many:
+            ids[row] = redraw(weights[row], drawn[row], p[row], low[row], keys[row])
     return ids
 
 
-def some(rows: Tensor, which: list[int]) -> Tensor:
-    """Some of the rows, without a copy where it is all of them."""
-    return rows if len(which) == len(rows) else rows[which]
+def listed(setting: float | Tensor | None, off: float, n: int) -> list:
+    """A setting as n numbers."""
+    if isinstance(setting, Tensor):
+        return setting.tolist()
+    return [off if setting is None else setting] * n
 
 
-def redraw(probs: Tensor, token: int, top_p: float, min_p: float, key: int) -> int:
-    """A token drawn from probabilities (V,), or others until one is kept by top-p and min-p.
+def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`logits.topk(k)` of (V,) with less to sort: the k likeliest are in the k blocks with the
+    largest maxima."""
+    size = math.gcd(len(logits), BLOCK)
+    if k * size >= len(logits):
+        return logits.topk(k)
+    blocks = logits.view(-1, size)
+    among = blocks.amax(-1).topk(k, sorted=False).indices
+    likely, at = blocks[among].view(-1).topk(k)
+    return likely, among[at // size] * size + at % size
+
+
+def redraw(weights: Tensor, token: int, top_p: float, min_p: float, key: Tensor) -> int:
+    """A token drawn from weights (V,), or others until one is kept by top-p and min-p.
 
     What comes out has the distribution that sorting would give: in the order of likelihood (of
     equals, of ids), a token is kept when less than top_p comes before it, and after one that is not
@@ -284,17 +291,18 @@ def redraw(probs: Tensor, token: int, top_p: float, min_p: float, key: int) -> i
     sorting it, and one draw in twenty is repeated at top-p 0.95."""
     if top_p >= 1 and min_p <= 0:
         return token
-    least, again = min_p * probs.max().item(), 0
+    enough = top_p * weights.sum().item() if top_p < 1 else math.inf
+    again = 0
     while True:
-        p = probs[token].item()
-        before = F.threshold(probs, p, 0.0)  # those that are likelier
-        equals = p * (probs[:token] == p)
-        mass = before.sum().item() + equals.sum().item()
-        if not mass or not (mass >= top_p < 1 or p < least):  # the likeliest always stays
+        weight = weights[token].item()
+        before = F.threshold(weights, weight, 0.0)  # those that are likelier; the largest is 1
+        equals = weights[:token] == weight
+        mass = before.sum().item() + weight * equals.count_nonzero().item()
+        if not mass or not (mass >= enough or weight < min_p):  # the likeliest always stays
             return token
-        before[:token] += equals
+        before[:token] += weight * equals
         again += 1
-        token = pick(before[None], torch.tensor([uniform(key, again)], dtype=torch.float64)).item()
+        token = pick(before[None], uniform(key[None], again)).item()
 
 
 # ------------------------------------------------------------------------------ rows
@@ -353,7 +361,7 @@ class Rows:
         else:
             limits = {name: use[name] if any(getattr(one, name) != off for one in asked) else None
                       for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0))}
-            ids = sample(logits, use["temperature"], **limits,
+            ids = sample(logits, use["temperature"], **limits, overwrite=True,
                          keys=mix(self.keys[rows] ^ self.drawn[rows]))
         self.drawn[rows] += 1
         if penalized:

@@ -3,6 +3,7 @@
     python -m bench --shape 1.1b [--peer transformers]           steps: decode and prefill
     python -m bench --shape 1.1b --window 508 --turns mt_bench.jsonl [--peer streaming]
     python -m bench --shape 1.1b --streams 64 [--batch 8] [--peer transformers]
+    python -m bench --checkpoint smollm2 --sampling [--batch 8]  drawing a token, beside a step
     python -m bench --gpu limits|decode|peers|batches            a table, see gpu.py
 
 Reading every weight once a token, a step can take no less than bytes / bandwidth. Shared machines
@@ -21,6 +22,7 @@ import torch
 
 from bench.gpu import bench_gpu
 from bench.models import SHAPES, open_model
+from bench.sampling import bench_sampling
 from bench.steps import bench_steps
 from bench.streams import bench_streams
 from bench.turns import bench_turns
@@ -29,9 +31,11 @@ from cli import make_parser, number, user_errors
 
 def check(args) -> None:
     """Refuse flags that do not go together."""
-    steps, rows = not (args.turns or args.streams), args.batch or 1
+    steps, rows = not (args.turns or args.streams or args.sampling), args.batch or 1
     for given, together, rule in (
             (args.turns, not args.streams, "--turns and --streams exclude each other"),
+            (args.sampling, not (args.turns or args.streams or args.gpu or args.peer),
+             "--sampling excludes --turns, --streams, --gpu and --peer"),
             (args.gpt_fast, args.gpu == "peers", "--gpt-fast goes with --gpu peers"),
             (args.gpu, not (args.streams or args.batch or args.quantize or args.peer),
              "--gpu says itself what it measures: no --streams, --batch, --quantize or --peer"),
@@ -68,6 +72,7 @@ def main():
     add("--max-new-tokens", type=number(int, 2), metavar="M", help="tokens a turn; default 128")
     add("--streams", type=number(int, 1), metavar="N",
         help="time continuous batching of N synthetic prompts")
+    add("--sampling", action="store_true", help="time how tokens are drawn")
     add("--gpu", choices=["limits", "decode", "peers", "batches"], help="a part of gpu.py's table")
     add("--gpt-fast", metavar="DIR", help="a copy of gpt-fast, for --gpu peers")
     args = parser.parse_args()
@@ -79,7 +84,8 @@ def main():
         start = time.perf_counter()
         model = open_model(args)
         load_s = time.perf_counter() - start
-        run = bench_turns if args.turns else bench_streams if args.streams else bench_steps
+        run = (bench_turns if args.turns else bench_streams if args.streams else
+               bench_sampling if args.sampling else bench_steps)
         figures = run(args, model)
     weight = model.norm.weight
     figures = dict(model=args.shape or str(args.checkpoint), device=str(weight.device),
