@@ -14,8 +14,11 @@ import argparse
 import asyncio
 import contextlib
 import ipaddress
+import queue
+import signal
 import socket
-import sys
+import threading
+import time
 from pathlib import Path
 
 import uvicorn
@@ -96,7 +99,7 @@ def model_name(checkpoint: str) -> str:
 
 
 def make_engine(args) -> Engine:
-    """Load the model and start its thread."""
+    """Load the model, and run every graph once."""
     say(f"loading {args.checkpoint}")
     model, tokenizer = load(args.checkpoint, args.device, DTYPES.get(args.dtype), args.quantize,
                             args.compile, args.group_size)
@@ -110,37 +113,49 @@ def make_engine(args) -> Engine:
     if args.compile:
         say("compiling: 10 to 30 s the first time, a few from then on")
     engine.warm()
-    return engine.start()
+    return engine
 
 
-async def serve(app, sock: socket.socket, engine: Engine, grace: float) -> None:
-    """Answer until SIGTERM or Ctrl-C, and then for as long as running answers take, or grace
-    seconds; a second signal ends it at once."""
+async def serve(app, sock: socket.socket, engine: Engine, grace: float,
+                signals: queue.SimpleQueue) -> None:
+    """Answer until a signal, and then for as long as running answers take, or grace seconds; a
+    second signal ends it at once."""
     server = uvicorn.Server(uvicorn.Config(
         app, log_level="warning", access_log=False, lifespan="off", ws="none", proxy_headers=False,
         server_header=False, timeout_graceful_shutdown=5))
-    loop, asked_to_end, now = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
-
-    def on_signal(number, frame):
-        loop.call_soon_threadsafe(now.set if asked_to_end.is_set() else asked_to_end.set)
-
-    server.handle_exit = on_signal  # uvicorn's own would end with the signal instead of status 0
     serving = asyncio.ensure_future(server.serve([sock]))
     while not (server.started or serving.done()):
         await asyncio.sleep(0.01)
     host, port, *_ = sock.getsockname()
     say(f"http://{f'[{host}]' if ':' in host else host}:{port} serves")
-    ending = asyncio.ensure_future(asked_to_end.wait())
-    await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
+    while signals.empty() and not serving.done():
+        await asyncio.sleep(0.05)
     engine.drain()
     say("shutting down")
-    deadline = loop.time() + grace
-    while not (engine.idle() or now.is_set() or loop.time() > deadline):
+    deadline = time.monotonic() + grace
+    while not engine.idle() and signals.qsize() < 2 and time.monotonic() < deadline:
         await asyncio.sleep(0.05)
-    await asyncio.to_thread(engine.stop)
+    engine.stop()
     await asyncio.sleep(0.1)  # the last events are on their way
     server.should_exit = True
     await serving
+
+
+def serve_beside(app, sock: socket.socket, engine: Engine, grace: float) -> threading.Thread:
+    """Serve in a thread, and end the engine with it. Signals reach it through the main thread."""
+    signals = queue.SimpleQueue()
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, lambda kind, frame: signals.put(kind))
+
+    def run() -> None:
+        try:
+            asyncio.run(serve(app, sock, engine, grace, signals))
+        finally:
+            engine.stop()
+
+    thread = threading.Thread(target=run, name="http")
+    thread.start()
+    return thread
 
 
 def main():
@@ -153,8 +168,9 @@ def main():
         engine = make_engine(args)
         settings = Settings(model_name(args.checkpoint), args.max_new_tokens, keys,
                             (args.host, *args.allow_host), tuple(args.allow_origin))
-        asyncio.run(serve(make_app(engine, settings), sock, engine, args.grace))
-    sys.exit(0)
+        serving = serve_beside(make_app(engine, settings), sock, engine, args.grace)
+        engine.run()
+        serving.join()
 
 
 if __name__ == "__main__":

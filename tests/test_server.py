@@ -20,7 +20,6 @@ import torch
 
 from generate import generate, load, make_cache
 from helpers import TINY, run
-from test_errors import refused
 
 ROOT = TINY.parent.parent
 WINDOW = 200
@@ -50,8 +49,8 @@ class Server:
 
     def chat(self, messages, client=None, **options):
         messages = user(messages) if isinstance(messages, str) else messages
-        return (client or self.client()).chat.completions.create(
-            **{"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": 20, **options})
+        options = {"model": "tiny", "temperature": 0, "max_tokens": 20, **options}
+        return (client or self.client()).chat.completions.create(messages=messages, **options)
 
     def http(self, method, path, body=None, headers=None):
         """(status, headers, content) without any client's help."""
@@ -354,8 +353,9 @@ def error_of(response, status):
 
 
 @pytest.mark.parametrize("change, param", [
-    ({"messages": None}, "messages"), ({"messages": []}, "messages"), ({"messages": "Hi"}, "messages"),
-    ({"messages": [5]}, "messages.0"), ({"messages": [{"role": "user"}]}, "messages.0.content"),
+    ({"messages": None}, "messages"), ({"messages": []}, "messages"),
+    ({"messages": "Hi"}, "messages"), ({"messages": [5]}, "messages.0"),
+    ({"messages": [{"role": "user"}]}, "messages.0.content"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
     ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
@@ -370,7 +370,8 @@ def error_of(response, status):
     ({"frequency_penalty": -3}, "frequency_penalty"), ({"seed": 2**64}, "seed"),
     ({"repetition_penalty": 0}, "repetition_penalty"), ({"n": 0}, "n"), ({"n": 17}, "n"),
     ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": 301}, "max_tokens"),
-    ({"max_completion_tokens": 301}, "max_completion_tokens"), ({"max_tokens": 10**30}, "max_tokens"),
+    ({"max_completion_tokens": 301}, "max_completion_tokens"),
+    ({"max_tokens": 10**30}, "max_tokens"),
     ({"stop": ""}, "stop.0"), ({"stop": ["a"] * 17}, "stop"), ({"stop": 5}, "stop"),
     ({"stream": "yes"}, "stream"), ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"top_logprobs": 3}, "top_logprobs"), ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
@@ -572,7 +573,8 @@ def test_a_command_line_that_cannot_be_is_one_line(argv, naming):
     status, out, err = run("server", "--port", "0", *argv)
     last = err.strip().splitlines()[-1]
     assert status == 2 and not out and "Traceback" not in err
-    assert last.startswith("python -m server: error: ") and all(str(n) in last for n in naming), last
+    assert last.startswith("python -m server: error: "), last
+    assert all(str(name) in last for name in naming), last
 
 
 def test_a_port_that_is_taken_is_one_line(server):

@@ -1,0 +1,125 @@
+"""How fast a server answers: clients that ask one prompt after the other, over real sockets.
+
+    python -m server.measure --prompts mt_bench.jsonl --clients 1,8,32 --stream
+
+Works with any server that speaks OpenAI's chat completions. It is its own small HTTP client, since
+on the server's machine a slow one would take the server's time; its share of a core is said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import time
+from urllib.parse import urlsplit
+
+from cli import number, read_prompts, user_errors
+
+
+async def post(url: str, content: dict, key: str = "none"):
+    """Yields each line of the answer's body as it comes. Raises OSError for a status but 200."""
+    at = urlsplit(url)
+    body = json.dumps(content).encode()
+    reader, writer = await asyncio.open_connection(at.hostname, at.port, limit=1 << 20)
+    try:
+        writer.write(f"POST {at.path} HTTP/1.1\r\nHost: {at.netloc}\r\nConnection: close\r\n"
+                     f"Authorization: Bearer {key}\r\nContent-Type: application/json\r\n"
+                     f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        if " 200 " not in head.splitlines()[0]:
+            raise OSError(f"{url}: {head.splitlines()[0]}: {(await reader.read(500)).decode()}")
+        chunked = "transfer-encoding: chunked" in head.lower()
+        held = b""
+        while True:
+            if chunked:
+                size = int(await reader.readline(), 16)
+                piece = (await reader.readexactly(size + 2))[:size]
+            else:
+                piece = await reader.read(1 << 16)
+            if not piece:
+                break
+            *lines, held = (held + piece).split(b"\n")
+            for line in lines:
+                yield line
+        if held:
+            yield held
+    finally:
+        writer.close()
+
+
+async def ask(url: str, content: dict) -> dict:
+    """One request: when it began, when each piece of text came, and how many tokens it had."""
+    began, times, tokens = time.perf_counter(), [], None
+    async for line in post(url, content):
+        if not content["stream"]:
+            tokens = json.loads(line)["usage"]["completion_tokens"]
+        elif line.startswith(b"data: {"):
+            said = json.loads(line[6:])
+            if said.get("usage"):
+                tokens = said["usage"]["completion_tokens"]
+            elif said["choices"][0]["delta"].get("content"):
+                times.append(time.perf_counter())
+    return dict(began=began, times=times, tokens=len(times) if tokens is None else tokens)
+
+
+async def run(url: str, contents: list[dict], n_clients: int) -> tuple[list[dict], float]:
+    """All requests, by so many clients; and the seconds that it took."""
+    waiting, done = list(reversed(contents)), []
+
+    async def client() -> None:
+        while waiting:
+            done.append(await ask(url, waiting.pop()))
+
+    began = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(n_clients)))
+    return done, time.perf_counter() - began
+
+
+def share(values: list[float], part: float) -> float | None:
+    """The value that this part of them does not exceed."""
+    return sorted(values)[min(len(values) - 1, int(part * len(values)))] if values else None
+
+
+def figures(done: list[dict], seconds: float) -> dict:
+    first = [one["times"][0] - one["began"] for one in done if one["times"]]
+    following = [b - a for one in done for a, b in zip(one["times"], one["times"][1:])]
+    tokens = sum(one["tokens"] for one in done)
+    return dict(requests=len(done), new_tokens=tokens, tok_s=tokens / seconds,
+                first_p50_s=share(first, 0.5), first_p99_s=share(first, 0.99),
+                next_p50_s=share(following, 0.5), next_p99_s=share(following, 0.99),
+                next_mean_s=statistics.mean(following) if following else None)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--url", default="http://127.0.0.1:8000/v1", help="default %(default)s")
+    add("--model", default="smollm2", help="as the server calls it; default %(default)s")
+    add("--prompts", required=True, metavar="FILE", help="of several turns, only the first is said")
+    add("--limit", type=number(int, 1), metavar="N", help="first N prompts only")
+    add("--clients", default="1,8,32", metavar="N,N", help="default %(default)s")
+    add("--max-new-tokens", type=number(int, 1), default=128, metavar="N", help="default 128")
+    add("--temperature", type=number(float, 0), default=0.0, metavar="T", help="default 0")
+    add("--stream", action="store_true", help="token by token, and not whole")
+    args = parser.parse_args()
+    with user_errors(parser):
+        prompts = [entry.get("prompt") or entry["turns"][0]
+                   for entry in read_prompts(args.prompts)[:args.limit]]
+        contents = [{"model": args.model, "messages": [{"role": "user", "content": prompt}],
+                     "max_tokens": args.max_new_tokens, "temperature": args.temperature,
+                     "stream": args.stream,
+                     **({"stream_options": {"include_usage": True}} if args.stream else {})}
+                    for prompt in prompts]
+        for n_clients in map(int, args.clients.split(",")):
+            cpu = time.process_time()
+            found = figures(*asyncio.run(run(args.url + "/chat/completions", contents, n_clients)))
+            cpu = time.process_time() - cpu
+            seconds = found["new_tokens"] / found["tok_s"]
+            print(json.dumps({"clients": n_clients, "stream": args.stream, **found,
+                              "client_cpu_share": cpu / seconds}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
