@@ -12,12 +12,12 @@ lines only the first turn is said: what comes after it is a conversation, for ch
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from cli import add_generation, hold_interrupt, make_parser, number, read_prompt
 from convert_hf import progress
 from generate import (
     Transcript,
+    check_ids,
     get_ready,
     make_cache,
     open_model,
@@ -35,244 +36,289 @@ from generate import (
 )
 from kv_cache import KVCache
 from model import Transformer
-from sample import Rows, Sampling, random_keys
+from sample import Rows, Sampling, log_probabilities
 from tokenizer import Tokenizer
 from tp import agree
 
-OVERTAKEN = 3  # chunks of shorter prompts that come before one of the longest
+TOP_LOGPROBS = 20  # the most alternatives that a prompt may ask for
 
 
 @dataclass
 class Prompt:
-    """What to continue, and how."""
+    """What is asked for: the ids, how the answer is drawn, and when it ends."""
 
-    ids: list[int]
+    ids: Sequence[int]
+    sampling: Sampling = Sampling()
     max_new_tokens: int = 64
-    sampling: Sampling = Sampling()  # its seed, if it is not greedy, is the first sample's
-    samples: int = 1  # streams that continue it; it is read once
-    top_logprobs: int | None = None  # likeliest tokens that each step tells of, if it is to tell
-    before: Sequence[int] = ()  # what the ids follow, and
-    begin: Callable[[KVCache], None] | None = None  # what puts it into the staging row
-    n_shared: int = 0  # ids at whose end
-    shared: Callable[[KVCache], None] | None = None  # is shown the staging row
-    owner: object = None  # whoever asked; not looked at here
-    dropped: bool = False  # set by whoever does not want it any more; rows: see Stream.left
+    stop_ids: Sequence[int] | None = None  # each ends an answer, told; None: the model's EOS ids
+    samples: int = 1  # answers; the first has the seed, the next ones have those that follow it
+    logprobs: int | None = None  # alternatives whose log-probabilities are noted, if any are
+    # What the ids go on from: `begin` puts it into the staging row, one with the batch's sizes.
+    before: Sequence[int] = ()
+    begin: Callable[[KVCache], None] | None = None
+    # `shared` is shown the staging row when it holds the first n_shared of the ids, for others.
+    n_shared: int = 0
+    shared: Callable[[KVCache], None] | None = None
+    owner: object = None  # whoever asks; not looked at here
+
+    def __post_init__(self):
+        """Raises ValueError naming the number, its value and what would be right."""
+        for name, low, high in (("max_new_tokens", 1, math.inf), ("samples", 1, math.inf),
+                                ("logprobs", 0, TOP_LOGPROBS)):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name} {value} must be at least {low}"
+                                 + f" and at most {high}" * (high < math.inf))
 
 
 @dataclass
 class Stream:
-    """A sample of a prompt on its way."""
+    """An answer on its way."""
 
     index: int
     prompt: Prompt
-    number: int  # which of its samples
-    left: int  # tokens that may still come; 0 or less ends it with the next
+    left: int  # tokens that may still come
     started: float  # when its prefill began and ended, the others' steps in between included
     prefilled: float = 0.0
     length: int = 0  # tokens in its row
-    logprobs: tuple | None = None  # of the latest token, as `note` tells it
+    # Of each token told: its own log-probability, and {id: log-probability} of the likeliest.
+    logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
 
 
 @dataclass
 class Reading:
-    """A prompt in a staging row."""
+    """A prompt on its way into a staging row, and from there, once whole, to its streams' rows."""
 
-    cache: KVCache
-    prompt: Prompt
-    streams: list[Stream]  # that wait for it
+    cache: KVCache  # the staging row
+    streams: list[Stream]
     chunks: Iterator[Tensor | None]
-    left: int  # tokens, about
-    logits: Tensor | None = None  # (1, 1, V) once it is whole
+    logits: Tensor | None = None  # (1, 1, V) after the last token
 
 
 class Batch:
-    """The memory of B streams side by side, which of them is in which row, and how it went."""
+    """The memory of B streams side by side, which of them is in which row, and how it went.
+
+    A server goes on from here: its prompts are an iterator that waits for requests, but yields None
+    while others are answered (see `idle`). More staging rows take turns, a chunk each, so that
+    short prompts overtake a long one. When (index, None) is told, `cache` still holds, in
+    `row(index)`, the prompt and exactly the tokens told, for the `begin` of another Prompt; then
+    they are overwritten with zeros, and no other stream could see them before."""
 
     def __init__(self, model: Transformer, batch_size: int = 8, n_sink: int | None = None,
                  window: int | None = None, n_staging: int = 1, n_chunks: int | None = None):
-        """Sizes as in generate.make_cache; with two staging rows short prompts overtake a long one.
-        n_chunks of prompts come between two steps at most, by default one and one for each idle
-        row, which fills them soonest. Raises ValueError naming a size that cannot be."""
+        """Sizes as in generate.make_cache. At most n_chunks of prompts come between two steps; None
+        is one, and one more for each idle row. Raises ValueError naming a size that cannot be."""
+        self.n_chunks = n_chunks or 1 + batch_size
         self.cache = make_cache(model, n_sink, window, batch_size)
         self.staging = [make_cache(model, n_sink, window) for _ in range(n_staging)]
-        self.n_chunks = n_chunks or 1 + batch_size
-        self.device, self.vocab_size = self.cache.length.device, model.config.vocab_size
         self.steps = self.busy = 0  # decode steps, and rows that were busy, counted at each
-        self.begin()
+        self.clear(model.config.vocab_size)
 
-    def begin(self) -> None:
-        """Forget all streams."""
-        n_rows = self.cache.batch_size
-        self.rows: list[Stream | None] = [None] * n_rows
-        self.draws = Rows(n_rows, self.vocab_size, self.device)
-        self.notes: list[tuple | None] = [None] * n_rows  # logprobs of the tokens to be told next
-        self.tokens = torch.zeros(n_rows, 1, dtype=torch.int64, device=self.device)
-        self.live = torch.zeros(n_rows, dtype=torch.int64, device=self.device)  # 1: a busy row
-        self.readings: list[Reading] = []  # the oldest first
-        self.chunks = self.taken = 0  # of prompts, read; streams, begun
-        for cache in (self.cache, *self.staging):
-            cache.reset()
+    def clear(self, vocab_size: int) -> None:
+        """Nothing is on its way."""
+        size, device = self.cache.batch_size, self.cache.length.device
+        self.sampler = Rows(size, vocab_size, device)
+        self.tokens = torch.zeros(size, 1, dtype=torch.int64, device=device)  # not in the cache yet
+        self.logprobs = (torch.zeros(size, 1 + TOP_LOGPROBS, device=device),
+                         torch.zeros(size, 1 + TOP_LOGPROBS, dtype=torch.int64, device=device))
+        self.rows: list[Stream | None] = [None] * size
+        self.live = torch.zeros(size, dtype=torch.int64, device=device)  # 1 where a stream is
+        self.reading: list[Reading] = []
 
+    @property
     def idle(self) -> bool:
-        return not self.readings and self.rows.count(None) == len(self.rows)
+        """Nothing is answered or read: whoever has no prompt may wait for one."""
+        return not self.reading and not any(self.rows)
 
     def stream(self, index: int) -> Stream:
-        """The stream of a prompt that is in a row. Setting its `left` to 0 ends it."""
-        return next(stream for stream in self.rows if stream and stream.index == index)
+        """The stream that is told of as index. Setting its `left` to 0 ends it, at once when that
+        happens as a token of it is told, and else with the next one."""
+        streams = [*self.rows, *(stream for reading in self.reading for stream in reading.streams)]
+        return next(stream for stream in streams if stream and stream.index == index)
 
     def row(self, index: int) -> int:
-        """Its row, until its end has been told: there it holds all tokens that were."""
         return self.rows.index(self.stream(index))
 
 
 @torch.no_grad()
-def generate_batch(model: Transformer, prompts: Iterable[list[int] | Prompt | None],
+def generate_batch(model: Transformer, prompts: Iterable[Sequence[int] | Prompt | None],
                    batch_size: int = 8, n_sink: int | None = None, window: int | None = None,
                    max_new_tokens: int | Sequence[int] = 64, ignore_eos: bool = False,
                    batch: Batch | None = None, generator: torch.Generator | None = None,
                    **sampling) -> Iterator[tuple[int, int | None]]:
     """Continue every prompt, B at a time: yields (index, token id) as the tokens come, an EOS id
-    too, and (index, None) after a stream's last one; a prompt's samples are counted one by one.
+    too, and (index, None) after a stream's last one.
 
-    A prompt is taken from the iterable when its prefill begins; None there is that none waits now.
-    A Prompt says all about itself; of one that is only its ids, max_new_tokens may be a number for
-    each, sampling is Sampling's fields, and seeds come from the generator. A batch that is given
-    brings its own sizes, counts the steps, and lets a stream be ended early. Raises ValueError for
-    an unusable prompt."""
+    A prompt is taken from the iterable when its prefill begins; None says that there is none now.
+    A Prompt says itself what it wants. For plain ids, max_new_tokens may be a number for each, and
+    sampling is that of a Sampling, a seed being drawn from the generator for each. Streams are
+    numbered as they begin, several samples of a prompt one after the other, and in float32 what one
+    says depends on nothing beside it. A batch that is given brings its own sizes, counts the steps,
+    and lets a stream be ended early. Raises ValueError for an unusable prompt, and then all streams
+    end: a server calls generate.check_ids before."""
     batch = batch or Batch(model, batch_size, n_sink, window)
-    batch.begin()
-    eos_ids = () if ignore_eos else model.config.eos_ids
-    source = described(prompts, max_new_tokens, sampling, generator)
+    batch.clear(model.config.vocab_size)
+    streams = streams_of(model, prompts, max_new_tokens, ignore_eos, generator, **sampling)
     more = True
-    while more or not batch.idle():
-        if (idle := batch.rows.count(None)) < len(batch.rows):
-            if idle:  # they step along, unread, and are kept short
-                batch.cache.length.mul_(batch.live)
-            # As in generate.decode, a GPU is at the next step already while this one's tokens are
-            # read.
-            read, notes = start_reading(batch.tokens), batch.notes
-            logits = model(batch.tokens, batch.cache)
-            batch.tokens = batch.draws.sample(logits)  # (B, 1)
-            batch.notes = [stream and note(logits[row], batch.tokens[row], stream.prompt)
-                           for row, stream in enumerate(batch.rows)]
-            batch.steps, batch.busy = batch.steps + 1, batch.busy + len(batch.rows) - idle
-            yield from tell(batch, read(), notes, eos_ids)
+    while more or not batch.idle:
+        if any(batch.rows):
+            yield from step(model, batch)
         # One chunk between two steps, so that no stream waits long, and one for each idle row.
         for _ in range(min(1 + batch.rows.count(None), batch.n_chunks)):
-            more = take(model, batch, source) if more else False
-            advance(batch)
-            place(batch)
+            more = more and admit(model, batch, streams)
+            read_on(batch)
+            yield from seat(batch)
 
 
-def described(prompts: Iterable[list[int] | Prompt | None], max_new_tokens: int | Sequence[int],
-              sampling: dict, generator: torch.Generator | None) -> Iterator[Prompt | None]:
-    """Every prompt as a Prompt. Raises ValueError for one that may not say anything."""
-    for at, prompt in enumerate(prompts):
-        if isinstance(prompt, list):
-            limit = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[at]
-            seed = int(random_keys(1, "cpu" if generator is None else generator.device, generator))
-            given = {name: value for name, value in sampling.items() if value is not None}
-            prompt = Prompt(prompt, limit, Sampling(**{**given, "seed": seed}))
-        if prompt and prompt.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens {prompt.max_new_tokens} must be at least 1")
-        yield prompt
-
-
-def take(model: Transformer, batch: Batch, source: Iterator[Prompt | None]) -> bool:
-    """Begin to read the next prompts where a staging row is free; False after the last one."""
-    while len(batch.readings) < len(batch.staging):
-        try:
-            prompt = next(source)
-        except StopIteration:
-            return False
+def streams_of(model: Transformer, prompts: Iterable[Sequence[int] | Prompt | None],
+               max_new_tokens: int | Sequence[int], ignore_eos: bool,
+               generator: torch.Generator | None, **sampling) -> Iterator[list[Stream]]:
+    """The streams of each prompt, one a sample; none where there is no prompt now."""
+    index = n = 0
+    for prompt in prompts:
         if prompt is None:
-            break
-        taken = [reading.cache for reading in batch.readings]
-        cache = next(cache for cache in batch.staging if not any(cache is c for c in taken))
-        streams = [Stream(batch.taken + n, prompt, n, prompt.max_new_tokens, time.perf_counter(),
-                          length=len(prompt.before) + len(prompt.ids))
-                   for n in range(prompt.samples)]
-        batch.taken += prompt.samples
-        batch.readings.append(Reading(cache, prompt, streams, chunks(model, cache, prompt),
-                                      len(prompt.ids)))
-    return True
+            yield []
+            continue
+        if not isinstance(prompt, Prompt):
+            limit = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[n]
+            prompt = Prompt(prompt, Sampling(**sampling), limit, () if ignore_eos else None)
+        check_ids(model, prompt.ids)
+        yield [Stream(index + i, one, one.max_new_tokens, time.perf_counter(),
+                      length=len(one.before) + len(one.ids))
+               for i, one in enumerate(samples_of(model, prompt, generator))]
+        index, n = index + prompt.samples, n + 1
 
 
-def chunks(model: Transformer, cache: KVCache, prompt: Prompt) -> Iterator[Tensor | None]:
-    """Prefill a prompt: yields after every chunk, None until the last one's logits (1, 1, V)."""
+def samples_of(model: Transformer, prompt: Prompt,
+               generator: torch.Generator | None) -> list[Prompt]:
+    """What is asked for of each of a prompt's answers."""
+    seed, stop_ids = prompt.sampling.seed, prompt.stop_ids
+    if seed is None:
+        seed = torch.randint(2**62, (), generator=generator,
+                             device=generator.device if generator else "cpu").item()
+    stop_ids = model.config.eos_ids if stop_ids is None else stop_ids
+    return [replace(prompt, sampling=replace(prompt.sampling, seed=seed + i), stop_ids=stop_ids)
+            for i in range(prompt.samples)]
+
+
+def admit(model: Transformer, batch: Batch, waiting: Iterator[list[Stream]]) -> bool:
+    """Begin to read a prompt if a staging row is free. False once there are no more."""
+    free = [cache for cache in batch.staging if all(r.cache is not cache for r in batch.reading)]
+    if not free:
+        return True
+    streams = next(waiting, None)
+    if streams:
+        prompt, cache = streams[0].prompt, free[0]
+        batch.reading.append(Reading(cache, streams, chunks_of(model, cache, prompt)))
+    return streams is not None
+
+
+def chunks_of(model: Transformer, cache: KVCache, prompt: Prompt) -> Iterator[Tensor | None]:
+    """generate.prefill_chunks of what comes after what others may share, and before it of that."""
+    ids, n = list(prompt.ids), prompt.n_shared
     if prompt.begin:
         prompt.begin(cache)
-    if prompt.n_shared:
-        for _ in prefill_chunks(model, cache, prompt.ids[:prompt.n_shared]):
+    if n:
+        for _ in prefill_chunks(model, cache, ids[:n]):
             yield None
         prompt.shared(cache)
-    yield from prefill_chunks(model, cache, prompt.ids[prompt.n_shared:])
+    yield from prefill_chunks(model, cache, ids[n:])
 
 
-def advance(batch: Batch) -> None:
-    """Read one chunk of a prompt: of the one that will be whole first, and now and then of the one
-    that was begun first."""
-    for reading in [r for r in batch.readings if r.prompt.dropped]:
-        leave(batch, reading)
-    if waiting := [reading for reading in batch.readings if reading.logits is None]:
-        batch.chunks += 1
-        oldest = batch.chunks % (OVERTAKEN + 1) == 0
-        reading = waiting[0] if oldest else min(waiting, key=lambda reading: reading.left)
-        reading.logits = next(reading.chunks)
-        reading.left -= reading.cache.max_chunk
-        if reading.logits is not None and reading.logits.is_cuda:
-            torch.cuda.synchronize()
-        for stream in reading.streams:
-            stream.prefilled = time.perf_counter()
+def read_on(batch: Batch) -> None:
+    """One chunk of the prompt that has waited for longest, of those that are not whole."""
+    reading = next((reading for reading in batch.reading if reading.logits is None), None)
+    if reading is None:
+        return
+    reading.logits = next(reading.chunks)
+    if reading.logits is not None and reading.logits.is_cuda:
+        torch.cuda.synchronize()
+    for stream in reading.streams:
+        stream.prefilled = time.perf_counter()
+    batch.reading.remove(reading)
+    batch.reading.append(reading)
 
 
-def place(batch: Batch) -> None:
-    """Copy what is whole over idle rows, and draw its first token there."""
-    for reading in [reading for reading in batch.readings if reading.logits is not None]:
-        while reading.streams and None in batch.rows:
-            row, stream, prompt = batch.rows.index(None), reading.streams.pop(0), reading.prompt
-            batch.cache.copy_row(row, reading.cache, n_tokens=stream.length)
-            one = prompt.sampling
-            if one.seed is not None:
-                one = dataclasses.replace(one, seed=(one.seed + stream.number) % 2**64)
-            batch.draws.begin(row, one, [*prompt.before, *prompt.ids])
-            batch.tokens[row] = batch.draws.sample(reading.logits, slice(row, row + 1))[0]
-            batch.notes[row] = note(reading.logits[0], batch.tokens[row], prompt)
-            batch.rows[row], batch.live[row] = stream, 1
+def seat(batch: Batch) -> Iterator[tuple[int, None]]:
+    """Copy prompts that are whole to idle rows, and draw their first tokens. The events are those
+    of streams that were ended before."""
+    for reading in list(batch.reading):
+        for stream in list(reading.streams):
+            if not stream.left:
+                yield stream.index, None
+            elif reading.logits is not None and None in batch.rows:
+                row = batch.rows.index(None)
+                batch.cache.copy_row(row, reading.cache, n_tokens=stream.length)
+                begin(batch, row, stream, reading.logits)
+            else:
+                continue
+            reading.streams.remove(stream)
+            length = stream.length
         if not reading.streams:
-            leave(batch, reading)
+            batch.reading.remove(reading)
+            reading.cache.clear_row(0, length + reading.cache.max_chunk)  # the padding, too
 
 
-def leave(batch: Batch, reading: Reading) -> None:
-    """Free a staging row. What was said in it is overwritten, and the padding that followed."""
-    batch.readings = [other for other in batch.readings if other is not reading]
-    reading.cache.clear_row(0, len(reading.prompt.before) + len(reading.prompt.ids)
-                            + reading.cache.max_chunk)
+def begin(batch: Batch, row: int, stream: Stream, logits: Tensor) -> None:
+    """Draw a stream's first token from its prompt's logits (1, 1, V)."""
+    prompt, batch.rows[row], batch.live[row] = stream.prompt, stream, 1
+    batch.sampler.begin(row, prompt.sampling, [*prompt.before, *prompt.ids])
+    batch.tokens[row:row + 1] = batch.sampler.sample(logits, slice(row, row + 1))
+    note_logprobs(batch, [row], logits)
 
 
-def note(logits: Tensor, token: Tensor, prompt: Prompt) -> tuple[Tensor, Tensor, Tensor] | None:
-    """What logits (1, V) say of a token (1,) and of the likeliest, if that is asked for: its log
-    probability (1,), theirs (n,) and their ids (n,), before penalties and temperature."""
-    if prompt.top_logprobs is None:
-        return None
-    logprobs = logits[0].log_softmax(-1)
-    return logprobs[token], *logprobs.topk(prompt.top_logprobs)
+def step(model: Transformer, batch: Batch) -> Iterator[tuple[int, int | None]]:
+    """The next token of every row, and the events of the latest ones.
+
+    As in generate.decode, a GPU is at the next step already while those are read. Idle rows step
+    along, unread and always from position 0, and so does, once, a row that ends here."""
+    noting = [row for row, stream in enumerate(batch.rows)
+              if stream and stream.prompt.logprobs is not None]
+    read = start_reading(batch.tokens)
+    noted = [start_reading(values) for values in batch.logprobs] if noting else []
+    if None in batch.rows:
+        batch.cache.length.mul_(batch.live)
+    logits = model(batch.tokens, batch.cache)
+    batch.tokens = batch.sampler.sample(logits)  # (B, 1)
+    busy = len(batch.rows) - batch.rows.count(None)
+    batch.steps, batch.busy = batch.steps + 1, batch.busy + busy
+    ids, noted = read(), [values() for values in noted]
+    for row in noting:
+        hear(batch.rows[row], row, *noted)
+    note_logprobs(batch, noting, logits)
+    yield from tell(batch, ids)
 
 
-def tell(batch: Batch, ids: list[int], notes: list[tuple | None],
-         eos_ids: Sequence[int]) -> Iterator[tuple[int, int | None]]:
+def note_logprobs(batch: Batch, rows: list[int], logits: Tensor) -> None:
+    """Keep what is to be known of the rows' latest tokens, where logits (B, 1, V), or (1, 1, V) for
+    one row, are what those were drawn from."""
+    for row in rows:
+        if batch.rows[row].prompt.logprobs is not None:
+            raw = logits[row if len(logits) > 1 else 0]
+            noted = log_probabilities(raw, batch.tokens[row:row + 1], TOP_LOGPROBS)
+            for kept, values in zip(batch.logprobs, noted, strict=True):
+                kept[row] = values[0]
+
+
+def hear(stream: Stream, row: int, values: list[float], ids: list[int]) -> None:
+    """Note the log-probabilities of a row's token, read from all rows' of 1 + TOP_LOGPROBS each."""
+    at = row * (1 + TOP_LOGPROBS)
+    some = slice(at + 1, at + 1 + stream.prompt.logprobs)
+    stream.logprobs.append((values[at], dict(zip(ids[some], values[some], strict=True))))
+
+
+def tell(batch: Batch, ids: list[int]) -> Iterator[tuple[int, int | None]]:
     """The events of a step's tokens, one a row. The row of a stream that ends becomes idle."""
     for row, (stream, token_id) in enumerate(zip(batch.rows, ids, strict=True)):
         if stream is None:
             continue
-        stream.left = 0 if token_id in eos_ids else stream.left - 1
+        stream.left = 0 if token_id in stream.prompt.stop_ids else max(0, stream.left - 1)
         stream.length += 1
-        stream.logprobs = notes[row]
         yield stream.index, token_id
-        if stream.left <= 0:
+        if not stream.left:
             yield stream.index, None
             batch.rows[row], batch.live[row] = None, 0
-            batch.draws.end(row)
+            batch.sampler.end(row)
             batch.cache.clear_row(row, stream.length)
 
 
@@ -286,46 +332,55 @@ def opening(tokenizer: Tokenizer, entry: dict) -> list[int]:
     return tokenizer.first_turn(entry["turns"][0])
 
 
-def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], batch: Batch,
-                  args, generator: torch.Generator) -> bool:
+def ask(prompts: list[list[int]], args) -> list[Prompt]:
+    """What the command line wants of the prompts. Every answer has a seed of its own, so it does
+    not depend on the batch size or on the other prompts."""
+    how = {**sampling(args), "repetition_penalty": args.repetition_penalty}
+    return [Prompt(ids, Sampling(**how, seed=args.seed + n * args.samples), args.max_new_tokens,
+                   () if args.ignore_eos else None, args.samples) for n, ids in enumerate(prompts)]
+
+
+def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt], batch: Batch,
+                  args) -> bool:
     """Print every stream's figures, a JSON line, as soon as it ends, and at last those of all.
     True if Ctrl-C came before: then the step is finished, and what has not ended is dropped."""
     from tqdm import tqdm
     transcripts, done, new_tokens, steps, start = {}, 0, 0, 0, time.perf_counter()
+    n_streams, what = len(prompts) * args.samples, "prompts" if args.samples == 1 else "answers"
 
     def busy() -> str:
         return f"rows busy {batch.busy / max(1, batch.steps * args.batch):.0%}"
 
     with hold_interrupt() as interrupted, progress("generating", "tokens") as show:
-        for index, token_id in generate_batch(
-                model, prompts, max_new_tokens=args.max_new_tokens, ignore_eos=args.ignore_eos,
-                batch=batch, generator=generator, **sampling(args)):
+        for index, token_id in generate_batch(model, prompts, batch=batch):
             if interrupted and batch.steps > steps:
                 break
             steps, stream = batch.steps, batch.stream(index)
             if token_id is None:
                 transcript = transcripts.pop(index)
                 transcript.start, transcript.prefilled = stream.started, stream.prefilled
-                length = len(prompts[index]) + len(transcript.ids)
+                length = len(stream.prompt.ids) + len(transcript.ids)
                 record = transcript.end(model, length, batch.cache, *batch.staging)
-                tqdm.write(json.dumps({"index": index, **record}))  # above the progress bar
+                of, sample = divmod(index, args.samples)
+                which = {"index": of} if args.samples == 1 else {"index": of, "sample": sample}
+                tqdm.write(json.dumps({**which, **record}))  # above the progress bar
                 sys.stdout.flush()
                 done += 1
             else:
                 new_tokens += 1
                 if index not in transcripts:
-                    transcripts[index] = Transcript(tokenizer, len(prompts[index]), args)
+                    transcripts[index] = Transcript(tokenizer, len(stream.prompt.ids), args)
                 if transcripts[index].add(token_id):
                     stream.left = 0
-            show(new_tokens, note=f"{done} of {len(prompts)} prompts, {busy()}")
-    say(f"{done} of {len(prompts)} prompts, {new_tokens} new tokens, "
+            show(new_tokens, note=f"{done} of {n_streams} {what}, {busy()}")
+    say(f"{done} of {n_streams} {what}, {new_tokens} new tokens, "
         f"{new_tokens / (time.perf_counter() - start):.1f} tok/s, {busy()} of {batch.steps} steps, "
         f"compiled in {args.compile_s:.1f} s, seed {args.seed}")
     return bool(interrupted)
 
 
 def main():
-    parser = add_generation(make_parser(__doc__))
+    parser = add_generation(make_parser(__doc__), samples=True)
     parser.add_argument("--prompts", required=True, metavar="FILE",
                         help="prompts, a JSON object a line; of several turns, only the first")
     parser.add_argument("--limit", type=number(int, 1), metavar="N", help="first N prompts only")
@@ -340,13 +395,13 @@ def main():
         model, tokenizer = open_model(args)
         prompts = agree([opening(tokenizer, entry) for entry in entries])
         batch = Batch(model, args.batch, args.sink, args.window)
-        generator = get_ready(model, batch.staging[0], args)
+        get_ready(model, batch.staging[0], args)
         if args.compile:  # the step of all rows, as often as generate.warm runs the others
             start = time.perf_counter()
             list(generate_batch(model, [[0]], max_new_tokens=3, ignore_eos=True, batch=batch))
             args.compile_s += time.perf_counter() - start
             batch.steps = batch.busy = 0
-        if write_results(model, tokenizer, prompts, batch, args, generator):
+        if write_results(model, tokenizer, ask(prompts, args), batch, args):
             sys.exit(130)
 
 

@@ -145,10 +145,12 @@ def compile_step(model: Transformer, device: torch.device, prefill: bool = False
         "triton.cudagraphs": on_gpu, "coordinate_descent_tuning": on_gpu})
     eager = model.step
 
-    def run(tokens, cache, last):
+    def run(tokens, cache, in_use, last):
         if last is not None and not prefill:
-            return eager(tokens, cache, last)
-        logits = graph(tokens, cache, last)
+            return eager(tokens, cache, in_use, last)
+        if in_use is not None and not on_gpu:
+            torch._dynamo.decorators.mark_unbacked(in_use, 0)  # one graph for any number of slots
+        logits = graph(tokens, cache, in_use, last)
         return logits.clone() if on_gpu else logits  # a CUDA graph's next replay overwrites it
 
     model.step = run

@@ -1,15 +1,19 @@
 """From logits to a token. Everything is done in float32, and in this order, which is Hugging Face's
 (vLLM takes min-p before top-k and top-p): penalties, temperature, top-k, top-p, min-p.
 
-Every setting is a number, or a tensor (B,) with one for each of B rows of logits (B, ..., V). What a
-row draws depends on its own logits, settings and key alone, so a seed says the same whatever runs
-beside it. Nothing here waits for a GPU or has a shape that depends on what is in a tensor there.
+Every setting is a number, or a tensor (B,) with one for each of B rows of logits (B, ..., V).
+What a row draws depends on its own logits, settings and key alone, so a seed says the same whatever
+runs beside it. Nothing here waits for a GPU, or has a shape that depends on what a tensor there
+holds.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import neg
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +21,14 @@ from torch import Tensor
 
 from tp import in_step
 
-BLOCK = 64  # tokens that an inverse CDF first passes over together
+BLOCK = 64  # tokens that are passed over together before any is looked at
+COLDEST = 1e-30  # as temperature: below, float32 would overflow
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one answer is drawn, checked. The defaults are greedy, and what is off."""
+    """How one answer is drawn, checked. The defaults are greedy, and everything else off; None is
+    the default too."""
 
     temperature: float = 0.0
     top_k: int = 0  # 0: all
@@ -41,6 +47,8 @@ class Sampling:
                 ("presence_penalty", -math.inf, math.inf),
                 ("frequency_penalty", -math.inf, math.inf)):
             value = getattr(self, name)
+            if value is None:
+                object.__setattr__(self, name, value := getattr(Sampling, name))
             if not (low <= value <= high and math.isfinite(value)):
                 raise ValueError(f"{name} {value} must be a finite number of at least {low}"
                                  + f" and at most {high}" * (high < math.inf))
@@ -61,6 +69,8 @@ def probabilities(logits: Tensor, temperature: float | Tensor, top_k: int | Tens
     exactly the top_k most likely, then the fewest of those whose mass reaches top_p, and of those
     the ones at least min_p times as likely as the likeliest. None (and 0, 1, 0) is off."""
     scores = scale(logits, temperature)
+    top_k, top_p, min_p = (None if not isinstance(x, Tensor) and x == off else x
+                           for x, off in ((top_k, 0), (top_p, 1), (min_p, 0)))
     if top_k is None and top_p is None:
         kept, ids = scores.softmax(-1), None
     else:
@@ -101,7 +111,7 @@ def most_likely(scores: Tensor, top_k: int | Tensor | None,
     size = scores.shape[-1]
     if isinstance(top_k, int) and top_k:
         return *scores.topk(min(top_k, size)), None
-    if scores.device.type == "cpu" and top_k is None:
+    if on_cpu(scores) and top_k is None:
         likely, ids = scores.topk(min(1024, size))
         total = scores.logsumexp(-1, keepdim=True)
         if ((likely - total).exp().sum(-1, keepdim=True) >= per_row(top_p, scores)).all():
@@ -114,15 +124,16 @@ def within(likely: Tensor, total: Tensor | None, top_k: int | Tensor | None,
     """(..., n) probabilities of the likeliest tokens, in order; 0 where top_k or top_p drop one."""
     if top_k is not None:
         rank = torch.arange(likely.shape[-1], device=likely.device)
-        limit = top_k if isinstance(top_k, Tensor) else torch.tensor(top_k)
-        likely = likely.masked_fill((rank >= limit) & (limit > 0), -math.inf)
+        limit = torch.where(top_k > 0, top_k, len(rank)) if isinstance(top_k, Tensor) else top_k
+        likely = likely.masked_fill(rank >= limit, -math.inf)
     probs = likely.softmax(-1) if total is None else (likely - total).exp()
     if top_p is None:
         return probs
+    if isinstance(top_p, Tensor):  # 1 is all, though the sum may round above it
+        top_p = torch.where(top_p < 1, top_p, math.inf)
     mass_before = probs.cumsum(-1) - probs
     mass_before[..., 0] = -1  # the likeliest always stays
-    off = torch.as_tensor(top_p, device=likely.device) >= 1
-    return probs.masked_fill((mass_before >= top_p) & ~off, 0)
+    return probs.masked_fill(mass_before >= top_p, 0)
 
 
 def distribution(logits: Tensor, temperature: float = 0.0, top_k: int | None = None,
@@ -140,13 +151,37 @@ def penalize(logits: Tensor, seen: Tensor, counts: Tensor | None = None,
 
     Where seen (B, V) is not 0, in the prompt or the answer, a positive logit is divided by the
     repetition penalty and a negative one multiplied (Keskar et al., 2019); then, as OpenAI defines
-    it, each of counts (B, V), in the answer, costs the frequency penalty, and any the presence's."""
+    it, each of counts (B, V), in the answer, costs the frequency penalty, and any at all the
+    presence penalty."""
     logits = logits.float()
     repetition, presence, frequency = (per_row(x, logits) for x in (
         repetition, presence, frequency))
     again = torch.where(logits > 0, logits / repetition, logits * repetition)
     logits = torch.where(seen.bool(), again, logits)
     return logits if counts is None else logits - frequency * counts - presence * (counts > 0)
+
+
+def seen_in(ids: list[int], vocab_size: int, device="cpu") -> Tensor:
+    """(1, V) bool: which tokens are among the ids."""
+    seen = torch.zeros(1, vocab_size, dtype=torch.bool)
+    seen[0, ids] = True
+    return seen.to(device)
+
+
+def penalty(logits: Tensor, prompt_ids: list[int], repetition_penalty: float) -> dict:
+    """What `sample` takes for the repetition penalty of one row, if there is one."""
+    if repetition_penalty == 1:
+        return {}
+    return dict(repetition_penalty=repetition_penalty,
+                seen=seen_in(prompt_ids, logits.shape[-1], logits.device))
+
+
+def log_probabilities(logits: Tensor, ids: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Logarithms of the probabilities of ids (B, 1) in logits (B, V) as they are, and then of the n
+    likeliest, (B, 1 + n), and which tokens those are, (B, 1 + n)."""
+    log_probs = logits.float().log_softmax(-1)
+    ids = torch.cat([ids, log_probs.topk(n).indices], dim=-1)
+    return log_probs.gather(-1, ids), ids
 
 
 # ------------------------------------------------------------------------------ draws
@@ -166,7 +201,7 @@ def seed_key(seed: int) -> int:
 
 
 def uniform(keys: int | Tensor, again: int = 0) -> float | Tensor:
-    """The uniform number in [0, 1) of each key (float64), and others for a draw that is repeated."""
+    """The number in [0, 1) of each key (float64), and others for a draw that is repeated."""
     number = mix(keys + 0x9E3779B9 * again & 0xFFFFFFFF)
     return (number.double() if isinstance(number, Tensor) else number) / 2**32
 
@@ -175,21 +210,38 @@ def random_keys(n: int, device, generator: torch.Generator | None = None) -> Ten
     return torch.randint(2**32, (n,), device=device, generator=generator)
 
 
+def block_heights(weights: Tensor) -> Tensor:
+    """(..., V / BLOCK) float64: the mass of weights (..., V) up to the end of each block."""
+    size = math.gcd(weights.shape[-1], BLOCK)
+    return weights.unflatten(-1, (-1, size)).sum(-1).cumsum(-1, dtype=torch.float64)
+
+
 def pick(weights: Tensor, u: Tensor) -> Tensor:
     """Ids (B,) drawn in proportion to weights (B, V) by inverse CDF: the first token at which the
     mass passes the share u (B,) of it. Never one of weight 0.
 
-    Whole blocks are passed over first, so that all but one row of a block is only summed up."""
-    blocks = weights.unflatten(-1, (-1, math.gcd(weights.shape[-1], BLOCK)))
-    mass = blocks.sum(-1).cumsum(-1, dtype=torch.float64)  # (B, V / BLOCK)
-    target = u[:, None] * mass[:, -1:]
-    block = torch.searchsorted(mass, target, right=True).clamp_(max=mass.shape[-1] - 1)
-    target -= F.pad(mass, (1, 0)).gather(-1, block)
+    Whole blocks are passed over first, so that only one block a row needs more than a sum."""
+    heights = block_heights(weights)
+    blocks = weights.view(*heights.shape, -1)
+    target = u[:, None] * heights[:, -1:]
+    block = torch.searchsorted(heights, target, right=True).clamp_(max=heights.shape[-1] - 1)
+    target -= F.pad(heights, (1, 0)).gather(-1, block)
     rows = torch.arange(len(weights), device=weights.device)
-    mass = blocks[rows, block[:, 0]].cumsum(-1, dtype=torch.float64)  # (B, BLOCK)
-    target = target.minimum(mass[:, -1:] * (1 - 1e-12))  # the two sums differ in their last bits
-    inner = torch.searchsorted(mass, target, right=True).clamp_(max=mass.shape[-1] - 1)
+    heights = blocks[rows, block[:, 0]].cumsum(-1, dtype=torch.float64)  # (B, BLOCK)
+    target = target.minimum(heights[:, -1:] * (1 - 1e-12))  # the two sums differ in their last bits
+    inner = torch.searchsorted(heights, target, right=True).clamp_(max=heights.shape[-1] - 1)
     return (block * blocks.shape[-1] + inner)[:, 0]
+
+
+def pick_one(weights: Tensor, heights: Tensor, u: float) -> int:
+    """`pick` of one row (V,), whose block_heights these are, on a CPU."""
+    target, blocks = u * heights[-1].item(), weights.view(len(heights), -1)
+    block = min(torch.searchsorted(heights, target, right=True).item(), len(blocks) - 1)
+    target -= heights[block - 1].item() if block else 0
+    heights = blocks[block].cumsum(-1, dtype=torch.float64)
+    target = min(target, heights[-1].item() * (1 - 1e-12))
+    inner = min(torch.searchsorted(heights, target, right=True).item(), len(heights) - 1)
+    return block * len(heights) + inner
 
 
 def draw(weights: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
@@ -204,24 +256,20 @@ def draw(weights: Tensor, temperature: float, generator: torch.Generator | None 
 
 def sample(logits: Tensor, temperature: float | Tensor = 0.0, top_k: int | Tensor | None = None,
            top_p: float | Tensor | None = None, generator: torch.Generator | None = None,
-           min_p: float | Tensor | None = None, keys: Tensor | None = None,
-           repetition_penalty: float | Tensor = 1.0, seen: Tensor | None = None,
-           overwrite: bool = False) -> Tensor:
+           min_p: float | Tensor | None = None, repetition_penalty: float | Tensor = 1.0,
+           seen: Tensor | None = None) -> Tensor:
     """Token ids (...) int64 for logits (..., V); the likeliest at temperature 0.
 
-    The randomness is that of the keys (rows,), 32 bits each, or else of the generator. What is drawn
-    is noted in seen (rows, V), bool, if it is given, the tokens that the repetition penalty is
-    for."""
+    The repetition penalty is for the tokens in seen (rows, V), bool, where what is drawn is noted
+    too."""
     rows = logits.reshape(-1, logits.shape[-1])
     if seen is not None:
         rows = penalize(rows, seen, repetition=repetition_penalty)
     if not isinstance(temperature, Tensor) and temperature == 0:
         ids = rows.argmax(-1)
     else:
-        if keys is None:
-            keys = random_keys(len(rows), rows.device, generator)
-        choose = choose_on_cpu if rows.device.type == "cpu" else choose_on_gpu
-        rows = rows.float() if overwrite or rows.dtype != torch.float32 else rows.clone()
+        keys = random_keys(len(rows), rows.device, generator)
+        choose = choose_on_cpu if on_cpu(rows) else choose_on_gpu
         ids = choose(rows, temperature, top_k, top_p, min_p, keys)
     ids = in_step(ids)
     if seen is not None:
@@ -229,45 +277,48 @@ def sample(logits: Tensor, temperature: float | Tensor = 0.0, top_k: int | Tenso
     return ids.view(logits.shape[:-1])
 
 
+def on_cpu(logits: Tensor) -> bool:
+    """Where looking at values costs nothing."""
+    return logits.device.type == "cpu"
+
+
 def choose_on_gpu(logits: Tensor, temperature: float | Tensor, top_k: int | Tensor | None,
                   top_p: float | Tensor | None, min_p: float | Tensor | None,
                   keys: Tensor) -> Tensor:
-    """`sample` of rows (B, V), whatever is in the tensors."""
+    """Ids (B,) of rows (B, V), whatever is in the tensors."""
     ids = pick(probabilities(logits, temperature, top_k, top_p, min_p), uniform(keys))
-    return torch.where(torch.as_tensor(temperature, device=ids.device) == 0, logits.argmax(-1), ids)
+    if not isinstance(temperature, Tensor):
+        return ids
+    return torch.where(temperature == 0, logits.argmax(-1), ids)
 
 
-def choose_on_cpu(logits: Tensor, temperature: float | Tensor, top_k: int | Tensor | None,
-                  top_p: float | Tensor | None, min_p: float | Tensor | None,
-                  keys: Tensor) -> Tensor:
-    """`sample` of rows (B, V), overwritten, where looking at values costs nothing: greedy rows take
-    no more than the likeliest, rows with top-k sort that many, and all others sort nothing."""
-    heat, k, p, low = (listed(setting, off, len(logits)) for setting, off in (
-        (temperature, 0), (top_k, 0), (top_p, 1), (min_p, 0)))
-    ids = torch.empty(len(logits), dtype=torch.int64)
-    for row in range(len(logits)):
-        if not heat[row]:
-            ids[row] = logits[row].argmax(-1)
-        elif k[row]:
-            likely, at = top(logits[row], min(k[row], logits.shape[-1]))
-            kept = probabilities(likely, heat[row], None, p[row], low[row])
-            ids[row] = at[pick(kept[None], uniform(keys[row:row + 1]))[0]]
-    many = [row for row in range(len(logits)) if heat[row] and not k[row]]
-    if many:  # all rows at once: each call has its cost
-        logits = logits.sub_(logits.amax(-1, keepdim=True))
-        heats = torch.tensor([[heat[row] or 1] for row in range(len(logits))])
-        weights = logits.div_(heats).exp_()
-        drawn = pick(weights, uniform(keys)).tolist()
-        for row in many:
-            ids[row] = redraw(weights[row], drawn[row], p[row], low[row], keys[row])
-    return ids
+def choose_on_cpu(logits: Tensor, *settings: float | Tensor | None) -> Tensor:
+    """The same, of settings in the same order, sorting as little as can be: greedy rows take the
+    likeliest, rows with top-k look at no more than that many, and others sort nothing.
 
-
-def listed(setting: float | Tensor | None, off: float, n: int) -> list:
-    """A setting as n numbers."""
-    if isinstance(setting, Tensor):
-        return setting.tolist()
-    return [off if setting is None else setting] * n
+    After a step of the model the first call of every operator costs 15 to 30 us, since its code has
+    left the processor's caches: so few kinds of them are used, and plain numbers."""
+    n_rows, size = logits.shape
+    listed = zip(*(setting if isinstance(setting, list) else setting.tolist()
+                   if isinstance(setting, Tensor) else [setting] * n_rows
+                   for setting in settings), strict=True)
+    rows = [(heat, k if k and k < size else 0, 1 if p is None else p, low or 0, key)
+            for heat, k, p, low, key in listed]
+    ids = [0] * n_rows
+    for row, (heat, k, top_p, min_p, key) in enumerate(rows):
+        if not heat:
+            ids[row] = logits[row].argmax().item()
+        elif k:
+            likely, at = top(logits[row], k)
+            ids[row] = at[among(likely.tolist(), heat, top_p, min_p, uniform(key))].item()
+    many = [row for row, (heat, k, *_) in enumerate(rows) if heat and not k]
+    if many:
+        probs = logits if len(many) == n_rows else logits[many]  # (n, V)
+        probs = (probs / torch.tensor([[max(rows[row][0], COLDEST)] for row in many])).softmax(-1)
+        heights = block_heights(probs)
+        for at, row in enumerate(many):
+            ids[row] = settle(probs[at], heights[at], *rows[row][2:])
+    return torch.tensor(ids)
 
 
 def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -277,32 +328,44 @@ def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if k * size >= len(logits):
         return logits.topk(k)
     blocks = logits.view(-1, size)
-    among = blocks.amax(-1).topk(k, sorted=False).indices
-    likely, at = blocks[among].view(-1).topk(k)
-    return likely, among[at // size] * size + at % size
+    of = blocks.amax(-1).topk(k, sorted=False).indices
+    likely, at = blocks[of].view(-1).topk(k)
+    return likely, of[at // size] * size + at % size
 
 
-def redraw(weights: Tensor, token: int, top_p: float, min_p: float, key: Tensor) -> int:
-    """A token drawn from weights (V,), or others until one is kept by top-p and min-p.
+def among(likely: list[float], temperature: float, top_p: float, min_p: float, u: float) -> int:
+    """Which of the likeliest logits, in order, is drawn."""
+    weights = [math.exp((logit - likely[0]) / temperature) for logit in likely]
+    mass = list(accumulate(weights))
+    n = bisect_left(mass, top_p * mass[-1]) if top_p < 1 else len(mass) - 1  # the last one kept
+    n = max(0, min(n, bisect_right(weights, -min_p, key=neg) - 1))
+    return bisect_right(mass, u * mass[n], hi=n)
+
+
+def settle(probs: Tensor, heights: Tensor, top_p: float, min_p: float, key: int) -> int:
+    """Draw from probabilities (V,) until a token is one that top-p and min-p keep.
 
     What comes out has the distribution that sorting would give: in the order of likelihood (of
     equals, of ids), a token is kept when less than top_p comes before it, and after one that is not
-    kept, none is. So the next draw is from those before it. Two sums over the vocabulary instead of
-    sorting it, and one draw in twenty is repeated at top-p 0.95."""
-    if top_p >= 1 and min_p <= 0:
-        return token
-    enough = top_p * weights.sum().item() if top_p < 1 else math.inf
+    kept, none is. So the next draw is from those before it. One draw in twenty is repeated at
+    top-p 0.95, and three passes over the vocabulary cost a hundredth of sorting it."""
+    token = pick_one(probs, heights, uniform(key))
+    least = min_p * probs.max().item() if min_p else 0
     again = 0
-    while True:
-        weight = weights[token].item()
-        before = F.threshold(weights, weight, 0.0)  # those that are likelier; the largest is 1
-        equals = weights[:token] == weight
-        mass = before.sum().item() + weight * equals.count_nonzero().item()
-        if not mass or not (mass >= enough or weight < min_p):  # the likeliest always stays
-            return token
-        before[:token] += weight * equals
+    while top_p < 1 or least:
+        p = probs[token].item()
+        # With its equals, and a few that are less by a rounding: what comes before is not more.
+        if p >= least and (
+                top_p >= 1 or F.threshold(probs, p * (1 - 2e-7), 0).sum().item() - p < top_p):
+            break
+        before = F.threshold(probs, p, 0)
+        before[:token] += p * (probs[:token] == p)
+        mass = before.sum().item()
+        if not mass or not (p < least or mass >= top_p < 1):  # as it stands, it ends where p is NaN
+            break  # the likeliest always stays
         again += 1
-        token = pick(before[None], uniform(key[None], again)).item()
+        token = pick_one(before, block_heights(before), uniform(key, again))
+    return token
 
 
 # ------------------------------------------------------------------------------ rows
@@ -340,8 +403,7 @@ class Rows:
             self.seen = torch.zeros(shape, dtype=torch.bool, device=device)
             self.counts = torch.zeros(shape, device=device)
         self.counts[row] = 0
-        self.seen[row] = False
-        self.seen[row, torch.tensor(prompt_ids, device=self.keys.device)] = True
+        self.seen[row] = seen_in(prompt_ids, self.vocab_size, self.seen.device)[0]
 
     def end(self, row: int) -> None:
         self.asked[row] = Sampling()
@@ -349,22 +411,40 @@ class Rows:
 
     def sample(self, logits: Tensor, rows: slice = slice(None)) -> Tensor:
         """The next token (B, 1) of the rows, or of some, whose logits (B, 1, V) these are."""
-        asked, logits = self.asked[rows], logits[:, -1]
-        use = {name: setting[rows] for name, setting in self.settings.items()}
-        penalized = any(one.penalizes for one in asked)
+        asked, logits = self.asked[rows], logits[:, -1].float()
+        penalized = [row for row, one in enumerate(asked) if one.penalizes]
         if penalized:
-            logits = penalize(logits, self.seen[rows], self.counts[rows],
-                              use["repetition_penalty"], use["presence_penalty"],
-                              use["frequency_penalty"])
+            logits = self.penalize(logits, rows, penalized)
         if not any(one.temperature for one in asked):
-            ids = sample(logits)
+            ids = logits.argmax(-1)
+        elif on_cpu(logits):
+            keys = [mix(key ^ n) for key, n in zip(self.keys[rows].tolist(),
+                                                   self.drawn[rows].tolist(), strict=True)]
+            ids = choose_on_cpu(logits, *([getattr(one, name) for one in asked] for name in (
+                "temperature", "top_k", "top_p", "min_p")), keys)
         else:
-            limits = {name: use[name] if any(getattr(one, name) != off for one in asked) else None
-                      for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0))}
-            ids = sample(logits, use["temperature"], **limits, overwrite=True,
-                         keys=mix(self.keys[rows] ^ self.drawn[rows]))
+            limits = [self.settings[name][rows] if any(getattr(one, name) != off for one in asked)
+                      else None for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0))]
+            ids = choose_on_gpu(logits, self.settings["temperature"][rows], *limits,
+                                mix(self.keys[rows] ^ self.drawn[rows]))
+        ids = in_step(ids)[:, None]
         self.drawn[rows] += 1
         if penalized:
-            self.seen[rows].scatter_(-1, ids[:, None], True)
-            self.counts[rows].scatter_add_(-1, ids[:, None], torch.ones_like(ids[:, None]).float())
-        return ids[:, None]
+            self.seen[rows].scatter_(-1, ids, True)
+            self.counts[rows].scatter_add_(-1, ids, torch.ones_like(ids).float())
+        return ids
+
+    def penalize(self, logits: Tensor, rows: slice, penalized: list[int]) -> Tensor:
+        """The logits (B, V) of the rows, of which some ask for it. A CPU looks which tokens were
+        seen, and computes those only."""
+        seen, counts = self.seen[rows], self.counts[rows]
+        use = [self.settings[f"{name}_penalty"][rows] for name in (
+            "repetition", "presence", "frequency")]
+        if not on_cpu(logits):
+            return penalize(logits, seen, counts, *use)
+        logits = logits.clone()
+        for row in penalized:
+            at = seen[row].nonzero()[:, 0]
+            logits[row, at] = penalize(logits[row, at], seen[row, at], counts[row, at],
+                                       *(setting[row] for setting in use))
+        return logits

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 from dataclasses import dataclass, field
 
-from batch import Prompt
 from server.keep import Kept
 from server.protocol import ApiError, Request
 from tokenizer import Tokenizer, stop_at
@@ -45,7 +44,7 @@ class Job:
     system_key: str = ""
     new_tokens: int = 0
     cancelled: bool = False  # nobody waits for it
-    prompt: Prompt | None = None  # once the engine has taken it
+    first_stream: int = 0  # the number of its first answer in the batch
     queue: asyncio.Queue | None = None
     loop: asyncio.AbstractEventLoop | None = None
 

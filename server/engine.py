@@ -8,10 +8,8 @@ takes the next prompt when it has room, and sends every token's text to the loop
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import functools
 import logging
-import secrets
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
@@ -40,6 +38,7 @@ class Engine:
         self.fingerprint = getattr(model, "fingerprint", "random")
         self.names = {token_id: text for text, token_id in tokenizer.specials.items()}
         self.batch = Batch(model, batch_size, n_sink, window, n_staging=2, n_chunks=2)
+        self.n_streams = 0  # that the batch has been asked for
         self.keep = Keep(keep_bytes)
         self.waiting: deque[Job] = deque()
         self.jobs: list[Job] = []  # that somebody waits for
@@ -147,8 +146,7 @@ class Engine:
         """Nobody waits for these any more: what they hold is free within a step."""
         for job in jobs:
             job.cancelled = True
-            if job.prompt:
-                job.prompt.dropped = True
+        self.end_reading()
         with self.wake:
             self.jobs = [job for job in self.jobs if job not in jobs]
             self.waiting = deque(job for job in self.waiting if job not in jobs)
@@ -159,6 +157,13 @@ class Engine:
             self.draining = self.closed = True
             self.fail("The server is shutting down.", 503)
             self.wake.notify()
+
+    def end_reading(self) -> None:
+        """Let go of prompts that are being read for nobody. (Rows are when they tell a token.)"""
+        for reading in list(self.batch.reading):
+            for stream in list(reading.streams):
+                if stream.prompt.owner.cancelled:
+                    stream.left = 0
 
     def fail(self, message: str, status: int = 500) -> None:
         """End all that is running or waiting with an error."""
@@ -179,24 +184,26 @@ class Engine:
 
     def answer(self) -> None:
         try:
+            self.n_streams = 0
             for index, token in generate_batch(self.model, self.prompts(), batch=self.batch):
                 self.tell(index, token)
         except Exception as error:  # the message could quote a prompt
             log.error("the engine failed: %s; running answers are lost", type(error).__name__)
             self.fail("The engine failed at this; try again.")
             self.answers.clear()
-            self.batch.begin()
+            self.batch.clear(self.model.config.vocab_size)
 
     def prompts(self) -> Iterator[Prompt | None]:
         """What generate_batch takes next: None while nothing waits, the end when closed."""
         while True:
             with self.wake:
-                while not (self.waiting or self.closed or not self.batch.idle()):
+                while not (self.waiting or self.closed or not self.batch.idle):
                     self.wake.wait()
                 if self.closed:
                     return
                 # One staging row stays free of long prompts, so that short ones overtake them.
-                busy = any(reading.left > LONG for reading in self.batch.readings)
+                busy = any(len(stream.prompt.ids) > LONG for reading in self.batch.reading
+                           for stream in reading.streams)
                 job = next((job for job in self.waiting if not busy or len(job.ids) <= LONG), None)
                 if job:
                     self.waiting.remove(job)
@@ -204,12 +211,10 @@ class Engine:
 
     def prompt(self, job: Job) -> Prompt:
         """A job as generate_batch takes one."""
-        sampling = job.asked.sampling
-        if sampling.seed is None:
-            sampling = dataclasses.replace(sampling, seed=secrets.randbits(63))
-        job.prompt = prompt = Prompt(job.ids, job.asked.max_new_tokens, sampling, job.asked.n,
-                                     job.asked.top_logprobs, owner=job)
-        prompt.dropped = job.cancelled
+        job.first_stream = self.n_streams
+        self.n_streams += job.asked.n
+        prompt = Prompt(job.ids, job.asked.sampling, job.asked.max_new_tokens,
+                        samples=job.asked.n, logprobs=job.asked.top_logprobs, owner=job)
         if job.kept:
             prompt.before, prompt.begin = job.kept.ids, functools.partial(put, job.kept)
         if job.system:
@@ -225,10 +230,12 @@ class Engine:
         stream = self.batch.stream(index)
         job = stream.prompt.owner
         if token_id is None:
-            self.end(self.answers.pop(index), stream)
+            if answer := self.answers.pop(index, None):  # none where it was not even read
+                self.end(answer, stream)
             return
         if index not in self.answers:
-            self.answers[index] = Answer(job, job.first_choice + stream.number, self.tokenizer)
+            choice = job.first_choice + index - job.first_stream
+            self.answers[index] = Answer(job, choice, self.tokenizer)
         answer = self.answers[index]
         job.new_tokens += 1
         text = answer.add(token_id)
@@ -236,7 +243,7 @@ class Engine:
             stream.left = 0
         if answer.stopped or token_id in self.model.config.eos_ids:
             answer.finish = "stop"
-        token = self.token(token_id, stream.logprobs) if stream.logprobs else None
+        token = self.token(token_id, *stream.logprobs.pop()) if stream.logprobs else None
         if not job.cancelled:
             job.post(Event(answer.choice, text, token))
 
@@ -252,10 +259,9 @@ class Engine:
         if not job.cancelled:
             job.post(Event(answer.choice, rest, finish=answer.finish))
 
-    def token(self, token_id: int, logprobs: tuple) -> Token:
-        logprob, values, ids = (tensor.tolist() for tensor in logprobs)
-        return Token(self.name(token_id), logprob[0],
-                     [(self.name(i), value) for i, value in zip(ids, values)])
+    def token(self, token_id: int, logprob: float, likeliest: dict[int, float]) -> Token:
+        return Token(self.name(token_id), logprob,
+                     [(self.name(i), value) for i, value in likeliest.items()])
 
     def name(self, token_id: int) -> str:
         """A token's text; special ones have a name."""
@@ -263,10 +269,9 @@ class Engine:
 
     def warm(self) -> None:
         """Run every graph that answering needs, so that none is compiled later."""
-        for _ in range(3 if self.batch.device.type == "cuda" else 1):
+        for _ in range(3 if self.batch.cache.length.is_cuda else 1):
             list(generate_batch(self.model, [[0] * (LARGE_CHUNK + 1)], max_new_tokens=3,
                                 ignore_eos=True, batch=self.batch))
-        self.batch.begin()
         self.batch.steps = self.batch.busy = 0
 
 

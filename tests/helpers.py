@@ -10,7 +10,6 @@ import torch
 
 from attention import attend_all
 from model import ModelConfig, Transformer
-from sample import choose_on_gpu
 
 TINY = Path(__file__).parent.parent / "checkpoints" / "tiny"
 
@@ -45,7 +44,8 @@ def hf_model(family, **config):
 def as_on_a_gpu(monkeypatch):
     """Attention and sampling as GPUs compute them. (A CPU looks how much is held, and at what is
     drawn, which costs it nothing.)"""
-    monkeypatch.setattr("sample.choose_on_cpu", choose_on_gpu)
+    monkeypatch.setattr("sample.on_cpu", lambda logits: False)
+    monkeypatch.setattr("kv_cache.KVCache.in_use", lambda cache, n_tokens: cache.every_slot)
     monkeypatch.setattr("model.attend", lambda q_sink, q_recent, k, v, at: attend_all(
         q_sink, q_recent, k, v, at.mask, at.n_sink))
 

@@ -48,6 +48,7 @@ def figures(*argv):
     (["--shape", "1.1b", "--peer", "transformers", "--batch", "2"], ["--peer", "one row"]),
     (["--shape", "1.1b", "--turns", "f", "--recompute"], ["--recompute"]),
     (["--shape", "1.1b", "--streams", "3", "--speculate", "3"], ["--speculate"]),
+    (["--sampling", "--streams", "3"], ["--sampling", "--streams"]),
     (["--gpu", "decode", "--batch", "8"], ["--gpu", "--batch"]),
     (["--gpu", "decode", "--gpt-fast", "d"], ["--gpt-fast", "--gpu peers"])])
 def test_flags_that_do_not_go_together(argv, naming):
@@ -66,6 +67,13 @@ def test_steps_beside_everything(quick, monkeypatch):
                  "transformers_prefill_128"):
         assert out[f"{peer}_tok_s"] > 0 < out[f"over_{peer}"]
     assert out["speculation_agreeing_over_plain"] > 0 < out["speculation_contrary_over_plain"]
+
+
+def test_drawing_beside_a_step(quick, monkeypatch):
+    monkeypatch.setattr("bench.sampling.STEPS", 2)
+    out = figures("--shape", "small", "--sampling", "--window", 60, "--batch", 3)
+    for kind in ("greedy", "default", "top_k", "mixed"):
+        assert out[f"{kind}_share"] == out[f"{kind}_s"] / out["step_s"] > 0
 
 
 def test_a_conversation_beside_streaming_llm(quick, tmp_path):
