@@ -255,8 +255,8 @@ def seat(batch: Batch) -> Iterator[tuple[int, None]]:
             reading.streams.remove(stream)
             length = stream.length
         if not reading.streams:
-            batch.reading.remove(reading)
             reading.cache.clear_row(0, length + reading.cache.max_chunk)  # the padding, too
+            batch.reading.remove(reading)
 
 
 def begin(batch: Batch, row: int, stream: Stream, logits: Tensor) -> None:
@@ -317,9 +317,9 @@ def tell(batch: Batch, ids: list[int]) -> Iterator[tuple[int, int | None]]:
         yield stream.index, token_id
         if not stream.left:
             yield stream.index, None
-            batch.rows[row], batch.live[row] = None, 0
             batch.sampler.end(row)
             batch.cache.clear_row(row, stream.length)
+            batch.rows[row], batch.live[row] = None, 0
 
 
 # ------------------------------------------------------------------------------ command line

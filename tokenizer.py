@@ -258,12 +258,16 @@ class Tokenizer:
             marks = set()
         return set(self.specials) - self.ordinary | marks
 
+    @functools.cached_property
+    def _names(self) -> re.Pattern:
+        return any_of(self._reserved)
+
     def _as_text(self, content: str) -> str:
         """A message's content for the template: names of special tokens are broken up, which
         `whole` undoes."""
-        content, names = content.replace(BREAK, 2 * BREAK), any_of(self._reserved)
-        while (broken := names.sub(lambda name: name[0][0] + BREAK + name[0][1:],
-                                   content)) != content:
+        content = content.replace(BREAK, 2 * BREAK)
+        while (broken := self._names.sub(lambda name: name[0][0] + BREAK + name[0][1:],
+                                         content)) != content:
             content = broken
         return content
 

@@ -90,6 +90,11 @@ class Answer:
         self.text += text
         return text
 
+    def add_unshown(self, token_id: int) -> None:
+        """Take a token that nobody waits for any more."""
+        self.ids.append(token_id)
+        self.lengths.append(self.lengths[-1] if self.lengths else 0)
+
     def flush(self) -> str:
         """The text that was held back, at the end: none after a stop text, or for nobody."""
         if self.stopped or self.job.cancelled:

@@ -63,11 +63,8 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
                     response = await handle(request)
                 except ApiError as error:
                     response = refusal(error)
-                except Exception as error:  # its message may quote a prompt
-                    log.error("%s in %s: %s", type(error).__name__, path, " <- ".join(
-                        f"{frame.filename}:{frame.lineno}"
-                        for frame in reversed(traceback.extract_tb(error.__traceback__))))
-                    response = refusal(ApiError(500, "The server failed at this request."))
+                except Exception as error:
+                    response = refusal(failure(error))
                 metrics.count(path, response.status_code)
                 return response
 
@@ -153,6 +150,15 @@ def refusal(error: ApiError, headers: dict | None = None) -> JSONResponse:
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error.body, error.status, headers)
+
+
+def failure(error: Exception) -> ApiError:
+    """What a client hears of a fault of ours. Logged is where it was, and not its message, which
+    may quote a prompt."""
+    log.error("%s at %s", type(error).__name__, " <- ".join(
+        f"{frame.filename}:{frame.lineno}"
+        for frame in reversed(traceback.extract_tb(error.__traceback__))))
+    return ApiError(500, "The server failed at this request.")
 
 
 def page_headers() -> dict[str, str]:
@@ -245,6 +251,8 @@ async def stream(events: AsyncIterator, jobs: list[Job], form: Form) -> AsyncIte
         yield form.last(jobs)
     except ApiError as error:
         yield form.failed(error)
+    except Exception as error:
+        yield form.failed(failure(error))
 
 
 class EventStream(Response):
@@ -268,14 +276,11 @@ class EventStream(Response):
         gone = asyncio.ensure_future(until_gone(receive))
         try:
             await asyncio.wait({running, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if running.done():
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await running
         finally:
             self.at_end()
             gone.cancel()
             running.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
+            with contextlib.suppress(asyncio.CancelledError, asyncio.TimeoutError, OSError):
                 await running
 
 

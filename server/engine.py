@@ -237,15 +237,18 @@ class Engine:
             choice = job.first_choice + index - job.first_stream
             self.answers[index] = Answer(job, choice, self.tokenizer)
         answer = self.answers[index]
+        if job.cancelled:
+            stream.left = 0
+            answer.add_unshown(token_id)
+            return
         job.new_tokens += 1
         text = answer.add(token_id)
-        if answer.stopped or job.cancelled:
+        if answer.stopped:
             stream.left = 0
         if answer.stopped or token_id in self.model.config.eos_ids:
             answer.finish = "stop"
         token = self.token(token_id, *stream.logprobs.pop()) if stream.logprobs else None
-        if not job.cancelled:
-            job.post(Event(answer.choice, text, token))
+        job.post(Event(answer.choice, text, token))
 
     def end(self, answer: Answer, stream: Stream) -> None:
         """Keep a conversation that has ended for now, and only then say so."""
