@@ -238,10 +238,9 @@ def pick_one(weights: Tensor, heights: Tensor, u: float) -> int:
     target, blocks = u * heights[-1].item(), weights.view(len(heights), -1)
     block = min(torch.searchsorted(heights, target, right=True).item(), len(blocks) - 1)
     target -= heights[block - 1].item() if block else 0
-    heights = blocks[block].cumsum(-1, dtype=torch.float64)
-    target = min(target, heights[-1].item() * (1 - 1e-12))
-    inner = min(torch.searchsorted(heights, target, right=True).item(), len(heights) - 1)
-    return block * len(heights) + inner
+    mass = list(accumulate(blocks[block].tolist()))
+    inner = bisect_right(mass, min(target, mass[-1] * (1 - 1e-12)), hi=len(mass) - 1)
+    return block * len(mass) + inner
 
 
 def draw(weights: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
@@ -314,7 +313,9 @@ def choose_on_cpu(logits: Tensor, *settings: float | Tensor | None) -> Tensor:
     many = [row for row, (heat, k, *_) in enumerate(rows) if heat and not k]
     if many:
         probs = logits if len(many) == n_rows else logits[many]  # (n, V)
-        probs = (probs / torch.tensor([[max(rows[row][0], COLDEST)] for row in many])).softmax(-1)
+        heats = [[max(rows[row][0], COLDEST)] for row in many]
+        same = all(heat == heats[0] for heat in heats)
+        probs = (probs / (heats[0][0] if same else torch.tensor(heats))).softmax(-1)
         heights = block_heights(probs)
         for at, row in enumerate(many):
             ids[row] = settle(probs[at], heights[at], *rows[row][2:])
@@ -382,8 +383,10 @@ class Rows:
         self.settings = {name: torch.full((n_rows,), off, device=device) for name, off in (
             ("temperature", 0.0), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0),
             ("repetition_penalty", 1.0), ("presence_penalty", 0.0), ("frequency_penalty", 0.0))}
-        self.keys = torch.zeros(n_rows, dtype=torch.int64, device=device)  # of the seeds
-        self.drawn = torch.zeros_like(self.keys)  # tokens so far
+        # The keys of the seeds, and how many tokens were drawn: for the host, and for a GPU
+        self.key_of, self.n_drawn = [0] * n_rows, [0] * n_rows
+        self.keys = torch.zeros(n_rows, dtype=torch.int64, device=device)
+        self.drawn = torch.zeros_like(self.keys)
         # In the prompt or the answer (B, V), and how often in the answer: from the first penalty on
         self.seen = self.counts = None
         self.vocab_size = vocab_size
@@ -394,8 +397,8 @@ class Rows:
         self.asked[row] = sampling
         for name, setting in self.settings.items():
             setting[row] = getattr(sampling, name)
-        self.keys[row] = seed_key(sampling.seed or 0)
-        self.drawn[row] = 0
+        self.key_of[row] = self.keys[row] = seed_key(sampling.seed or 0)
+        self.n_drawn[row] = self.drawn[row] = 0
         if not sampling.penalizes:
             return
         if self.seen is None:
@@ -418,8 +421,8 @@ class Rows:
         if not any(one.temperature for one in asked):
             ids = logits.argmax(-1)
         elif on_cpu(logits):
-            keys = [mix(key ^ n) for key, n in zip(self.keys[rows].tolist(),
-                                                   self.drawn[rows].tolist(), strict=True)]
+            keys = [mix(key ^ n) for key, n in zip(self.key_of[rows], self.n_drawn[rows],
+                                                   strict=True)]
             ids = choose_on_cpu(logits, *([getattr(one, name) for one in asked] for name in (
                 "temperature", "top_k", "top_p", "min_p")), keys)
         else:
@@ -428,7 +431,9 @@ class Rows:
             ids = choose_on_gpu(logits, self.settings["temperature"][rows], *limits,
                                 mix(self.keys[rows] ^ self.drawn[rows]))
         ids = in_step(ids)[:, None]
-        self.drawn[rows] += 1
+        self.n_drawn[rows] = [n + 1 for n in self.n_drawn[rows]]
+        if not on_cpu(logits):
+            self.drawn[rows].add_(1)
         if penalized:
             self.seen[rows].scatter_(-1, ids, True)
             self.counts[rows].scatter_add_(-1, ids, torch.ones_like(ids).float())
