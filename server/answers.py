@@ -73,7 +73,7 @@ class Answer:
     tokenizer: Tokenizer
     ids: list[int] = field(default_factory=list)
     text: str = ""  # shown
-    lengths: list[int] = field(default_factory=list)  # of all text, after each token
+    lengths: list[int] = field(default_factory=list)  # of all text, shown or not, after each token
     stopped: bool = False  # by a stop text
     finish: str = "length"
 
@@ -102,12 +102,3 @@ class Answer:
         text, _ = self.stop(self.detokenize(None), final=True)
         self.text += text
         return text
-
-    def unshown(self) -> int:
-        """The last tokens of which no text was shown; -1 if what was shown ends within a token."""
-        if not (self.stopped or self.job.cancelled):
-            return 0
-        shown = len(self.text)
-        if not shown:
-            return len(self.ids)
-        return len(self.ids) - 1 - self.lengths.index(shown) if shown in self.lengths else -1

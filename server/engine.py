@@ -93,7 +93,7 @@ class Engine:
     def plan_chat(self, asked: Request, who: str) -> Job:
         messages = self.with_pinned(asked.messages)
         keys = chain(f"{self.fingerprint} {who}", messages)
-        at, kept = self.keep.get(keys)
+        at, kept = self.find(messages, keys)
         if kept is not None and (ids := self.rest(messages, at, kept)):
             return Job(asked, ids, 0, kept, keys[-1], keys[at])
         job = Job(asked, self.tokenizer.conversation(messages), 0, key=keys[-1])
@@ -102,6 +102,17 @@ class Engine:
             if job.ids[:len(system)] == system and len(system) < len(job.ids):
                 job.system, job.system_key = len(system), keys[0]
         return job
+
+    def find(self, messages: list[dict],
+             keys: list[str]) -> tuple[int, Kept] | tuple[None, None]:
+        """The longest beginning of a conversation that is kept: its last message, and the cache."""
+        at, kept = self.keep.get(keys)
+        said = max((n for n, turn in enumerate(messages) if turn["role"] == "assistant"), default=0)
+        if said > (at or 0):  # perhaps an answer that was stopped
+            _, longer = self.keep.get([stopped(keys[said - 1])])
+            if longer and (longer := longer.up_to(messages[said]["content"])):
+                return said, longer
+        return at, kept
 
     def with_pinned(self, messages: list[dict]) -> list[dict]:
         """The messages behind the pinned system turn."""
@@ -253,12 +264,17 @@ class Engine:
     def end(self, answer: Answer, stream: Stream) -> None:
         """Keep a conversation that has ended for now, and only then say so."""
         job, rest = answer.job, answer.flush()
-        undo = answer.unshown()
-        if job.key and undo >= 0 and self.keep.max_bytes:
-            row = self.batch.rows.index(stream)
-            kept = take(self.batch.cache, row, job.all_ids() + answer.ids, undo)
+        if job.key and self.keep.max_bytes:
+            kept = take(self.batch.cache, self.batch.rows.index(stream),
+                        job.all_ids() + answer.ids)
+            key = extended(job.key, "assistant", answer.text)
+            if job.cancelled:  # where its reader stopped will be told by the next request
+                kept.text, kept.lengths, key = answer.text, answer.lengths, stopped(job.key)
+            elif answer.stopped:
+                kept.lengths, kept.text = answer.lengths, answer.text
+                kept = kept.up_to(answer.text)
             if kept:
-                self.keep.add(extended(job.key, "assistant", answer.text), kept, job.found)
+                self.keep.add(key, kept, job.found)
         if not job.cancelled:
             job.post(Event(answer.choice, rest, finish=answer.finish))
 
@@ -276,6 +292,11 @@ class Engine:
             list(generate_batch(self.model, [[0] * (LARGE_CHUNK + 1)], max_new_tokens=3,
                                 ignore_eos=True, batch=self.batch))
         self.batch.steps = self.batch.busy = 0
+
+
+def stopped(key: str) -> str:
+    """Where an answer to this conversation is kept that its reader stopped."""
+    return extended(key, "stopped", "")
 
 
 async def arriving(queue: asyncio.Queue, n_choices: int) -> AsyncIterator[list[Event]]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -24,21 +25,33 @@ class Kept:
     v: list[Tensor]
     ids: list[int]  # all that was read and said, for penalties; the last is an answer's last
     overhang: int
+    max_chunk: int  # the cache's, which says how far back it can go
+    text: str = ""  # of an answer that its reader stopped, as far as it was sent, and
+    lengths: Sequence[int] = ()  # how long the text was after each of its tokens
+
+    def without(self, n: int) -> Kept | None:
+        """The same without the last n ids; None where the ring cannot go back so far."""
+        if n >= len(self.ids) or self.overhang + n > self.max_chunk:
+            return None
+        return replace(self, ids=self.ids[:len(self.ids) - n], overhang=self.overhang + n)
+
+    def up_to(self, text: str) -> Kept | None:
+        """The same up to where the answer had this text; None where no token ended there."""
+        after = [0, *self.lengths]
+        if not self.text.startswith(text) or len(text) not in after:
+            return None
+        return self.without(len(after) - 1 - after.index(len(text)))
 
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self.k, *self.v)) + 8 * len(self.ids)
 
 
-def take(cache: KVCache, row: int, ids: list[int], undo: int = 0) -> Kept | None:
-    """A copy of a row that holds ids, but for the last `undo` of them; None where the ring cannot
-    go back so far."""
-    overhang = cache.overhang[row] + undo
-    if undo >= len(ids) or overhang > cache.max_chunk:
-        return None
+def take(cache: KVCache, row: int, ids: list[int]) -> Kept:
+    """A copy of a row that holds these ids."""
     used = min(len(ids), cache.n_sink + cache.ring)
     k, v = ([layer[row, :, :used].to("cpu", copy=True) for layer in layers]
             for layers in (cache.k, cache.v))
-    return Kept(k, v, ids[:len(ids) - undo], overhang)
+    return Kept(k, v, ids, cache.overhang[row], cache.max_chunk)
 
 
 def put(kept: Kept, cache: KVCache, row: int = 0) -> None:

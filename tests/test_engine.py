@@ -149,7 +149,7 @@ def test_a_row_is_put_back_as_it_was(n_tokens, undo):
     cache = KVCache(model.config, 1, **sizes)
     prefill(model, cache, ids)
     overhang = cache.overhang[0]
-    kept = take(cache, 0, ids, undo)
+    kept = take(cache, 0, ids).without(undo)
     if undo + overhang > 16 or undo >= n_tokens:  # deeper than the ring goes back
         assert kept is None
         return
@@ -169,7 +169,7 @@ def test_a_row_is_put_back_as_it_was(n_tokens, undo):
 
 def test_what_was_not_used_for_longest_goes_first():
     def kept(n):
-        return Kept([torch.zeros(n)], [torch.zeros(n)], [], 0)  # 8 bytes an n
+        return Kept([torch.zeros(n)], [torch.zeros(n)], [], 0, 16)  # 8 bytes an n
 
     keep = Keep(100)
     for name in "abc":
@@ -210,6 +210,38 @@ def test_a_kept_conversation_does_not_change_what_is_said_to_another(engine):
         for answer, expected in zip(answers, alone):
             assert answer["choices"] == expected["choices"]
             assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+def test_an_answer_that_its_reader_stopped_goes_on_from_where_he_read(engine, loaded):
+    tokenizer = loaded[1]
+    one = engine()
+    whole = run(one, "Hello there", max_tokens=200)["choices"][0]["message"]["content"]
+
+    async def stop(n_events):
+        text = ""
+        body = {"model": "m", "messages": [{"role": "user", "content": "Hello there."}],
+                "temperature": 0, "max_tokens": 200}
+        jobs = one.plan(parse(json.dumps(body).encode(), True, "m", 500), "")
+        async for events in one.submit(jobs):
+            text += "".join(event.text for event in events)
+            n_events -= len(events)
+            if n_events <= 0:
+                break
+        one.leave(jobs)
+        return text
+
+    text = asyncio.run(stop(30))
+    rest(one)
+    assert text and len(text) < len(whole)
+    held = len(tokenizer.first_turn("Hello there."))
+    for read in (text, text[:text.rindex(" ")]):  # the last piece never came
+        usage = run(one, "Hello there.", read, "And?")["usage"]
+        assert usage["prompt_tokens_details"]["cached_tokens"] > held
+        found, n = usage["prompt_tokens_details"]["cached_tokens"], usage["prompt_tokens"]
+        assert tokenizer.decode(tokenizer.encode(read, bos=False)).strip() == read.strip()
+        assert n - found == len(tokenizer.next_turn("And?"))
+    assert not run(one, "Hello there.", text[:-1] + "@", "And?")["usage"][
+        "prompt_tokens_details"]["cached_tokens"]
 
 
 def test_penalties_count_what_was_kept_too(engine, loaded):
