@@ -112,10 +112,15 @@ class Batch:
         self.cache = make_cache(model, n_sink, window, batch_size)
         self.staging = [make_cache(model, n_sink, window) for _ in range(n_staging)]
         self.steps = self.busy = 0  # decode steps, and rows that were busy, counted at each
+        self.rows, self.reading = [], []
         self.clear(model.config.vocab_size)
 
     def clear(self, vocab_size: int) -> None:
-        """Nothing is on its way."""
+        """Nothing is on its way. What was, because of an error, is overwritten, too."""
+        for cache, rows in ((self.cache, [row for row, stream in enumerate(self.rows) if stream]),
+                            *((reading.cache, [0]) for reading in self.reading)):
+            for row in rows:
+                cache.clear_row(row)
         size, device = self.cache.batch_size, self.cache.length.device
         self.sampler = Rows(size, vocab_size, device)
         self.tokens = torch.zeros(size, 1, dtype=torch.int64, device=device)  # not in the cache yet

@@ -178,9 +178,11 @@ class Engine:
 
     def fail(self, message: str, status: int = 500) -> None:
         """End all that is running or waiting with an error."""
-        for job in self.jobs:
+        with self.wake:
+            jobs = self.jobs
+            self.leave(jobs)
+        for job in jobs:  # once told, somebody may ask again at once
             job.post(ApiError(status, message, retry_after=1))
-        self.leave(self.jobs)
 
     # -------------------------------------------------------------------------- the engine's thread
 
