@@ -37,7 +37,7 @@ class Engine:
         self.pinned = [{"role": "system", "content": pin_system}] if pin_system else []
         self.fingerprint = getattr(model, "fingerprint", "random")
         self.names = {token_id: text for text, token_id in tokenizer.specials.items()}
-        self.batch = Batch(model, batch_size, n_sink, window, n_staging=2, n_chunks=2)
+        self.batch = Batch(model, batch_size, n_sink, window, n_staging=2, n_chunks=4)
         self.n_streams = 0  # that the batch has been asked for
         self.keep = Keep(keep_bytes)
         self.waiting: deque[Job] = deque()
