@@ -97,7 +97,8 @@ class Engine:
         if kept is not None and (ids := self.rest(messages, at, kept)):
             return Job(asked, ids, 0, kept, keys[-1], keys[at])
         job = Job(asked, self.tokenizer.conversation(messages), 0, key=keys[-1])
-        if messages[0]["role"] == "system" and messages[0]["content"].strip():
+        if (messages[0]["role"] == "system" and messages[0]["content"].strip()
+                and self.keep.max_bytes):
             system = self.tokenizer.system_turn(messages[0]["content"])
             if job.ids[:len(system)] == system and len(system) < len(job.ids):
                 job.system, job.system_key = len(system), keys[0]

@@ -268,6 +268,40 @@ def test_a_stream_can_be_ended_while_it_is_read_or_by_another():
     assert 5 < len(of[0]) < 30 and of[0][:-1] == alone(model, prompts[0], 30)[:len(of[0]) - 1]
 
 
+def test_what_prompts_share_is_shown_once_it_is_read(monkeypatch):
+    model, (first, second) = random_model(), prompts_of([70, 9])
+    kept = make_cache(model, 4, WINDOW)
+    asked = [Prompt(first + second, n_shared=70, max_new_tokens=9,
+                    shared=lambda staging: kept.copy_row(0, staging)),
+             Prompt(second, before=first, max_new_tokens=9,
+                    begin=lambda staging: staging.copy_row(0, kept))]
+    ids, _ = collected(generate_batch(model, asked, 2, 4, WINDOW))
+    assert ids[0] == ids[1] == alone(model, first + second, 9) and int(kept.length) == 70
+
+
+def test_rows_that_ended_hold_nothing_and_idle_ones_stay_short():
+    model, (prompt, other) = random_model(), prompts_of([100, 5])
+    batch, longest = Batch(model, 3, 4, WINDOW, n_staging=2), []
+    for index, _ in generate_batch(model, [prompt, Prompt(other, max_new_tokens=90)],
+                                   max_new_tokens=9, batch=batch):
+        if index == 1 and batch.rows.count(None) == 2:
+            longest.append(batch.cache.length.tolist())
+    assert all(sorted(lengths)[:2] == [1, 1] for lengths in longest[2:])
+    for cache in (batch.cache, *batch.staging):
+        assert not any(layer[:, :, 1:].any() for layer in (*cache.k, *cache.v))
+
+
+@pytest.mark.parametrize("n_chunks, most", [(None, 4), (1, 1), (2, 2)])
+def test_how_many_chunks_come_between_two_steps_can_be_limited(monkeypatch, n_chunks, most):
+    model = random_model()
+    batch, step, calls = Batch(model, 4, 4, WINDOW, n_chunks=n_chunks), model.step, []
+    monkeypatch.setattr(model, "step", lambda tokens, cache, *rest: calls.append(
+        "." if cache is batch.cache else "c") or step(tokens, cache, *rest))
+    list(generate_batch(model, prompts_of([5, 400]), max_new_tokens=60, batch=batch))
+    between = "".join(calls).strip("c").strip(".").split(".")
+    assert max(map(len, between)) == most
+
+
 def test_stop_ids_are_each_prompt_s_own():
     model, prompt = random_model(), prompts_of([9])[0]
     free = alone(model, prompt, 20)

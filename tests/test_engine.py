@@ -124,17 +124,21 @@ def test_a_prompt_that_nobody_waits_for_is_not_read_on(engine):
 def test_when_the_model_fails_everyone_is_told_and_it_goes_on(engine, monkeypatch):
     one = engine()
     before = run(one, "Hello")["choices"]
-    step = one.model.step
+    step, calls = one.model.step, []
 
-    def fail(*args):
-        monkeypatch.setattr(one.model, "step", step)
-        raise RuntimeError("not enough memory, and a quoted prompt")
+    def fail(*args):  # as prompts are half read, and then as rows are at work
+        calls.append(args)
+        if len(calls) in (3, 20):
+            raise RuntimeError("not enough memory, and a quoted prompt")
+        return step(*args)
 
     monkeypatch.setattr(one.model, "step", fail)
-    with pytest.raises(Exception, match="The engine failed") as caught:
-        run(one, "Hello there")
-    assert caught.value.status == 500 and "prompt" not in str(caught.value)
-    assert run(one, "Hello")["choices"] == before
+    for prompt in ("Hello there. " * 300, "Well"):
+        with pytest.raises(Exception, match="The engine failed") as caught:
+            run(one, prompt, max_tokens=100)
+        assert caught.value.status == 500 and "prompt" not in str(caught.value)
+        assert run(one, "Hello")["choices"] == before
+    assert len(calls) > 20
 
 
 # ------------------------------------------------------------------------------ what is kept
@@ -164,6 +168,7 @@ def test_a_row_is_put_back_as_it_was(n_tokens, undo):
         following = torch.tensor([[7]])
         expected = model(following, cache)
         found = model(following.expand(3, 1), other)[1]
+    assert other.overhang[1] == max(0, kept.overhang - 1)
     assert torch.allclose(found, expected[0], atol=1e-5) and kept.ids == ids[:n_tokens - undo]
 
 
