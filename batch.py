@@ -2,9 +2,10 @@
 
     python batch.py --prompts mt_bench.jsonl --batch 8 --compile
 
-All B rows decode together, one token each a step, always in the one shape (B, 1). Meanwhile the
-next prompt is prefilled in a staging row of its own, a chunk between two steps, so that no stream
-waits long for it. When a stream ends, the staged row is copied over its row, which goes on at once.
+All B rows decode together, one token each a step, always in the one shape (B, 1), or where only
+one is busy, on a CPU, (1, 1). Meanwhile the next prompt is prefilled in a staging row of its own, a
+chunk between two steps, so that no stream waits long for it. When a stream ends, the staged row is
+copied over its row, which goes on at once.
 
 A result is a JSON line, with or without --json, written when its stream ends. Of {"turns": ...}
 lines only the first turn is said: what comes after it is a conversation, for chat.py.
@@ -281,17 +282,33 @@ def step(model: Transformer, batch: Batch) -> Iterator[tuple[int, int | None]]:
               if stream and stream.prompt.logprobs is not None]
     read = start_reading(batch.tokens)
     noted = [start_reading(values) for values in batch.logprobs] if noting else []
-    if None in batch.rows:
-        batch.cache.length.mul_(batch.live)
-    logits = model(batch.tokens, batch.cache)
-    batch.tokens = batch.sampler.sample(logits)  # (B, 1)
     busy = len(batch.rows) - batch.rows.count(None)
+    if busy < len(batch.rows):
+        batch.cache.length.mul_(batch.live)
+    if busy == 1 and not batch.tokens.is_cuda:
+        logits = step_alone(model, batch)
+    else:
+        logits = model(batch.tokens, batch.cache)
+        batch.tokens = batch.sampler.sample(logits)  # (B, 1)
     batch.steps, batch.busy = batch.steps + 1, batch.busy + busy
     ids, noted = read(), [values() for values in noted]
     for row in noting:
         hear(batch.rows[row], row, *noted)
     note_logprobs(batch, noting, logits)
     yield from tell(batch, ids)
+
+
+def step_alone(model: Transformer, batch: Batch) -> Tensor:
+    """The next token of the only row that is busy, in the shape of a single stream, which is
+    much less work for a CPU; a GPU reads the weights once for all rows anyway.
+    Returns the logits (1, 1, V)."""
+    row = next(row for row, stream in enumerate(batch.rows) if stream)
+    cache, some = batch.cache.row(row), slice(row, row + 1)
+    logits = model(batch.tokens[some], cache)
+    batch.cache.overhang[row] = cache.overhang[0]
+    batch.tokens = batch.tokens.clone()  # the old ones are yet to be read
+    batch.tokens[some] = batch.sampler.sample(logits, some)
+    return logits
 
 
 def note_logprobs(batch: Batch, rows: list[int], logits: Tensor) -> None:
@@ -403,7 +420,7 @@ def main():
         get_ready(model, batch.staging[0], args)
         if args.compile:  # the step of all rows, as often as generate.warm runs the others
             start = time.perf_counter()
-            list(generate_batch(model, [[0]], max_new_tokens=3, ignore_eos=True, batch=batch))
+            list(generate_batch(model, [[0]] * 2, max_new_tokens=3, ignore_eos=True, batch=batch))
             args.compile_s += time.perf_counter() - start
             batch.steps = batch.busy = 0
         if write_results(model, tokenizer, ask(prompts, args), batch, args):

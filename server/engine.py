@@ -292,8 +292,9 @@ class Engine:
     def warm(self) -> None:
         """Run every graph that answering needs, so that none is compiled later."""
         for _ in range(3 if self.batch.cache.length.is_cuda else 1):
-            list(generate_batch(self.model, [[0] * (LARGE_CHUNK + 1)], max_new_tokens=3,
-                                ignore_eos=True, batch=self.batch))
+            prompts = [[0] * (LARGE_CHUNK + 1), [0]]  # at the end one is left, which is a graph
+            list(generate_batch(self.model, prompts, max_new_tokens=[9, 3], ignore_eos=True,
+                                batch=self.batch))
         self.batch.steps = self.batch.busy = 0
 
 
