@@ -275,3 +275,22 @@ def test_make_cache_sizes_are_refused_by_name(loaded):
     with pytest.raises(ValueError, match="window 999"):
         Engine(*loaded, window=999)
     assert make_cache(loaded[0]).window == 252
+
+
+def test_nothing_is_compiled_once_it_is_warm():
+    """Answers alone, side by side, past the window, gone on with, and of many settings."""
+    engine = Engine(*load(TINY, device="cpu", compile=True), batch_size=3, window=60)
+    engine.warm()
+    before = dict(torch._dynamo.utils.counters["stats"])
+    assert before["unique_graphs"] > 0
+    engine.start()
+    first = run(engine, "Hello there", max_tokens=90)["choices"][0]["message"]["content"]
+    run(engine, "Hello there", first, "And? " * 60, n=3, temperature=1.0, top_p=0.9, max_tokens=40)
+
+    async def several():
+        await asyncio.gather(*(ask(engine, f"Cat {n} " * n * 9, max_tokens=10 + 9 * n, min_p=0.1,
+                                   repetition_penalty=1.2, logprobs=True) for n in range(1, 7)))
+
+    asyncio.run(several())
+    assert dict(torch._dynamo.utils.counters["stats"]) == before
+    engine.stop()
