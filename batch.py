@@ -41,6 +41,7 @@ from sample import Rows, Sampling, log_probabilities
 from tokenizer import Tokenizer
 from tp import agree
 
+LONG = 1024  # tokens of a prompt which others need not wait for
 TOP_LOGPROBS = 20  # the most alternatives that a prompt may ask for
 
 
@@ -93,6 +94,7 @@ class Reading:
     cache: KVCache  # the staging row
     streams: list[Stream]
     chunks: Iterator[Tensor | None]
+    left: int  # tokens, at least
     logits: Tensor | None = None  # (1, 1, V) after the last token
 
 
@@ -130,6 +132,7 @@ class Batch:
         self.rows: list[Stream | None] = [None] * size
         self.live = torch.zeros(size, dtype=torch.int64, device=device)  # 1 where a stream is
         self.reading: list[Reading] = []
+        self.owed = 0.0  # seconds of steps that long prompts may take as many of
 
     @property
     def idle(self) -> bool:
@@ -168,7 +171,9 @@ def generate_batch(model: Transformer, prompts: Iterable[Sequence[int] | Prompt 
     more = True
     while more or not batch.idle:
         if any(batch.rows):
+            began = time.perf_counter()
             yield from step(model, batch)
+            batch.owed = min(batch.owed + time.perf_counter() - began, 0.1)
         # One chunk between two steps, so that no stream waits long, and one for each idle row.
         for _ in range(min(1 + batch.rows.count(None), batch.n_chunks)):
             more = more and admit(model, batch, streams)
@@ -215,7 +220,8 @@ def admit(model: Transformer, batch: Batch, waiting: Iterator[list[Stream]]) -> 
     streams = next(waiting, None)
     if streams:
         prompt, cache = streams[0].prompt, free[0]
-        batch.reading.append(Reading(cache, streams, chunks_of(model, cache, prompt)))
+        batch.reading.append(Reading(cache, streams, chunks_of(model, cache, prompt),
+                                     len(prompt.ids)))
     return streams is not None
 
 
@@ -232,15 +238,22 @@ def chunks_of(model: Transformer, cache: KVCache, prompt: Prompt) -> Iterator[Te
 
 
 def read_on(batch: Batch) -> None:
-    """One chunk of the prompt that has waited for longest, of those that are not whole."""
-    reading = next((reading for reading in batch.reading if reading.logits is None), None)
+    """One chunk of the prompt that has waited for longest, of those that are not whole. One that
+    has long to go, beside streams, takes no more time than their steps do."""
+    unhurried = any(batch.rows) and batch.owed <= 0
+    reading = next((reading for reading in batch.reading if reading.logits is None
+                    and not (unhurried and reading.left > LONG)), None)
     if reading is None:
         return
+    began = time.perf_counter()
     reading.logits = next(reading.chunks)
     if reading.logits is not None and reading.logits.is_cuda:
         torch.cuda.synchronize()
     for stream in reading.streams:
         stream.prefilled = time.perf_counter()
+    if reading.left > LONG:
+        batch.owed -= time.perf_counter() - began
+    reading.left -= reading.cache.max_chunk
     batch.reading.remove(reading)
     batch.reading.append(reading)
 

@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 
-from batch import Batch, Prompt, Stream, generate_batch
+from batch import LONG, Batch, Prompt, Stream, generate_batch
 from generate import LARGE_CHUNK, check_ids
 from kv_cache import KVCache
 from model import Transformer
@@ -24,7 +24,6 @@ from server.protocol import MAX_PROMPT, ApiError, Request
 from tokenizer import Tokenizer
 
 log = logging.getLogger("gpt_stream")
-LONG = 1024  # tokens; of prompts that are longer, only one is read at a time
 
 
 class Engine:

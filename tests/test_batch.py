@@ -313,6 +313,27 @@ def test_a_row_that_is_busy_alone_is_stepped_alone_and_nothing_changes(monkeypat
     assert shapes.count((1, 1)) > 50 < shapes.count((3, 1)) and shapes[-1] == (1, 1)
 
 
+def test_a_very_long_prompt_takes_no_more_time_than_the_steps_beside_it(monkeypatch):
+    """By a clock that only the model moves: a chunk takes as long as ten steps."""
+    model, now, calls = random_model(n_layers=1), [0.0], []
+    batch, step = Batch(model, 4, 4, WINDOW), model.step
+    monkeypatch.setattr(program.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(program, "LONG", 100)
+
+    def timed(tokens, cache, *rest):
+        calls.append("c" if cache is batch.staging[0] else ".")
+        now[0] += 0.1 if cache is batch.staging[0] else 0.01
+        return step(tokens, cache, *rest)
+
+    monkeypatch.setattr(model, "step", timed)
+    said = generate_batch(model, prompts_of([5, 900]), max_new_tokens=[300, 9], batch=batch)
+    ids, _ = collected(said)
+    between = "".join(calls).strip("c").split("c")[1:20]
+    assert min(map(len, between)) >= 9 and max(map(len, between)) <= 12
+    monkeypatch.undo()
+    assert ids[1] == alone(model, prompts_of([5, 900])[1], 9)
+
+
 def test_stop_ids_are_each_prompt_s_own():
     model, prompt = random_model(), prompts_of([9])[0]
     free = alone(model, prompt, 20)
