@@ -7,12 +7,14 @@ asyncio.Queue. What people say is never logged, in errors neither.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import hashlib
 import hmac
 import ipaddress
 import json
 import logging
+import re
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable
@@ -53,6 +55,8 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     metrics = Metrics(engine)
     created = int(time.time())
+    html = PAGE.read_text(encoding="utf-8")
+    html_headers = page_headers(html)
 
     def route(path: str, *methods: str):
         """Serve a path with an async function that takes the request; what it raises becomes
@@ -74,8 +78,10 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
         return add
 
     def described() -> dict:
+        """Our own fields: every talk's first `sink` tokens and its last `window` are seen."""
         return {"id": settings.model, "object": "model", "created": created,
-                "owned_by": "gpt-stream"}
+                "owned_by": "gpt-stream", "sink": engine.batch.cache.n_sink,
+                "window": engine.batch.cache.window}
 
     async def ask(request: HttpRequest, chat: bool) -> Response:
         key = check_key(request, settings)
@@ -127,9 +133,7 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
 
     @route("/", "GET", "HEAD")
     async def page(request: HttpRequest) -> Response:
-        if not PAGE.exists():
-            raise ApiError(404, "There is no page; the API is under /v1.")
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=page_headers())
+        return HTMLResponse(html, headers=html_headers)
 
     @app.exception_handler(HTTPException)
     async def unknown(request: HttpRequest, error: HTTPException) -> Response:
@@ -167,10 +171,19 @@ def failure(error: Exception) -> ApiError:
     return ApiError(500, "The server failed at this request.")
 
 
-def page_headers() -> dict[str, str]:
-    return {"Content-Security-Policy": "default-src 'none'; connect-src 'self'; "
-            "script-src 'unsafe-inline'; style-src 'unsafe-inline'; base-uri 'none'; "
-            "form-action 'none'; frame-ancestors 'none'",
+def page_headers(html: str) -> dict[str, str]:
+    """A policy under which the page's own script and style run, by their hashes, and no others;
+    under which nothing is loaded (its icon is in it) or sent anywhere but here; and, where browsers
+    know Trusted Types, no text can become HTML."""
+    def hashes(tag: str) -> str:
+        return " ".join(
+            f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+            for text in re.findall(f"<{tag}[^>]*>(.*?)</{tag}>", html, re.DOTALL))
+
+    return {"Content-Security-Policy":
+            f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; "
+            "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
             "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
