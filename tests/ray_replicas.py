@@ -25,7 +25,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 
-import httpx  # noqa: E402
 import openai  # noqa: E402
 import ray  # noqa: E402
 from ray import serve  # noqa: E402
@@ -58,15 +57,15 @@ def running() -> int:
 
 class Figures:
     def __init__(self):
-        self.requests = self.answered = self.stream_errors = self.given_up = 0
-        self.statuses = collections.Counter()
-        self.prompt = self.cached = 0  # tokens, of all turns but the first
+        self.requests = self.answered = self.given_up = 0
+        self.statuses, self.stream_errors = collections.Counter(), collections.Counter()
+        self.followed = self.kept = 0  # turns after the first; of these, with all before it kept
         self.seconds = []
 
     def told(self) -> dict:
         return dict(requests=self.requests, answered=self.answered, given_up=self.given_up,
-                    statuses=dict(self.statuses), stream_errors=self.stream_errors,
-                    cached_share=round(self.cached / max(1, self.prompt), 4),
+                    statuses=dict(self.statuses), stream_errors=dict(self.stream_errors),
+                    kept=f"{self.kept} of {self.followed}",
                     p50_s=round(sorted(self.seconds)[len(self.seconds) // 2], 3))
 
 
@@ -74,14 +73,14 @@ class Talk:
     """One client's conversation."""
 
     def __init__(self, url: str, model: str, number: int, max_tokens: int):
-        self.figures = None
+        self.figures, self.before = None, 0  # before: tokens of the turns that are answered
         self.client = openai.AsyncOpenAI(
-            base_url=url, api_key="none", timeout=120, max_retries=6, http_client=httpx.AsyncClient(
-                event_hooks={"response": [self.count]}))
+            base_url=url, api_key="none", timeout=120, max_retries=6,
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [self.count]}))
         self.asked = {"model": model, "max_tokens": max_tokens, "temperature": 0}
         self.number, self.stream, self.messages = number, number % 2 == 1, []
 
-    async def count(self, response: httpx.Response) -> None:
+    async def count(self, response) -> None:
         self.figures.statuses[response.status_code] += 1
 
     async def turn(self, figures: Figures) -> None:
@@ -94,19 +93,20 @@ class Talk:
             try:
                 text, usage = await (self.streamed() if self.stream else self.whole())
                 break
-            except openai.APIStatusError:
+            except openai.APIStatusError:  # after all its retries
                 continue
-            except (openai.APIError, httpx.HTTPError):  # within a stream
-                figures.stream_errors += 1
+            except Exception as error:  # within a stream: an error event, or the connection's end
+                figures.stream_errors[str(error)] += 1
         else:
             figures.given_up += 1
             self.messages.pop()
             return
         figures.answered += 1
         figures.seconds.append(time.perf_counter() - began)
-        if len(self.messages) > 1:
-            figures.prompt += usage.prompt_tokens
-            figures.cached += usage.prompt_tokens_details.cached_tokens
+        if self.before:
+            figures.followed += 1
+            figures.kept += usage.prompt_tokens_details.cached_tokens >= self.before
+        self.before = usage.total_tokens
         self.messages.append({"role": "assistant", "content": text})
 
     async def whole(self):
@@ -124,7 +124,7 @@ class Talk:
                 text += choice.delta.content or ""
                 finish = choice.finish_reason or finish
         if not (finish and usage):
-            raise httpx.ReadError("a stream ended without its last events")
+            raise OSError("the stream ended without its last events")
         return text, usage
 
 
