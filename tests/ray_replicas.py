@@ -15,6 +15,7 @@ import asyncio
 import collections
 import json
 import os
+import random
 import signal
 import socket
 import sys
@@ -77,14 +78,16 @@ class Talk:
         self.client = openai.AsyncOpenAI(
             base_url=url, api_key="none", timeout=120, max_retries=6,
             http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [self.count]}))
-        self.asked = {"model": model, "max_tokens": max_tokens, "temperature": 0}
+        self.asked, self.max_tokens = {"model": model, "temperature": 0}, max_tokens
         self.number, self.stream, self.messages = number, number % 2 == 1, []
+        self.random = random.Random(number)
 
     async def count(self, response) -> None:
         self.figures.statuses[response.status_code] += 1
 
     async def turn(self, figures: Figures) -> None:
         self.figures = figures
+        self.asked["max_tokens"] = self.random.randint(self.max_tokens // 4, self.max_tokens)
         say = SAID[len(self.messages) // 2 % len(SAID)].format(f"cat number {self.number}")
         self.messages.append({"role": "user", "content": say})
         figures.requests += 1
@@ -134,6 +137,7 @@ async def third(talks: list[Talk], turns: int, during=None) -> dict:
 
     async def one(talk: Talk) -> None:
         for _ in range(turns):
+            await asyncio.sleep(talk.random.uniform(0, 0.5))  # or rows would stay with clients
             await talk.turn(figures)
 
     async def interrupt() -> None:
