@@ -2,9 +2,10 @@
 
     python batch.py --prompts mt_bench.jsonl --batch 8 --compile
 
-All B rows decode together, one token each a step, always in the one shape (B, 1). Meanwhile the
-next prompt is prefilled in a staging row of its own, a chunk between two steps, so that no stream
-waits long for it. When a stream ends, the staged row is copied over its row, which goes on at once.
+All B rows decode together, one token each a step, always in the one shape (B, 1), or where only
+one is busy, on a CPU, (1, 1). Meanwhile the next prompt is prefilled in a staging row of its own, a
+chunk between two steps, so that no stream waits long for it. When a stream ends, the staged row is
+copied over its row, which goes on at once.
 
 A result is a JSON line, with or without --json, written when its stream ends. Of {"turns": ...}
 lines only the first turn is said: what comes after it is a conversation, for chat.py.
@@ -40,6 +41,7 @@ from sample import Rows, Sampling, log_probabilities
 from tokenizer import Tokenizer
 from tp import agree
 
+LONG = 1024  # tokens of a prompt which others need not wait for
 TOP_LOGPROBS = 20  # the most alternatives that a prompt may ask for
 
 
@@ -92,6 +94,7 @@ class Reading:
     cache: KVCache  # the staging row
     streams: list[Stream]
     chunks: Iterator[Tensor | None]
+    left: int  # tokens, at least
     logits: Tensor | None = None  # (1, 1, V) after the last token
 
 
@@ -129,6 +132,7 @@ class Batch:
         self.rows: list[Stream | None] = [None] * size
         self.live = torch.zeros(size, dtype=torch.int64, device=device)  # 1 where a stream is
         self.reading: list[Reading] = []
+        self.owed = 0.0  # seconds of steps that long prompts may take as many of
 
     @property
     def idle(self) -> bool:
@@ -167,7 +171,9 @@ def generate_batch(model: Transformer, prompts: Iterable[Sequence[int] | Prompt 
     more = True
     while more or not batch.idle:
         if any(batch.rows):
+            began = time.perf_counter()
             yield from step(model, batch)
+            batch.owed = min(batch.owed + time.perf_counter() - began, 0.1)
         # One chunk between two steps, so that no stream waits long, and one for each idle row.
         for _ in range(min(1 + batch.rows.count(None), batch.n_chunks)):
             more = more and admit(model, batch, streams)
@@ -214,7 +220,8 @@ def admit(model: Transformer, batch: Batch, waiting: Iterator[list[Stream]]) -> 
     streams = next(waiting, None)
     if streams:
         prompt, cache = streams[0].prompt, free[0]
-        batch.reading.append(Reading(cache, streams, chunks_of(model, cache, prompt)))
+        batch.reading.append(Reading(cache, streams, chunks_of(model, cache, prompt),
+                                     len(prompt.ids)))
     return streams is not None
 
 
@@ -231,15 +238,22 @@ def chunks_of(model: Transformer, cache: KVCache, prompt: Prompt) -> Iterator[Te
 
 
 def read_on(batch: Batch) -> None:
-    """One chunk of the prompt that has waited for longest, of those that are not whole."""
-    reading = next((reading for reading in batch.reading if reading.logits is None), None)
+    """One chunk of the prompt that has waited for longest, of those that are not whole. One that
+    has long to go, beside streams, takes no more time than their steps do."""
+    unhurried = any(batch.rows) and batch.owed <= 0
+    reading = next((reading for reading in batch.reading if reading.logits is None
+                    and not (unhurried and reading.left > LONG)), None)
     if reading is None:
         return
+    began = time.perf_counter()
     reading.logits = next(reading.chunks)
     if reading.logits is not None and reading.logits.is_cuda:
         torch.cuda.synchronize()
     for stream in reading.streams:
         stream.prefilled = time.perf_counter()
+    if reading.left > LONG:
+        batch.owed -= time.perf_counter() - began
+    reading.left -= reading.cache.max_chunk
     batch.reading.remove(reading)
     batch.reading.append(reading)
 
@@ -281,17 +295,33 @@ def step(model: Transformer, batch: Batch) -> Iterator[tuple[int, int | None]]:
               if stream and stream.prompt.logprobs is not None]
     read = start_reading(batch.tokens)
     noted = [start_reading(values) for values in batch.logprobs] if noting else []
-    if None in batch.rows:
-        batch.cache.length.mul_(batch.live)
-    logits = model(batch.tokens, batch.cache)
-    batch.tokens = batch.sampler.sample(logits)  # (B, 1)
     busy = len(batch.rows) - batch.rows.count(None)
+    if busy < len(batch.rows):
+        batch.cache.length.mul_(batch.live)
+    if busy == 1 and not batch.tokens.is_cuda:
+        logits = step_alone(model, batch)
+    else:
+        logits = model(batch.tokens, batch.cache)
+        batch.tokens = batch.sampler.sample(logits)  # (B, 1)
     batch.steps, batch.busy = batch.steps + 1, batch.busy + busy
     ids, noted = read(), [values() for values in noted]
     for row in noting:
         hear(batch.rows[row], row, *noted)
     note_logprobs(batch, noting, logits)
     yield from tell(batch, ids)
+
+
+def step_alone(model: Transformer, batch: Batch) -> Tensor:
+    """The next token of the only row that is busy, in the shape of a single stream, which is
+    much less work for a CPU; a GPU reads the weights once for all rows anyway.
+    Returns the logits (1, 1, V)."""
+    row = next(row for row, stream in enumerate(batch.rows) if stream)
+    cache, some = batch.cache.row(row), slice(row, row + 1)
+    logits = model(batch.tokens[some], cache)
+    batch.cache.overhang[row] = cache.overhang[0]
+    batch.tokens = batch.tokens.clone()  # the old ones are yet to be read
+    batch.tokens[some] = batch.sampler.sample(logits, some)
+    return logits
 
 
 def note_logprobs(batch: Batch, rows: list[int], logits: Tensor) -> None:
@@ -403,7 +433,7 @@ def main():
         get_ready(model, batch.staging[0], args)
         if args.compile:  # the step of all rows, as often as generate.warm runs the others
             start = time.perf_counter()
-            list(generate_batch(model, [[0]], max_new_tokens=3, ignore_eos=True, batch=batch))
+            list(generate_batch(model, [[0]] * 2, max_new_tokens=3, ignore_eos=True, batch=batch))
             args.compile_s += time.perf_counter() - start
             batch.steps = batch.busy = 0
         if write_results(model, tokenizer, ask(prompts, args), batch, args):

@@ -71,7 +71,7 @@ def add_generation(parser: argparse.ArgumentParser, samples=False) -> argparse.A
     add("--min-p", type=number(float, 0, 1), metavar="P",
         help="only tokens at least P times as likely as the likeliest")
     add("--repetition-penalty", type=number(float, 1e-3), default=1.0, metavar="R",
-        help="above 1, what the prompt and the answer have said becomes less likely")
+        help="above 1, what the prompt (in chat: the turn) and the answer say is said less again")
     add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="default: random, reported")
     add("--stop", action="append", default=[], metavar="TEXT", help="end here; may be repeated")
     add("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")

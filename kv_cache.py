@@ -19,6 +19,7 @@ follows from the row's length alone, so there is no other state.
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -143,6 +144,14 @@ class KVCache:
             layer[row, :, :n_tokens] = 0
         self.length[row] = 0
         self.overhang[row] = 0
+
+    def row(self, row: int) -> KVCache:
+        """One row by itself: what is written there is written here, but for `overhang`."""
+        one = copy.copy(self)
+        one.batch_size, one.length = 1, self.length[row:row + 1]
+        one.k, one.v = ([layer[row:row + 1] for layer in layers] for layers in (self.k, self.v))
+        one.overhang = [self.overhang[row]]
+        return one
 
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (*self.k, *self.v))

@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import ipaddress
+import os
 import queue
 import signal
 import socket
@@ -68,6 +69,17 @@ def read_keys(path: str) -> tuple[bytes, ...]:
     return keys
 
 
+def check(args) -> None:
+    """Refuse what does not go together, and what a server has no use for."""
+    if args.pin_system is not None and args.sink is not None:
+        raise ValueError("--pin-system decides the number of sinks; leave --sink out")
+    if args.json:
+        raise ValueError("--json: a server answers in JSON anyway")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("the server works without torchrun; replicas are for several processes")
+    check_exposure(args)
+
+
 def check_exposure(args) -> None:
     """Raises ValueError for a server that strangers could use by mistake."""
     if args.api_key_file and args.no_auth:
@@ -105,8 +117,6 @@ def make_engine(args) -> Engine:
                             args.compile, args.group_size)
     sink = args.sink
     if args.pin_system is not None:
-        if sink is not None:
-            raise ValueError("--pin-system decides the number of sinks; leave --sink out")
         sink = len(tokenizer.system_turn(check_text("--pin-system", args.pin_system)))
     engine = Engine(model, tokenizer, args.batch, sink, args.window,
                     int(args.keep_gb * 2**30), args.queue, args.pin_system)
@@ -162,7 +172,7 @@ def main():
     parser = arguments()
     args = parser.parse_args()
     with user_errors(parser):
-        check_exposure(args)
+        check(args)
         keys = read_keys(args.api_key_file) if args.api_key_file else ()
         sock = listen(args.host, args.port)
         engine = make_engine(args)

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import hmac
 import ipaddress
+import json
 import logging
 import time
 import traceback
@@ -21,7 +22,7 @@ from pathlib import Path
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, Response
 from starlette.exceptions import HTTPException
 
 from server.answers import Job
@@ -105,7 +106,7 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     @route("/v1/models", "GET")
     async def models(request: HttpRequest) -> Response:
         check_key(request, settings)
-        return JSONResponse({"object": "list", "data": [described()]})
+        return reply({"object": "list", "data": [described()]})
 
     @route("/v1/models/{name:path}", "GET")
     async def model(request: HttpRequest) -> Response:
@@ -113,12 +114,12 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
         if request.path_params["name"] != settings.model:
             raise ApiError(404, f"The model does not exist; this server has {settings.model!r}.",
                            "model", "model_not_found")
-        return JSONResponse(described())
+        return reply(described())
 
     @route("/health", "GET", "HEAD")
     async def health(request: HttpRequest) -> Response:
         state = engine.state()
-        return JSONResponse({"status": state}, 200 if state == "ok" else 503)
+        return reply({"status": state}, 200 if state == "ok" else 503)
 
     @route("/metrics", "GET")
     async def figures(request: HttpRequest) -> Response:
@@ -139,17 +140,22 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     if settings.origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.origins,
                            allow_methods=["GET", "POST"],
-                           allow_headers=["Authorization", "Content-Type", "X-Stainless-*"])
+                           allow_headers=["*"])
     return app
 
 
-def refusal(error: ApiError, headers: dict | None = None) -> JSONResponse:
+def reply(content: dict, status: int = 200, headers: dict | None = None) -> Response:
+    """JSON in ASCII, which can say half of a surrogate pair, too."""
+    return Response(json.dumps(content), status, headers, "application/json")
+
+
+def refusal(error: ApiError, headers: dict | None = None) -> Response:
     headers = dict(headers or {})
     if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(error.body, error.status, headers)
+    return reply(error.body, error.status, headers)
 
 
 def failure(error: Exception) -> ApiError:
@@ -190,7 +196,8 @@ def check_key(request: HttpRequest, settings: Settings) -> str:
     if not settings.keys:
         return ""
     kind, _, given = request.headers.get("authorization", "").partition(" ")
-    given = hashlib.sha256(given.strip().encode()).digest()  # of one length, whatever was given
+    # Hashes are of one length, whatever was given.
+    given = hashlib.sha256(given.strip().encode("latin-1")).digest()
     known = [hmac.compare_digest(given, hashlib.sha256(key).digest()) for key in settings.keys]
     if kind.lower() != "bearer" or not any(known):
         raise ApiError(401, "No valid API key: send it as 'Authorization: Bearer KEY'.",
@@ -236,7 +243,7 @@ async def whole(request: HttpRequest, events: AsyncIterator, jobs: list[Job],
         if not collecting.done():
             raise ApiError(499, "The client went away.")  # nobody reads this
         await collecting
-        return JSONResponse(form.whole(jobs))
+        return reply(form.whole(jobs))
     finally:
         collecting.cancel()
         gone.cancel()

@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 
-from batch import Batch, Prompt, Stream, generate_batch
+from batch import LONG, Batch, Prompt, Stream, generate_batch
 from generate import LARGE_CHUNK, check_ids
 from kv_cache import KVCache
 from model import Transformer
@@ -24,7 +24,6 @@ from server.protocol import MAX_PROMPT, ApiError, Request
 from tokenizer import Tokenizer
 
 log = logging.getLogger("gpt_stream")
-LONG = 1024  # tokens; of prompts that are longer, only one is read at a time
 
 
 class Engine:
@@ -37,7 +36,7 @@ class Engine:
         self.pinned = [{"role": "system", "content": pin_system}] if pin_system else []
         self.fingerprint = getattr(model, "fingerprint", "random")
         self.names = {token_id: text for text, token_id in tokenizer.specials.items()}
-        self.batch = Batch(model, batch_size, n_sink, window, n_staging=2, n_chunks=2)
+        self.batch = Batch(model, batch_size, n_sink, window, n_staging=2, n_chunks=4)
         self.n_streams = 0  # that the batch has been asked for
         self.keep = Keep(keep_bytes)
         self.waiting: deque[Job] = deque()
@@ -97,7 +96,8 @@ class Engine:
         if kept is not None and (ids := self.rest(messages, at, kept)):
             return Job(asked, ids, 0, kept, keys[-1], keys[at])
         job = Job(asked, self.tokenizer.conversation(messages), 0, key=keys[-1])
-        if messages[0]["role"] == "system" and messages[0]["content"].strip():
+        if (messages[0]["role"] == "system" and messages[0]["content"].strip()
+                and self.keep.max_bytes):
             system = self.tokenizer.system_turn(messages[0]["content"])
             if job.ids[:len(system)] == system and len(system) < len(job.ids):
                 job.system, job.system_key = len(system), keys[0]
@@ -291,8 +291,9 @@ class Engine:
     def warm(self) -> None:
         """Run every graph that answering needs, so that none is compiled later."""
         for _ in range(3 if self.batch.cache.length.is_cuda else 1):
-            list(generate_batch(self.model, [[0] * (LARGE_CHUNK + 1)], max_new_tokens=3,
-                                ignore_eos=True, batch=self.batch))
+            prompts = [[0] * (LARGE_CHUNK + 1), [0]]  # at the end one is left, which is a graph
+            list(generate_batch(self.model, prompts, max_new_tokens=[9, 3], ignore_eos=True,
+                                batch=self.batch))
         self.batch.steps = self.batch.busy = 0
 
 

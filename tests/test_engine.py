@@ -124,17 +124,21 @@ def test_a_prompt_that_nobody_waits_for_is_not_read_on(engine):
 def test_when_the_model_fails_everyone_is_told_and_it_goes_on(engine, monkeypatch):
     one = engine()
     before = run(one, "Hello")["choices"]
-    step = one.model.step
+    step, calls = one.model.step, []
 
-    def fail(*args):
-        monkeypatch.setattr(one.model, "step", step)
-        raise RuntimeError("not enough memory, and a quoted prompt")
+    def fail(*args):  # as prompts are half read, and then as rows are at work
+        calls.append(args)
+        if len(calls) in (3, 20):
+            raise RuntimeError("not enough memory, and a quoted prompt")
+        return step(*args)
 
     monkeypatch.setattr(one.model, "step", fail)
-    with pytest.raises(Exception, match="The engine failed") as caught:
-        run(one, "Hello there")
-    assert caught.value.status == 500 and "prompt" not in str(caught.value)
-    assert run(one, "Hello")["choices"] == before
+    for prompt in ("Hello there. " * 300, "Well"):
+        with pytest.raises(Exception, match="The engine failed") as caught:
+            run(one, prompt, max_tokens=100)
+        assert caught.value.status == 500 and "prompt" not in str(caught.value)
+        assert run(one, "Hello")["choices"] == before
+    assert len(calls) > 20
 
 
 # ------------------------------------------------------------------------------ what is kept
@@ -164,6 +168,7 @@ def test_a_row_is_put_back_as_it_was(n_tokens, undo):
         following = torch.tensor([[7]])
         expected = model(following, cache)
         found = model(following.expand(3, 1), other)[1]
+    assert other.overhang[1] == max(0, kept.overhang - 1)
     assert torch.allclose(found, expected[0], atol=1e-5) and kept.ids == ids[:n_tokens - undo]
 
 
@@ -270,3 +275,22 @@ def test_make_cache_sizes_are_refused_by_name(loaded):
     with pytest.raises(ValueError, match="window 999"):
         Engine(*loaded, window=999)
     assert make_cache(loaded[0]).window == 252
+
+
+def test_nothing_is_compiled_once_it_is_warm():
+    """Answers alone, side by side, past the window, gone on with, and of many settings."""
+    engine = Engine(*load(TINY, device="cpu", compile=True), batch_size=3, window=60)
+    engine.warm()
+    before = dict(torch._dynamo.utils.counters["stats"])
+    assert before["unique_graphs"] > 0
+    engine.start()
+    first = run(engine, "Hello there", max_tokens=90)["choices"][0]["message"]["content"]
+    run(engine, "Hello there", first, "And? " * 60, n=3, temperature=1.0, top_p=0.9, max_tokens=40)
+
+    async def several():
+        await asyncio.gather(*(ask(engine, f"Cat {n} " * n * 9, max_tokens=10 + 9 * n, min_p=0.1,
+                                   repetition_penalty=1.2, logprobs=True) for n in range(1, 7)))
+
+    asyncio.run(several())
+    assert dict(torch._dynamo.utils.counters["stats"]) == before
+    engine.stop()

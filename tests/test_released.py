@@ -67,6 +67,7 @@ def test_a_conversation_is_what_the_template_renders_at_once(smollm2, theirs, sy
             messages.append({"role": "assistant", "content": answer})
     assert ids == theirs.apply_chat_template(messages, add_generation_prompt=True,
                                              return_dict=False)
+    assert ids == tokenizer.conversation(messages)
 
 
 def test_a_typed_end_of_turn_is_its_characters(smollm2, theirs):

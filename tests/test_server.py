@@ -378,7 +378,8 @@ def error_of(response, status):
     ({"tools": [{"type": "function"}]}, "tools"), ({"tool_choice": "required"}, "tool_choice"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"logit_bias": {"5": 1}}, "logit_bias"), ({"reasoning_effort": "high"}, "reasoning_effort"),
-    ({"store": True}, "store"), ({"functions": [{}]}, "functions"), ({"topp": 1}, "topp")])
+    ({"store": True}, "store"),
+    ({"functions": [{}]}, "functions"), ({"topp": 1}, "topp")])
 def test_what_is_not_obeyed_is_refused_by_name(server, change, param):
     error = error_of(server.post({**BASE, **change}), 400)
     assert error["param"] == param and error["type"] == "invalid_request_error"
@@ -403,7 +404,8 @@ def error_free(response):
 
 @pytest.mark.parametrize("body", [
     b"", b"{", b"[]", b"5", b'"x"', b"\xff\xfe{}", b"null", b"[" * 100_000, b'{"a":' * 50_000,
-    b'{"model": "tiny", "max_tokens": ' + b"9" * 5000 + b"}"])
+    b'{"model": "tiny", "max_tokens": ' + b"9" * 5000 + b"}", b'{"\\ud800": 1}',
+    b'{"model": "\\ud800", "messages": [{"\\udfff": "\\ud800"}]}'])
 def test_a_body_that_is_no_object_is_refused(server, body):
     assert error_of(server.post(body), 400)["type"] == "invalid_request_error"
 
@@ -524,15 +526,17 @@ def test_no_page_of_another_site_may_ask(server):
 def test_keys_pins_names_and_origins(tmp_path, loaded):
     """A server with all of them. Who has another key finds nothing that was kept for the first."""
     keys = tmp_path / "keys"
-    keys.write_text("first-key\n\n  second-key \n")
+    keys.write_text("first-key\n\n  second-key \nschl\u00fcssel\n", encoding="utf-8")
     server = Server("--api-key-file", keys, "--allow-origin", "https://good.example",
                     "--pin-system", "Be a cat.", sizes=("--batch", 1, "--window", 100))
     try:
-        for key in ("none", "first-ke", "first-key ", "FIRST-KEY", ""):
+        for key in ("none", "\u00fc", "first-ke", "first-key ", "FIRST-KEY", ""):
             error = error_of(server.post(BASE, Authorization=f"Bearer x{key}"), 401)
             assert error["code"] == "invalid_api_key"
         error_of(server.post(BASE), 401)
         error_of(server.http("GET", "/v1/models"), 401)
+        key = "Bearer schl\u00fcssel".encode()
+        assert server.http("GET", "/v1/models", headers={"Authorization": key})[0] == 200
         assert server.http("GET", "/metrics")[0] == server.http("GET", "/health")[0] == 200
         first, second = server.client("first-key"), server.client("second-key")
         _, tokenizer = loaded
@@ -565,6 +569,8 @@ def test_keys_pins_names_and_origins(tmp_path, loaded):
     (["--api-key-file", os.devnull], [os.devnull, "no key"]), (["--port", "65536"], ["65536"]),
     (["--checkpoint", "/no/such"], ["/no/such"]), (["--batch", "0"], ["--batch", "0"]),
     (["--pin-system", "x", "--sink", "3"], ["--pin-system", "--sink"]),
+    (["--json"], ["--json"]), (["--window", "999"], ["999"]), (["--keep-gb", "-1"], ["--keep-gb"]),
+    (["--pin-system", ""], ["--pin-system", "empty"]),
     (["--host", "203.0.113.7", "--no-auth"], ["203.0.113.7"]),
     (["--api-key-file", __file__, "--no-auth"], ["--api-key-file", "--no-auth"])])
 def test_a_command_line_that_cannot_be_is_one_line(argv, naming):
@@ -632,3 +638,38 @@ def test_after_the_grace_answers_are_cut_with_an_error():
         list(stream)
     assert whole.result()[0] == 503
     assert server.process.wait(20) == 0
+
+
+# ------------------------------------------------------------------------------ its own clients
+
+
+def test_random_clients_that_join_leave_and_send_rubbish_leave_nothing_behind(server):
+    done = subprocess.run(
+        [sys.executable, "-m", "server.soak", "--url", f"http://127.0.0.1:{server.port}/v1",
+         "--model", "tiny", "--seconds", "4", "--pid", str(server.process.pid)],
+        cwd=ROOT, capture_output=True, text=True)
+    end = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert end["answered"] > 10 and end["left"] > 5 and end["400"] > 3 and end["memory_mb"] > 50
+    assert end["end"] == ["gpt_stream_rows_busy 0.0", "gpt_stream_queue 0.0"]
+
+
+def test_the_measuring_client_counts_what_the_server_counts(server, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Hello there"}\n{"turns": ["Who?", "Why?"]}\n')
+    argv = [sys.executable, "-m", "server.measure", "--url", f"http://127.0.0.1:{server.port}/v1",
+            "--model", "tiny", "--prompts", str(tmp_path / "p.jsonl"), "--max-new-tokens", "9"]
+    for more in (["--clients", "1,2"], ["--clients", "2", "--stream"], ["--turns", "4"],
+                 ["--clients", "1", "--stream", "--beside", "500"]):
+        before = server.figures()['tokens_total{kind="generated"}']
+        done = subprocess.run([*argv, *more], cwd=ROOT, capture_output=True, text=True)
+        lines = [json.loads(line) for line in done.stdout.splitlines()]
+        assert done.returncode == 0, done.stderr
+        generated = server.figures()['tokens_total{kind="generated"}'] - before
+        if "--turns" in more:
+            assert [line["turn"] for line in lines] == [2, 4]
+            assert lines[1]["prompt_tokens_details"]["cached_tokens"] > 50
+            assert all(line["first_kept_s"] > 0 < line["first_not_kept_s"] for line in lines)
+            continue
+        assert all(line["new_tokens"] == 18 and line["tok_s"] > 0 for line in lines)
+        assert "--beside" in more or generated == 18 * len(lines)
+        assert ("--stream" in more) == (lines[0]["first_p50_s"] is not None)

@@ -179,6 +179,8 @@ def test_only_the_difference_is_encoded_and_it_is_what_transformers_renders(
         bos = theirs.bos_token_id
         assert [i for i in ids if i != bos] == [i for i in expected if i != bos]
         assert ids.count(bos) == 1 and ids[0] == bos
+        whole = tokenizer.conversation(conversation(system, turn))
+        assert [i for i in whole if i != bos] == [i for i in expected if i != bos]
         # how the template spaces an answer is its own affair: Llama 2's form puts a space around
         space = " " if template is BRACKETS else ""
         said = tokenizer.encode(space + ANSWERS[turn - 1], bos=False)
