@@ -33,7 +33,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from cli import number
-from server.__main__ import arguments, make_engine, model_name, read_keys
+from server.__main__ import arguments, check, make_engine, model_name, read_keys
 from server.app import Settings, failure, make_app, read_body, refusal
 from server.forms import event_of
 from server.keep import chain
@@ -223,7 +223,9 @@ def read_arguments(given: dict) -> argparse.Namespace:
             argv += [flag] if str(value).lower() in ("true", "1", "") else []
         else:
             argv += [f"{flag}={each}" for each in (value if isinstance(value, list) else [value])]
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check(args)
+    return args
 
 
 def settings_of(args: argparse.Namespace) -> Settings:

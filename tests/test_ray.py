@@ -96,7 +96,9 @@ def test_flags_are_those_of_the_server():
     assert (args.allow_host, args.keep_gb, args.no_auth) == (["a", "b"], 0.5, False)
     for given, naming in (({"batch": 0}, "--batch"), ({"hosts": "x"}, "--hosts"),
                           ({"batc": 1}, "--batc"), ({"port": 80}, "port"), ({"grace": 1}, "grace"),
-                          ({"replicas": "many"}, "--replicas")):
+                          ({"replicas": "many"}, "--replicas"),
+                          ({"pin_system": "x", "sink": 3}, "--pin-system"),
+                          ({"api_key_file": "x", "no_auth": True}, "--no-auth")):
         with pytest.raises(ValueError, match=naming):
             read_arguments(given)
 
