@@ -30,7 +30,7 @@ def imported(path):
 
 @pytest.mark.parametrize("name", ORDER)
 def test_no_import_runs_back_up(name):
-    later = {*ORDER[ORDER.index(name):], "bench"}
+    later = {*ORDER[ORDER.index(name):], "bench", "examples"}
     assert not imported(ROOT / f"{name}.py") & later
 
 
@@ -38,9 +38,10 @@ def test_every_file_at_the_root_has_its_place():
     assert sorted(path.stem for path in ROOT.glob("*.py")) == sorted(ORDER) and len(ORDER) <= 22
 
 
-def test_files_of_bench_are_short():
-    for path in ROOT.glob("bench/*.py"):
-        assert len(path.read_text().splitlines()) < 250, path
+@pytest.mark.parametrize("folder, most", [("bench", 250), ("examples", 100)])
+def test_files_beside_the_engine_are_short(folder, most):
+    for path in ROOT.glob(f"{folder}/*.py"):
+        assert len(path.read_text().splitlines()) < most, path
 
 
 def closure(*names):
