@@ -81,16 +81,20 @@ class KVCache:
         ring_slot = self.n_sink + (positions - self.n_sink) % self.ring
         return torch.where(positions < self.n_sink, positions, ring_slot)
 
+    def held(self, positions: Tensor, slot: Tensor) -> Tensor:
+        """(B, n) int64: the position that each of the slots (n,) holds, these positions being the
+        last that were written. Of the ring, a result below S is an empty slot."""
+        newest = positions[:, -1:]  # (B, 1)
+        # Slot r holds the largest k <= newest with slot(k) = r.
+        return torch.where(slot < self.n_sink, slot, newest - (newest - slot) % self.ring)
+
     def visible(self, positions: Tensor, slot: Tensor) -> Tensor:
         """(B, T, n) bool: which of the slots (n,) a query at each position sees, these positions
-        being the last that were written."""
-        S, W, R = self.n_sink, self.window, self.ring
-        newest = positions[:, -1:]  # (B, 1)
-        # Slot r holds the largest k <= newest with slot(k) = r; a result below S is an empty slot.
-        held = torch.where(slot < S, slot, newest - (newest - slot) % R)[:, None]  # (B, 1, n)
+        being the last that were written. Whoever wants another rule replaces this alone."""
+        held = self.held(positions, slot)[:, None]  # (B, 1, n)
         query = positions[:, :, None]  # (B, T, 1)
-        recent = (held >= S) & (held > query - W)
-        return ((slot < S) | recent) & (held <= query)
+        recent = (held >= self.n_sink) & (held > query - self.window)
+        return ((slot < self.n_sink) | recent) & (held <= query)
 
     def mask(self, positions: Tensor, slot: Tensor) -> Tensor:
         """(B, T, n) float32 to add to the scores: 0 where `visible`, -inf elsewhere."""
