@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from torch import Tensor
 
 import tp
 from model import ModelConfig
-from tokenizer import read_json
+from tokenizer import eos_ids, read_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FILE_BYTES = 1 << 30  # size of an output file, and so about the memory that converting takes
@@ -51,12 +52,16 @@ def read_config(folder: Path) -> tuple[dict, ModelConfig]:
     raw = read_json(path)
     if gptq := read_json(folder / "quantize_config.json"):  # where older tools kept it
         raw.setdefault("quantization_config", {"quant_method": "gptq", **gptq})
-    eos = [file.get("eos_token_id") for file in (raw, read_json(folder / "generation_config.json"))]
-    ids = [i for e in eos if e is not None for i in (e if isinstance(e, list) else [e])]
+    ids = {*eos_ids(path), *eos_ids(folder / "generation_config.json")}
     try:
-        return raw, ModelConfig.from_hf({**raw, "eos_token_id": sorted(set(ids))})
-    except (ValueError, TypeError, AttributeError) as error:
+        config = ModelConfig.from_hf({**raw, "eos_token_id": sorted(ids)})
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    layers = len({m[1] for n in open_tensors(folder) if (m := re.search(r"\blayers\.(\d+)\.", n))})
+    if layers != config.n_layers:  # before so many are built
+        raise ValueError(f"{path}: num_hidden_layers is {config.n_layers}; the weights have "
+                         f"{layers} layers")
+    return raw, config
 
 
 def open_tensors(folder: Path) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ def write_json(content) -> str:
 
 
 def change_json(rng: random.Random, content):
-    """The same JSON with a value replaced, a key gone, renamed or new; deep ones as often as not."""
+    """The same JSON with a value replaced, or a key gone, renamed or new, at any depth."""
     sites = []  # (container, key)
 
     def walk(value, depth):

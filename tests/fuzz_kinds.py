@@ -7,22 +7,20 @@ import json
 import shutil
 from pathlib import Path
 
+import gguf
 import numpy as np
+import tokenizers
 import torch
+from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, models, pre_tokenizers
 
 import convert_gguf
-import gguf
-import hub  # noqa: F401  imported once, before the forks
-import tokenizers
 from convert_hf import convert, hf_parts
-from gguf import GGMLQuantizationType as Kind
 from gguf_tokenizer import SPM_IDS
 from helpers import TINY
 from model import ModelConfig, Transformer
 from quantize import quantize_checkpoint
-from session import save_session  # noqa: F401
-from tokenizers import AddedToken, models, pre_tokenizers
 
 PUBLISHED = Path(__file__).parent / "published"
 SHORT = ["--max-new-tokens", 8, "--device", "cpu", "--seed", 0]
@@ -60,7 +58,8 @@ FAMILIES = {
                         "rope_parameters": {"rope_type": "linear", "factor": 2.0,
                                             "rope_theta": 5e5}})}
 CHATML = ("{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-          "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+          "<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
 def make_kinds(made: Path) -> None:
