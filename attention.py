@@ -1,8 +1,8 @@
 """softmax(q k^T / sqrt(D)) v: over a sink+window cache, or over a sequence by itself.
 
 Over a cache a query has been rotated twice (kv_cache.py): for the sinks, and for the ring. A GPU
-computes that over all slots, in shapes that never change. On a CPU what is not held is not read: an
-operator whose shapes do not show how much that is, so nothing is compiled for another length.
+computes that over all slots, in shapes that never change. On a CPU what is not held is not read: a
+token's graph loops up to a number that is not compiled in, and a chunk's calls an operator.
 
 G query heads share one key-value head; D is the size of a head.
 """
@@ -15,14 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linear import in_memory
+
 
 def attend(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, at) -> Tensor:
     """q_sink and q_recent are one query (B, T, heads, D), rotated for the sinks and for the ring; k
     and v (B, kv_heads, S + R, D); at is the model's Step. -> (B, T, heads, D)"""
     if k.is_cuda:
         return attend_all(q_sink, q_recent, k, v, at.mask, at.n_sink)
-    return torch.ops.gpt_stream.attend_held(q_sink, q_recent, k, v, at.mask, at.positions,
-                                            at.n_sink, at.window)
+    if q_recent.shape[1] == 1 and torch.compiler.is_compiling():
+        return attend_in_sums(q_sink, q_recent, k, v, at.mask, at.n_sink)
+    return torch.ops.gpt_stream.attend_held(q_sink, q_recent, k, v, at.mask, at.n_sink, at.window)
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -39,6 +42,8 @@ def grouped(q: Tensor, n_kv_heads: int) -> Tensor:
     """(B, T, heads, D) -> (B, kv_heads, T * G, D): queries that share a key-value head are rows of
     one product, so the cache is read once and never repeated."""
     B, T, _, D = q.shape
+    if T == 1:
+        return q.reshape(B, n_kv_heads, -1, D)
     return q.reshape(B, T, n_kv_heads, -1, D).transpose(1, 2).reshape(B, n_kv_heads, -1, D)
 
 
@@ -70,40 +75,54 @@ def products(q: Tensor, k: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------ on a CPU
 
+
+def attend_in_sums(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, mask: Tensor,
+                   n_sink: int) -> Tensor:
+    """attend_all of one token (T = 1) over the n slots that the mask is about, for inductor: it
+    writes loops up to whatever n is, in 7 us where the operator below takes 49 (32 slots), and in
+    26 of 49 (508)."""
+    (B, n_kv_heads, _, D), n, dtype = k.shape, mask.shape[-1], v.dtype
+    # A slice would ask whether n is all of them, which would make that a graph of its own.
+    k = k.as_strided((B, n_kv_heads, n, D), k.stride())[:, :, None].float()
+    v = v.as_strided((B, n_kv_heads, n, D), v.stride())[:, :, None].float()
+    q_sink = in_memory(q_sink.float().view(B, n_kv_heads, -1, 1, D))  # (B, kv_heads, G, 1, D)
+    q_recent = in_memory(q_recent.float().view(B, n_kv_heads, -1, 1, D))
+    is_sink = (torch.arange(n) < n_sink)[:, None]
+    scores = (torch.where(is_sink, q_sink, q_recent) * k).sum(-1) / math.sqrt(D) + mask[:, None]
+    weights = scores.softmax(-1)  # (B, kv_heads, G, n)
+    return (weights[..., None] * v).sum(-2).reshape(B, 1, -1, D).to(dtype)
+
+
 FEW = 1024  # slots; to more of them one token attends sooner as it is written down
 
 torch.library.define("gpt_stream::attend_held", "(Tensor q_sink, Tensor q_recent, Tensor k, "
-                     "Tensor v, Tensor mask, Tensor positions, int n_sink, int window) -> Tensor")
+                     "Tensor v, Tensor mask, int n_sink, int window) -> Tensor")
 flash = torch._scaled_dot_product_flash_attention_for_cpu  # -> (y, logsumexp of the scores)
 
 
 @torch.library.register_fake("gpt_stream::attend_held")
-def _(q_sink, q_recent, k, v, mask, positions, n_sink, window):
+def _(q_sink, q_recent, k, v, mask, n_sink, window):
     return torch.empty_like(q_recent, memory_format=torch.contiguous_format)
 
 
 @torch.library.impl("gpt_stream::attend_held", "cpu")
-def _(q_sink, q_recent, k, v, mask, positions, n_sink, window):
-    """attend_all over the slots that hold something; positions (B, T) are the queries'.
+def _(q_sink, q_recent, k, v, mask, n_sink, window):
+    """attend_all over the slots that the mask is about, which are all that are in use.
 
     Until the window slides, sinks are seen at their true distances, and one query does for all.
     From then on the sinks are attended to apart, and both parts are added up in proportion to the
     sums of their exponentials, as flash attention adds up its blocks (Dao et al., 2022)."""
-    (B, T), n_kv_heads, newest = positions.shape, k.shape[1], max(positions[:, -1].tolist())
-    slid = newest >= n_sink + window
-    sinks_apart, held = n_sink if slid else 0, min(newest + 1, k.shape[2])
-    if T == 1 and held > FEW:
-        return attend_all(q_sink, q_recent, k[:, :, :held], v[:, :, :held], mask[..., :held],
-                          sinks_apart)
-    keys, values = k[:, :, sinks_apart:held], v[:, :, sinks_apart:held]
+    T, n_kv_heads, n = q_recent.shape[1], k.shape[1], mask.shape[-1]
+    sinks_apart = n_sink if n >= n_sink + window else 0
+    if T == 1 and n > FEW:
+        return attend_all(q_sink, q_recent, k[:, :, :n], v[:, :, :n], mask, sinks_apart)
+    keys, values = k[:, :, sinks_apart:n], v[:, :, sinks_apart:n]
+    seen = mask[:, None, :, sinks_apart:]
     q = grouped(q_recent, n_kv_heads).contiguous()  # which the kernel takes for granted
-    if B == T == 1 and not slid:  # all that is held is seen
-        return flash(q, keys, values)[0].reshape(q_recent.shape)
-    seen = mask[:, None, :, sinks_apart:held]
     y, total = flash(q, keys, values, attn_mask=seen)
     if sinks_apart:
-        if min(positions[:, 0].tolist()) < n_sink:  # to a row that sees nothing, the kernel gives 0
-            total = total.masked_fill(seen.amax(-1) < 0, -math.inf)
+        # To a query that sees nothing there, a first sink, the kernel gives 0 and a total of 0.
+        total = total.masked_fill(seen.amax(-1) < 0, -math.inf)
         sinks = flash(grouped(q_sink, n_kv_heads).contiguous(), k[:, :, :n_sink], v[:, :, :n_sink],
                       attn_mask=mask[:, None, :, :n_sink])
         y = add_up(y, total, *sinks)

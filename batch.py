@@ -13,10 +13,11 @@ lines only the first turn is said: what comes after it is a conversation, for ch
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from cli import add_generation, hold_interrupt, make_parser, number, read_prompt
 from convert_hf import progress
 from generate import (
     Transcript,
+    check_ids,
     get_ready,
     make_cache,
     open_model,
@@ -32,103 +34,271 @@ from generate import (
     sampling,
     start_reading,
 )
+from kv_cache import KVCache
 from model import Transformer
-from sample import sample
+from sample import Rows, Sampling, log_probabilities
 from tokenizer import Tokenizer
 from tp import agree
+
+TOP_LOGPROBS = 20  # the most alternatives that a prompt may ask for
+
+
+@dataclass
+class Prompt:
+    """What is asked for: the ids, how the answer is drawn, and when it ends."""
+
+    ids: Sequence[int]
+    sampling: Sampling = Sampling()
+    max_new_tokens: int = 64
+    stop_ids: Sequence[int] | None = None  # each ends an answer, told; None: the model's EOS ids
+    samples: int = 1  # answers; the first has the seed, the next ones have those that follow it
+    logprobs: int | None = None  # alternatives whose log-probabilities are noted, if any are
+    # One row with the batch's sizes which holds what comes before the ids. It is copied; and of
+    # which ids those are only the repetition penalty needs to know.
+    cache: KVCache | None = None
+    before: Sequence[int] = ()
+
+    def __post_init__(self):
+        """Raises ValueError naming the number, its value and what would be right."""
+        for name, low, high in (("max_new_tokens", 1, math.inf), ("samples", 1, math.inf),
+                                ("logprobs", 0, TOP_LOGPROBS)):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name} {value} must be at least {low}"
+                                 + f" and at most {high}" * (high < math.inf))
 
 
 @dataclass
 class Stream:
-    """A prompt on its way."""
+    """An answer on its way."""
 
     index: int
+    prompt: Prompt
     left: int  # tokens that may still come
     started: float  # when its prefill began and ended, the others' steps in between included
     prefilled: float = 0.0
+    # Of each token told: its own log-probability, and {id: log-probability} of the likeliest.
+    logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
+
+
+@dataclass
+class Reading:
+    """A prompt on its way into a staging row, and from there, once whole, to its streams' rows."""
+
+    cache: KVCache  # the staging row
+    streams: list[Stream]
+    chunks: Iterator[Tensor | None]
+    logits: Tensor | None = None  # (1, 1, V) after the last token
 
 
 class Batch:
-    """The memory of B streams side by side, which of them is in which row, and how it went."""
+    """The memory of B streams side by side, which of them is in which row, and how it went.
+
+    A server goes on from here: its prompts are an iterator that waits for requests, but yields None
+    while others are answered (see `idle`). More staging rows take turns, a chunk each, so that
+    short prompts overtake a long one. When (index, None) is told, `cache` still holds, in
+    `row(index)`, the prompt and exactly the tokens told: `kept.copy_row(0, batch.cache, row)` keeps
+    them, for the `cache` of another Prompt."""
 
     def __init__(self, model: Transformer, batch_size: int = 8, n_sink: int | None = None,
-                 window: int | None = None):
+                 window: int | None = None, n_staging: int = 1):
         """Sizes as in generate.make_cache. Raises ValueError naming one that cannot be."""
         self.cache = make_cache(model, n_sink, window, batch_size)
-        self.staging = make_cache(model, n_sink, window)
-        self.rows: list[Stream | None] = [None] * batch_size
+        self.staging = [make_cache(model, n_sink, window) for _ in range(n_staging)]
         self.steps = self.busy = 0  # decode steps, and rows that were busy, counted at each
+        self.clear(model.config.vocab_size)
+
+    def clear(self, vocab_size: int) -> None:
+        """Nothing is on its way."""
+        size, device = self.cache.batch_size, self.cache.length.device
+        self.sampler = Rows(size, vocab_size, device)
+        self.tokens = torch.zeros(size, 1, dtype=torch.int64, device=device)  # not in the cache yet
+        self.logprobs = (torch.zeros(size, 1 + TOP_LOGPROBS, device=device),
+                         torch.zeros(size, 1 + TOP_LOGPROBS, dtype=torch.int64, device=device))
+        self.rows: list[Stream | None] = [None] * size
+        self.reading: list[Reading] = []
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is answered or read: whoever has no prompt may wait for one."""
+        return not self.reading and not any(self.rows)
 
     def stream(self, index: int) -> Stream:
-        """The stream of a prompt that is in a row. Setting its `left` to 0 ends it."""
-        return next(stream for stream in self.rows if stream and stream.index == index)
+        """The stream that is told of as index. Setting its `left` to 0 ends it, at once when that
+        happens as a token of it is told, and else with the next one."""
+        streams = [*self.rows, *(stream for reading in self.reading for stream in reading.streams)]
+        return next(stream for stream in streams if stream and stream.index == index)
+
+    def row(self, index: int) -> int:
+        return self.rows.index(self.stream(index))
 
 
 @torch.no_grad()
-def generate_batch(model: Transformer, prompts: Iterable[list[int]], batch_size: int = 8,
-                   n_sink: int | None = None, window: int | None = None,
+def generate_batch(model: Transformer, prompts: Iterable[Sequence[int] | Prompt | None],
+                   batch_size: int = 8, n_sink: int | None = None, window: int | None = None,
                    max_new_tokens: int | Sequence[int] = 64, ignore_eos: bool = False,
-                   batch: Batch | None = None, **sampling) -> Iterator[tuple[int, int | None]]:
+                   batch: Batch | None = None, generator: torch.Generator | None = None,
+                   **sampling) -> Iterator[tuple[int, int | None]]:
     """Continue every prompt, B at a time: yields (index, token id) as the tokens come, an EOS id
     too, and (index, None) after a stream's last one.
 
-    A prompt is taken from the iterable when its prefill begins. max_new_tokens may be a number for
-    each; sampling is generate's. A batch that is given brings its own sizes, counts the steps, and
-    lets a stream be ended early. Raises ValueError for an unusable prompt."""
+    A prompt is taken from the iterable when its prefill begins; None says that there is none now.
+    A Prompt says itself what it wants. For plain ids, max_new_tokens may be a number for each, and
+    sampling is that of a Sampling, a seed being drawn from the generator for each. Streams are
+    numbered as they begin, several samples of a prompt one after the other, and in float32 what one
+    says depends on nothing beside it. A batch that is given brings its own sizes, counts the steps,
+    and lets a stream be ended early. Raises ValueError for an unusable prompt, and then all streams
+    end: a server calls generate.check_ids before."""
     batch = batch or Batch(model, batch_size, n_sink, window)
-    rows, eos_ids = batch.rows, () if ignore_eos else model.config.eos_ids
-    rows[:] = [None] * len(rows)
-    tokens = torch.zeros(len(rows), 1, dtype=torch.int64, device=batch.cache.length.device)
-    stages = stage(model, batch, prompts, max_new_tokens, **sampling)
-    stream, first = next(stages, (None, None))  # the staged one, and its first token once whole
-    while stream or rows.count(None) < len(rows):
-        if rows.count(None) < len(rows):
-            # As in generate.decode, a GPU is at the next step already while this one's tokens are
-            # read. Idle rows step along, unread, and so does, once, a row that ends here.
-            read = start_reading(tokens)
-            tokens = sample(model(tokens, batch.cache), **sampling)  # (B, 1)
-            batch.steps, batch.busy = batch.steps + 1, batch.busy + len(rows) - rows.count(None)
-            yield from tell(rows, read(), eos_ids)
+    batch.clear(model.config.vocab_size)
+    streams = streams_of(model, prompts, max_new_tokens, ignore_eos, generator, **sampling)
+    more = True
+    while more or not batch.idle:
+        if any(batch.rows):
+            yield from step(model, batch)
         # One chunk between two steps, so that no stream waits long, and one for each idle row.
-        for _ in range(1 + rows.count(None)):
-            if first is None:
-                stream, first = next(stages, (None, None))
-            if first is not None and None in rows:
-                row = rows.index(None)
-                batch.cache.copy_row(row, batch.staging)
-                tokens[row], rows[row], first = first[0], stream, None
+        for _ in range(1 + batch.rows.count(None)):
+            more = more and admit(model, batch, streams)
+            read_on(batch)
+            yield from seat(batch)
 
 
-def stage(model: Transformer, batch: Batch, prompts: Iterable[list[int]],
-          max_new_tokens: int | Sequence[int],
-          **sampling) -> Iterator[tuple[Stream, Tensor | None]]:
-    """Prefill one prompt after the other in the staging row. Yields after every chunk the stream,
-    and once the prompt is whole, its first token (1, 1)."""
-    for index, prompt_ids in enumerate(prompts):
-        limit = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[index]
-        if limit < 1:
-            raise ValueError(f"max_new_tokens {limit} must be at least 1")
-        stream = Stream(index, limit, time.perf_counter())
-        batch.staging.reset()
-        for logits in prefill_chunks(model, batch.staging, prompt_ids):
-            first = None if logits is None else sample(logits, **sampling)
-            if first is not None and first.is_cuda:
-                torch.cuda.synchronize()
-            stream.prefilled = time.perf_counter()
-            yield stream, first
+def streams_of(model: Transformer, prompts: Iterable[Sequence[int] | Prompt | None],
+               max_new_tokens: int | Sequence[int], ignore_eos: bool,
+               generator: torch.Generator | None, **sampling) -> Iterator[list[Stream]]:
+    """The streams of each prompt, one a sample; none where there is no prompt now."""
+    index = n = 0
+    for prompt in prompts:
+        if prompt is None:
+            yield []
+            continue
+        if not isinstance(prompt, Prompt):
+            limit = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[n]
+            prompt = Prompt(prompt, Sampling(**sampling), limit, () if ignore_eos else None)
+        check_ids(model, prompt.ids)
+        yield [Stream(index + i, one, one.max_new_tokens, time.perf_counter())
+               for i, one in enumerate(samples_of(model, prompt, generator))]
+        index, n = index + prompt.samples, n + 1
 
 
-def tell(rows: list[Stream | None], ids: list[int],
-         eos_ids: Sequence[int]) -> Iterator[tuple[int, int | None]]:
+def samples_of(model: Transformer, prompt: Prompt,
+               generator: torch.Generator | None) -> list[Prompt]:
+    """What is asked for of each of a prompt's answers."""
+    seed, stop_ids = prompt.sampling.seed, prompt.stop_ids
+    if seed is None:
+        seed = torch.randint(2**62, (), generator=generator,
+                             device=generator.device if generator else "cpu").item()
+    stop_ids = model.config.eos_ids if stop_ids is None else stop_ids
+    return [replace(prompt, sampling=replace(prompt.sampling, seed=seed + i), stop_ids=stop_ids)
+            for i in range(prompt.samples)]
+
+
+def admit(model: Transformer, batch: Batch, waiting: Iterator[list[Stream]]) -> bool:
+    """Begin to read a prompt if a staging row is free. False once there are no more."""
+    free = [cache for cache in batch.staging if all(r.cache is not cache for r in batch.reading)]
+    if not free:
+        return True
+    streams = next(waiting, None)
+    if streams:
+        prompt, cache = streams[0].prompt, free[0]
+        if prompt.cache is None:
+            cache.reset()
+        else:
+            cache.copy_row(0, prompt.cache)
+        chunks = prefill_chunks(model, cache, list(prompt.ids))
+        batch.reading.append(Reading(cache, streams, chunks))
+    return streams is not None
+
+
+def read_on(batch: Batch) -> None:
+    """One chunk of the prompt that has waited for longest, of those that are not whole."""
+    reading = next((reading for reading in batch.reading if reading.logits is None), None)
+    if reading is None:
+        return
+    reading.logits = next(reading.chunks)
+    if reading.logits is not None and reading.logits.is_cuda:
+        torch.cuda.synchronize()
+    for stream in reading.streams:
+        stream.prefilled = time.perf_counter()
+    batch.reading.remove(reading)
+    batch.reading.append(reading)
+
+
+def seat(batch: Batch) -> Iterator[tuple[int, None]]:
+    """Copy prompts that are whole to idle rows, and draw their first tokens. The events are those
+    of streams that were ended before."""
+    for reading in list(batch.reading):
+        for stream in list(reading.streams):
+            if not stream.left:
+                yield stream.index, None
+            elif reading.logits is not None and None in batch.rows:
+                row = batch.rows.index(None)
+                batch.cache.copy_row(row, reading.cache)
+                begin(batch, row, stream, reading.logits)
+            else:
+                continue
+            reading.streams.remove(stream)
+        if not reading.streams:
+            batch.reading.remove(reading)
+
+
+def begin(batch: Batch, row: int, stream: Stream, logits: Tensor) -> None:
+    """Draw a stream's first token from its prompt's logits (1, 1, V)."""
+    prompt, batch.rows[row] = stream.prompt, stream
+    batch.sampler.begin(row, prompt.sampling, [*prompt.before, *prompt.ids])
+    batch.tokens[row:row + 1] = batch.sampler.sample(logits, slice(row, row + 1))
+    note_logprobs(batch, [row], logits)
+
+
+def step(model: Transformer, batch: Batch) -> Iterator[tuple[int, int | None]]:
+    """The next token of every row, and the events of the latest ones.
+
+    As in generate.decode, a GPU is at the next step already while those are read. Idle rows step
+    along, unread, and so does, once, a row that ends here."""
+    noting = [row for row, stream in enumerate(batch.rows)
+              if stream and stream.prompt.logprobs is not None]
+    read = start_reading(batch.tokens)
+    noted = [start_reading(values) for values in batch.logprobs] if noting else []
+    logits = model(batch.tokens, batch.cache)
+    batch.tokens = batch.sampler.sample(logits)  # (B, 1)
+    busy = len(batch.rows) - batch.rows.count(None)
+    batch.steps, batch.busy = batch.steps + 1, batch.busy + busy
+    ids, noted = read(), [values() for values in noted]
+    for row in noting:
+        hear(batch.rows[row], row, *noted)
+    note_logprobs(batch, noting, logits)
+    yield from tell(batch, ids)
+
+
+def note_logprobs(batch: Batch, rows: list[int], logits: Tensor) -> None:
+    """Keep what is to be known of the rows' latest tokens, where logits (B, 1, V), or (1, 1, V) for
+    one row, are what those were drawn from."""
+    for row in rows:
+        if batch.rows[row].prompt.logprobs is not None:
+            raw = logits[row if len(logits) > 1 else 0]
+            noted = log_probabilities(raw, batch.tokens[row:row + 1], TOP_LOGPROBS)
+            for kept, values in zip(batch.logprobs, noted, strict=True):
+                kept[row] = values[0]
+
+
+def hear(stream: Stream, row: int, values: list[float], ids: list[int]) -> None:
+    """Note the log-probabilities of a row's token, read from all rows' of 1 + TOP_LOGPROBS each."""
+    at = row * (1 + TOP_LOGPROBS)
+    some = slice(at + 1, at + 1 + stream.prompt.logprobs)
+    stream.logprobs.append((values[at], dict(zip(ids[some], values[some], strict=True))))
+
+
+def tell(batch: Batch, ids: list[int]) -> Iterator[tuple[int, int | None]]:
     """The events of a step's tokens, one a row. The row of a stream that ends becomes idle."""
-    for row, (stream, token_id) in enumerate(zip(rows, ids, strict=True)):
+    for row, (stream, token_id) in enumerate(zip(batch.rows, ids, strict=True)):
         if stream is None:
             continue
-        stream.left = 0 if token_id in eos_ids else stream.left - 1
+        stream.left = 0 if token_id in stream.prompt.stop_ids else max(0, stream.left - 1)
         yield stream.index, token_id
         if not stream.left:
             yield stream.index, None
-            rows[row] = None
+            batch.rows[row] = None
+            batch.sampler.end(row)
 
 
 # ------------------------------------------------------------------------------ command line
@@ -141,46 +311,55 @@ def opening(tokenizer: Tokenizer, entry: dict) -> list[int]:
     return tokenizer.first_turn(entry["turns"][0])
 
 
-def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[list[int]], batch: Batch,
-                  args, generator: torch.Generator) -> bool:
+def ask(prompts: list[list[int]], args) -> list[Prompt]:
+    """What the command line wants of the prompts. Every answer has a seed of its own, so it does
+    not depend on the batch size or on the other prompts."""
+    how = {**sampling(args), "repetition_penalty": args.repetition_penalty}
+    return [Prompt(ids, Sampling(**how, seed=args.seed + n * args.samples), args.max_new_tokens,
+                   () if args.ignore_eos else None, args.samples) for n, ids in enumerate(prompts)]
+
+
+def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt], batch: Batch,
+                  args) -> bool:
     """Print every stream's figures, a JSON line, as soon as it ends, and at last those of all.
     True if Ctrl-C came before: then the step is finished, and what has not ended is dropped."""
     from tqdm import tqdm
     transcripts, done, new_tokens, steps, start = {}, 0, 0, 0, time.perf_counter()
+    n_streams, what = len(prompts) * args.samples, "prompts" if args.samples == 1 else "answers"
 
     def busy() -> str:
         return f"rows busy {batch.busy / max(1, batch.steps * args.batch):.0%}"
 
     with hold_interrupt() as interrupted, progress("generating", "tokens") as show:
-        for index, token_id in generate_batch(
-                model, prompts, max_new_tokens=args.max_new_tokens, ignore_eos=args.ignore_eos,
-                batch=batch, generator=generator, **sampling(args)):
+        for index, token_id in generate_batch(model, prompts, batch=batch):
             if interrupted and batch.steps > steps:
                 break
             steps, stream = batch.steps, batch.stream(index)
             if token_id is None:
                 transcript = transcripts.pop(index)
                 transcript.start, transcript.prefilled = stream.started, stream.prefilled
-                length = len(prompts[index]) + len(transcript.ids)
-                record = transcript.end(model, length, batch.cache, batch.staging)
-                tqdm.write(json.dumps({"index": index, **record}))  # above the progress bar
+                length = len(stream.prompt.ids) + len(transcript.ids)
+                record = transcript.end(model, length, batch.cache, *batch.staging)
+                of, sample = divmod(index, args.samples)
+                which = {"index": of} if args.samples == 1 else {"index": of, "sample": sample}
+                tqdm.write(json.dumps({**which, **record}))  # above the progress bar
                 sys.stdout.flush()
                 done += 1
             else:
                 new_tokens += 1
                 if index not in transcripts:
-                    transcripts[index] = Transcript(tokenizer, len(prompts[index]), args)
+                    transcripts[index] = Transcript(tokenizer, len(stream.prompt.ids), args)
                 if transcripts[index].add(token_id):
                     stream.left = 0
-            show(new_tokens, note=f"{done} of {len(prompts)} prompts, {busy()}")
-    say(f"{done} of {len(prompts)} prompts, {new_tokens} new tokens, "
+            show(new_tokens, note=f"{done} of {n_streams} {what}, {busy()}")
+    say(f"{done} of {n_streams} {what}, {new_tokens} new tokens, "
         f"{new_tokens / (time.perf_counter() - start):.1f} tok/s, {busy()} of {batch.steps} steps, "
         f"compiled in {args.compile_s:.1f} s, seed {args.seed}")
     return bool(interrupted)
 
 
 def main():
-    parser = add_generation(make_parser(__doc__))
+    parser = add_generation(make_parser(__doc__), samples=True)
     parser.add_argument("--prompts", required=True, metavar="FILE",
                         help="prompts, a JSON object a line; of several turns, only the first")
     parser.add_argument("--limit", type=number(int, 1), metavar="N", help="first N prompts only")
@@ -195,13 +374,13 @@ def main():
         model, tokenizer = open_model(args)
         prompts = agree([opening(tokenizer, entry) for entry in entries])
         batch = Batch(model, args.batch, args.sink, args.window)
-        generator = get_ready(model, batch.staging, args)
+        get_ready(model, batch.staging[0], args)
         if args.compile:  # the step of all rows, as often as generate.warm runs the others
             start = time.perf_counter()
             list(generate_batch(model, [[0]], max_new_tokens=3, ignore_eos=True, batch=batch))
             args.compile_s += time.perf_counter() - start
             batch.steps = batch.busy = 0
-        if write_results(model, tokenizer, prompts, batch, args, generator):
+        if write_results(model, tokenizer, ask(prompts, args), batch, args):
             sys.exit(130)
 
 

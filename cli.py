@@ -56,9 +56,12 @@ def make_parser(doc: str, checkpoint: str | Path = EMBEDDED) -> argparse.Argumen
     return parser
 
 
-def add_generation(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """What every program takes that generates."""
+def add_generation(parser: argparse.ArgumentParser, samples=False) -> argparse.ArgumentParser:
+    """What every program takes that generates, some of them several answers to one prompt."""
     add = parser.add_argument
+    if samples:
+        add("--samples", type=number(int, 1), default=1, metavar="N",
+            help="answers to a prompt, with seeds that count up; default 1")
     add("--max-new-tokens", type=number(int, 1), default=512, metavar="N", help="default 512")
     add("--compile", action="store_true", help="compile the model for this machine first")
     add("--compile-prefill", action="store_true",
@@ -67,6 +70,10 @@ def add_generation(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="0 is greedy; default 0.8")
     add("--top-k", type=number(int, 1), metavar="K")
     add("--top-p", type=number(float, 0, 1), default=0.95, metavar="P", help="default 0.95")
+    add("--min-p", type=number(float, 0, 1), metavar="P",
+        help="only tokens at least P times as likely as the likeliest")
+    add("--repetition-penalty", type=number(float, 1e-3), default=1.0, metavar="R",
+        help="above 1, what the prompt (in chat: the turn) and the answer say is said less again")
     add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="default: random, reported")
     add("--stop", action="append", default=[], metavar="TEXT", help="end here; may be repeated")
     add("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")

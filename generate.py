@@ -10,6 +10,7 @@ again.
 
 from __future__ import annotations
 
+import copy
 import json
 import secrets
 import time
@@ -32,7 +33,7 @@ from convert_hf import DTYPES
 from kv_cache import KVCache
 from load import load
 from model import ModelConfig, Transformer
-from sample import sample
+from sample import penalty, sample
 from speculate import Speculation, speculate
 from tokenizer import Tokenizer, stop_at
 from tp import agree
@@ -143,15 +144,18 @@ def decode(model: Transformer, cache: KVCache, token: Tensor, max_new_tokens: in
 def generate(model: Transformer, cache: KVCache, prompt_ids: list[int], max_new_tokens: int = 64,
              temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
              generator: torch.Generator | None = None, ignore_eos: bool = False,
-             speculation: Speculation | None = None) -> Iterator[int]:
+             speculation: Speculation | None = None, min_p: float | None = None,
+             repetition_penalty: float = 1.0) -> Iterator[int]:
     """Yield the token ids that follow prompt_ids, which follow what the cache (one row) holds.
+    The repetition penalty is for tokens of these prompt_ids and of the answer.
 
     At any yield the cache holds everything up to the token yielded (with speculation: once this
     generator is closed), so a conversation goes on by calling this again with the next turn's ids
     only. Raises ValueError for an unusable prompt."""
     logits = prefill(model, cache, prompt_ids, speculation)
     yield from continue_from(model, cache, logits, max_new_tokens, ignore_eos, speculation,
-                             temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+                             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                             generator=generator, **penalty(logits, prompt_ids, repetition_penalty))
 
 
 def continue_from(model: Transformer, cache: KVCache, logits: Tensor, max_new_tokens: int,
@@ -234,21 +238,28 @@ class Transcript:
 
 def answer(model: Transformer, cache: KVCache, tokenizer: Tokenizer, prompt_ids: list[int], args,
            generator: torch.Generator, emit: Callable[[str], None],
-           speculation: Speculation | None = None) -> dict:
+           speculation: Speculation | None = None, kept: list | None = None) -> dict:
     """Continue the cache with prompt_ids and with what the model says, shown as it comes.
 
     args are a program's (cli.make_parser). Returns the figures that --json prints. Ctrl-C ends the
-    answer, and what was said by then is kept, as finish_reason "interrupt"."""
+    answer, and what was said by then is kept, as finish_reason "interrupt". Into an empty list
+    `kept` go a copy of the cache after the prompt, and the logits; the next answer begins there."""
     prompt_ids = agree(prompt_ids)
     before = speculation and (speculation.rounds, speculation.proposed, speculation.accepted)
     with hold_interrupt() as interrupted:
         transcript = Transcript(tokenizer, len(prompt_ids), args, emit)
-        logits = prefill(model, cache, prompt_ids, speculation)
+        if kept:
+            cache.copy_row(0, kept[0])
+        logits = kept[1] if kept else prefill(model, cache, prompt_ids, speculation)
+        if kept == []:
+            kept += [copy.deepcopy(cache), logits.clone()]
         if logits.is_cuda:
             torch.cuda.synchronize()
         transcript.prefilled = time.perf_counter()
-        for token_id in continue_from(model, cache, logits, args.max_new_tokens, args.ignore_eos,
-                                      speculation, generator=generator, **sampling(args)):
+        for token_id in continue_from(
+                model, cache, logits, args.max_new_tokens, args.ignore_eos, speculation,
+                generator=generator, **sampling(args),
+                **penalty(logits, prompt_ids, args.repetition_penalty)):
             if transcript.add(token_id):
                 break
             if interrupted:
@@ -270,7 +281,8 @@ def weight_bytes(model: Transformer) -> int:
 
 
 def sampling(args) -> dict:
-    return dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    return dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                min_p=args.min_p)
 
 
 # ------------------------------------------------------------------------------ command line
@@ -297,6 +309,9 @@ def open_speculation(model: Transformer, cache: KVCache, tokenizer: Tokenizer,
         if args.speculate:
             raise ValueError("--speculate goes with --draft or --lookup")
         return None
+    for flag in ("samples", "repetition_penalty"):
+        if getattr(args, flag, 1) != 1:
+            raise ValueError(f"--{flag.replace('_', '-')} works without --draft and --lookup")
     if args.speculate and args.speculate >= cache.max_chunk:
         raise ValueError(f"--speculate {args.speculate} is too many; at most {cache.max_chunk - 1}")
     if args.lookup:
@@ -325,7 +340,7 @@ def get_ready(model: Transformer, cache: KVCache, args,
 
 
 def main():
-    parser = add_generation(make_parser(__doc__))
+    parser = add_generation(make_parser(__doc__), samples=True)
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, metavar="TEXT")
     args = parser.parse_args()
     with user_errors(parser):
@@ -335,10 +350,17 @@ def main():
         speculation = open_speculation(model, cache, tokenizer, args)
         generator = get_ready(model, cache, args, speculation)
         say(prompt)
-        record = answer(model, cache, tokenizer, tokenizer.encode(prompt), args, generator,
-                        (lambda text: None) if args.json else show, speculation)
-        print(json.dumps(record) if args.json else "")
-    say(f"{figures(record)}, compiled in {record['compile_s']:.1f} s, seed {record['seed']}")
+        ids, kept = tokenizer.encode(prompt), [] if args.samples > 1 else None
+        for index in range(args.samples):
+            record = answer(model, cache, tokenizer, ids, args, generator,
+                            (lambda text: None) if args.json else show, speculation, kept)
+            record = record if kept is None else {"index": index, **record}
+            print(json.dumps(record) if args.json else "", flush=True)
+            say(f"{figures(record)}, compiled in {record['compile_s']:.1f} s, seed {args.seed}")
+            if record["finish_reason"] == "interrupt":
+                break
+            args.seed += 1
+            generator.manual_seed(args.seed)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ class KVCache:
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
         self.length = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.every_slot = torch.arange(n_sink + self.ring, device=device)
         # The high-water mark (the most tokens a row ever held, padding and rejected ones counted),
         # kept as its distance above `length`, on the host, which knows every write and rollback.
         self.overhang = [0] * batch_size
@@ -67,26 +68,32 @@ class KVCache:
         """(B, T): where a query stands as the sinks see it."""
         return positions.clamp(max=self.n_sink + self.window - 1)
 
+    def in_use(self, n_tokens: int) -> Tensor:
+        """(n,) int64: the slots to look at once n_tokens more are written. On a CPU those that hold
+        something by then; on a GPU all of them, since only it knows the lengths."""
+        if self.length.is_cuda:
+            return self.every_slot
+        return self.every_slot[:int(self.length.max()) + n_tokens]
+
     def slots(self, positions: Tensor) -> Tensor:
         """(B, T): the slot of each position."""
         ring_slot = self.n_sink + (positions - self.n_sink) % self.ring
         return torch.where(positions < self.n_sink, positions, ring_slot)
 
-    def visible(self, positions: Tensor) -> Tensor:
-        """(B, T, S + R) bool: the slots that a query at each position sees, these positions being
-        the last that were written."""
+    def visible(self, positions: Tensor, slot: Tensor) -> Tensor:
+        """(B, T, n) bool: which of the slots (n,) a query at each position sees, these positions
+        being the last that were written."""
         S, W, R = self.n_sink, self.window, self.ring
-        slot = torch.arange(S + R, device=positions.device)
         newest = positions[:, -1:]  # (B, 1)
         # Slot r holds the largest k <= newest with slot(k) = r; a result below S is an empty slot.
-        held = torch.where(slot < S, slot, newest - (newest - slot) % R)[:, None]  # (B, 1, S + R)
+        held = torch.where(slot < S, slot, newest - (newest - slot) % R)[:, None]  # (B, 1, n)
         query = positions[:, :, None]  # (B, T, 1)
         recent = (held >= S) & (held > query - W)
         return ((slot < S) | recent) & (held <= query)
 
-    def mask(self, positions: Tensor) -> Tensor:
-        """(B, T, S + R) float32 to add to the scores: 0 where `visible`, -inf elsewhere."""
-        seen = self.visible(positions)
+    def mask(self, positions: Tensor, slot: Tensor) -> Tensor:
+        """(B, T, n) float32 to add to the scores: 0 where `visible`, -inf elsewhere."""
+        seen = self.visible(positions, slot)
         return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -math.inf)
 
     # What a caller asks between calls.

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Smaller weights stay in rows: reading one for a token takes no longer than calling a library does
-# (a model of 135M decodes in 8.0 to 9.9 ms a token with rows, in 10.4 to 11.5 packed).
+# In a graph smaller weights stay in rows: reading one for a token takes no longer than calling a
+# library does (a model of 135M decodes in 8.0 to 9.9 ms a token with rows, 10.4 to 11.5 packed).
 PACKED_BYTES = 1 << 22
 MODES, GROUP_SIZES = ("int8", "int4"), (32, 64, 128)
 
@@ -100,10 +100,9 @@ class Linear(nn.Linear):
     def pack(self) -> None:
         """Lay W out as oneDNN likes it, where there is oneDNN. It then reads W at the speed of the
         memory for one token and, what a layout in rows does not allow, for eight."""
-        if (self.packed or self.weight.nbytes < PACKED_BYTES
-                or not torch.backends.mkldnn.is_available()):
-            return
         dtype = self.weight.dtype
+        if self.packed or not torch.backends.mkldnn.is_available():
+            return
         if dtype == torch.float32 or (
                 dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
             packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data, None)

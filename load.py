@@ -9,9 +9,11 @@ import os
 import re
 import shutil
 import sys
+import time
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from torch import Tensor
 import tp
 from convert_hf import hf_parts, open_file, read_config, stack
 from hub import ADAPTER, find, find_adapter
-from linear import Int4Linear, Linear
+from linear import PACKED_BYTES, Int4Linear, Linear
 from model import ModelConfig, Transformer, rope_frequencies
 from published import open_weights, read_quantization
 from quantize import empty_model, quantization_of, store, stored_shapes
@@ -36,9 +38,9 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
 
     device None is the GPU if there is one; dtype None is the checkpoint's own; quantize is "int8",
     "int4" (in groups of group_size) or None. Under torchrun each process takes its slice of the
-    model (tp.py), or if not parallel, the whole. LoRA adapters, by their names, are merged into the
-    weights. On a CPU, in the checkpoint's dtype, unquantized
-    weights stay memory-mapped until they are compiled. Raises ValueError naming what is wrong."""
+    model (tp.py), or if not parallel, the whole. LoRA adapters, by their names, are merged into it.
+    On a CPU, in the checkpoint's dtype, unquantized weights stay memory-mapped until they are
+    compiled. Raises ValueError naming what is wrong."""
     device = check_device(tp.start(device))
     folder, quantize = find(checkpoint, quantize, group_size)
     adapter_folders = [find_adapter(name) for name in adapters]
@@ -75,6 +77,10 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
         del weights  # compiling lays them out anew
         if compile:
             compile_step(model, device, compile_prefill)
+        elif device.type == "cpu":
+            pack(model, compile)
+        if device.type == "cpu":
+            model.step = on_free_cores(model.step)
     return model, tokenizer
 
 
@@ -85,7 +91,7 @@ def has_int4(weights: dict[str, Tensor]) -> bool:
 
 def default_dtype(weights: dict[str, Tensor]) -> torch.dtype:
     """A file may mix dtypes: the embedding's counts, or if it is quantized, the last norm's. int4
-    in fp16 is for no kernel the fast one, and for some none."""
+    computes in bf16 rather than fp16: on a GPU there is nothing else."""
     embed = weights["embed.weight"]
     dtype = (embed if embed.is_floating_point() else weights["norm.weight"]).dtype
     if dtype == torch.float16 and has_int4(weights):
@@ -239,6 +245,17 @@ def finish(model: Transformer, weights: dict[str, Tensor], device: torch.device)
             module.pack(model.norm.weight.dtype)
 
 
+def pack(model: Transformer, compile: bool) -> None:
+    """Lay weights out as a CPU's library reads them fastest: all in bf16, which it reads half as
+    fast in rows, for a token; or if compiled, those that a graph is not to read by itself."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            tied = module.weight is model.embed.weight  # in a graph, one tensor serves both
+            if (not tied and module.weight.nbytes >= PACKED_BYTES if compile
+                    else module.weight.dtype == torch.bfloat16):
+                module.pack()
+
+
 def check_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -268,23 +285,107 @@ def compile_step(model: Transformer, device: torch.device, prefill: bool = False
         raise ValueError(f"compiling for a CPU needs a C++ compiler, and {compiler!r} was not "
                          "found; install it, or name another in the environment variable CXX")
     torch._dynamo.config.recompile_limit = 64  # a graph for each size of step and cache; 8 if unset
-    for module in model.modules():
-        # Weights in rows serve the embedding too, and a GPU.
-        if isinstance(module, Linear) and not on_gpu and module.weight is not model.embed.weight:
-            module.pack()
-    # Weights never change, so checking them before every step (0.7 ms for 22 layers) is left out.
+    if not on_gpu:
+        pack(model, compile=True)
     # Graphs are kept with the code they were made from: a copy for each model keeps them apart.
     code = Transformer.step.__code__.replace()
     step = types.MethodType(types.FunctionType(code, Transformer.step.__globals__), model)
     graph = torch.compile(step, fullgraph=True, dynamic=False, options={
-        "guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe,
-        "triton.cudagraphs": on_gpu, "coordinate_descent_tuning": on_gpu})
+        "guard_filter_fn": needed_guards,
+        "triton.cudagraphs": on_gpu, "coordinate_descent_tuning": on_gpu,
+        # The graph's own checks of its kernels' shapes, in Python, take a tenth of a small step.
+        "size_asserts": False, "alignment_asserts": False, "scalar_asserts": False,
+        # Else the number of threads is compiled in, unless it is the number of cores.
+        "cpp.dynamic_threads": torch.get_num_threads() != os.cpu_count()})
     eager = model.step
 
-    def run(tokens, cache, last):
+    def run(tokens, cache, in_use, last):
         if last is not None and not prefill:
-            return eager(tokens, cache, last)
-        logits = graph(tokens, cache, last)
+            return eager(tokens, cache, in_use, last)
+        if in_use is not None and not on_gpu:
+            torch._dynamo.decorators.mark_unbacked(in_use, 0)  # one graph for any number of slots
+        logits = graph(tokens, cache, in_use, last)
         return logits.clone() if on_gpu else logits  # a CUDA graph's next replay overwrites it
 
     model.step = run
+
+
+def needed_guards(guards: list) -> list[bool]:
+    """Of what a graph checks before every step, what can change. Weights do not (0.7 ms for 22
+    layers), and a graph is right for any number of threads (Threads)."""
+    return [kept and guard.guard_type != "GLOBAL_STATE" for kept, guard in
+            zip(torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards), guards, strict=True)]
+
+
+# ------------------------------------------------------------------------------ a busy CPU
+
+
+class Threads:
+    """How many threads this process's steps run on: all, or fewer while others want their cores.
+
+    The threads of a step wait for each other 200 times. When one of them has to share its core, all
+    wait for the scheduler every time: beside one other program SmolLM2 says 1 to 14 words a second
+    on two cores, and with one thread 65. So when steps get less than their core, half the threads
+    are tried for a few steps, and kept if they are faster; more are tried again from time to time,
+    the more rarely the longer that is in vain. Where nothing else runs, nothing is tried."""
+
+    def __init__(self, n: int):
+        self.most = self.now = n
+        self.seconds: dict = {}  # kind of step -> those of the latest few, with `now` threads
+        self.trial_of = None  # while `now` is on trial: threads before, and a kind's seconds then
+        self.crowded = self.calm = 0  # steps in a row with less than their core, and with all of it
+        self.wait, self.rest = 0.0, 0.5  # seconds to the next trial, and between two
+
+    def note(self, kind, seconds: float, cpu_seconds: float) -> None:
+        """Take note of a step: how long it was and how much of that this thread ran. Steps of one
+        kind are compared. May change `now`, for the steps to come."""
+        self.seconds[kind] = latest = [*self.seconds.get(kind, ())[-4:], seconds]
+        if self.trial_of:
+            self.judge(*self.trial_of)
+            return
+        free = cpu_seconds > 0.8 * seconds
+        self.crowded, self.calm = (0, self.calm + 1) if free else (self.crowded + 1, 0)
+        self.wait = min(self.wait, 0.5) if self.calm == 10 else self.wait  # somebody may have gone
+        self.wait -= seconds
+        if self.wait > 0 or len(latest) < 3:
+            return
+        if self.now > 1 and self.crowded >= 3:
+            self.try_out(self.now // 2, kind)
+        elif self.now < self.most:
+            self.try_out(min(2 * self.now, self.most), kind)
+
+    def try_out(self, n: int, kind) -> None:
+        self.trial_of = self.now, kind, median(self.seconds[kind])
+        self.now, self.seconds = n, {}
+
+    def judge(self, before: int, kind, seconds_before: float) -> None:
+        """Three steps decide, or one that is very slow."""
+        seconds = self.seconds.get(kind, [])
+        if len(seconds) < 3 and max(seconds, default=0) < 3 * seconds_before:
+            return
+        better = median(seconds) < 0.95 * seconds_before
+        self.rest = 0.5 if better else min(2 * self.rest, 4.0)
+        self.wait = max(self.rest, 10 * sum(seconds))  # a trial in vain costs a tenth at most
+        self.now = self.now if better else before
+        self.trial_of, self.seconds = None, {}
+
+
+threads = Threads(torch.get_num_threads())
+
+
+def on_free_cores(step: Callable) -> Callable:
+    """The model's step, on as many threads as run undisturbed; torch.set_num_threads says how many
+    there may be at most."""
+
+    def run(tokens, *rest):
+        if torch.get_num_threads() != threads.now:  # somebody set it
+            threads.__init__(torch.get_num_threads())
+        start, cpu_start = time.perf_counter(), time.thread_time()
+        logits = step(tokens, *rest)
+        if threads.most > 1:
+            threads.note((step, tokens.shape), time.perf_counter() - start,
+                         time.thread_time() - cpu_start)
+            torch.set_num_threads(threads.now)
+        return logits
+
+    return run

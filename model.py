@@ -238,9 +238,8 @@ class Step:
     rope: tuple[Tensor, Tensor]  # angles at the true positions, for keys and the ring's queries
     sink_rope: tuple[Tensor, Tensor] | None = None  # angles that queries to the sinks are seen at
     slots: Tensor | None = None  # (B, T): where the new keys and values go
-    mask: Tensor | None = None  # (B, T * G, S + R) float32: 0 at the slots that a query sees, else
-    # -inf; the G queries of a token that share a key-value head have a row each
-    positions: Tensor | None = None  # (B, T)
+    mask: Tensor | None = None  # (B, T * G, n) float32, of the n slots in use: 0 where a query sees
+    # them, else -inf; the G queries of a token that share a key-value head have a row each
     n_sink: int = 0
     window: int = 0
 
@@ -269,9 +268,10 @@ class Transformer(nn.Module):
         index of each row only: (B, 1, vocab_size). Raises ValueError when T is over max_chunk."""
         if cache is not None:
             cache.extend(*tokens.shape)
-        return self.step(tokens, cache, last)
+        return self.step(tokens, cache, cache and cache.in_use(tokens.shape[1]), last)
 
-    def step(self, tokens: Tensor, cache: KVCache | None, last: Tensor | None) -> Tensor:
+    def step(self, tokens: Tensor, cache: KVCache | None, in_use: Tensor | None,
+             last: Tensor | None) -> Tensor:
         if cache is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
             at = Step(rope(positions, self.frequencies))
@@ -281,8 +281,8 @@ class Transformer(nn.Module):
             at = Step(rope=rope(positions, self.frequencies),
                       sink_rope=rope(cache.sink_positions(positions), self.frequencies),
                       slots=in_memory(cache.slots(positions)),
-                      mask=in_memory(cache.mask(positions).repeat_interleave(groups, dim=1)),
-                      positions=positions, n_sink=cache.n_sink, window=cache.window)
+                      mask=in_memory(cache.mask(positions, in_use).repeat_interleave(groups, 1)),
+                      n_sink=cache.n_sink, window=cache.window)
             cache.length.add_(tokens.shape[1])  # += would make it an output of the graph
         x = self.embed(tokens).type_as(self.norm.weight)  # (B, T, dim)
         for layer, block in enumerate(self.layers):

@@ -68,12 +68,12 @@ class Layer(NamedTuple):
 def read_ways(folder: Path, raw: dict) -> list[Way]:
     """The ways in which a folder's layers may be stored, from its quantization_config. Raises
     ValueError naming what is not supported, and what would do."""
+    readers = {"gptq": gptq_ways, "awq": awq_ways, "compressed-tensors": compressed_ways}
     try:
         theirs = raw["quantization_config"]
         method = theirs.get("quant_method", "unknown")
-        readers = {"gptq": gptq_ways, "awq": awq_ways, "compressed-tensors": compressed_ways}
         if method not in readers:
-            raise Unsupported(f"quant_method {method!r} (supported: {', '.join(readers)})")
+            raise Unsupported(f"quant_method {method!r}")
         if not (ways := readers[method](theirs)):
             raise Unsupported("an empty config_groups")
         for way in ways:
@@ -82,8 +82,8 @@ def read_ways(folder: Path, raw: dict) -> list[Way]:
             if type(way.group_size) is not int or way.group_size < 1 and way.group_size != -1:
                 raise Unsupported(f"group_size {way.group_size!r}")
     except Unsupported as what:
-        raise ValueError(f"{folder}: quantization_config: {what} is not supported; "
-                         f"{INSTEAD}") from None
+        raise ValueError(f"{folder}: quantization_config: {what} is not supported (integers of 4 "
+                         f"and 8 bits by {', '.join(readers)} are); {INSTEAD}") from None
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: quantization_config is damaged: {error!r}") from None
     return ways
@@ -192,7 +192,6 @@ def open_layer(tensors: dict[str, Tensor], prefix: str, N: int, K: int,
     plain = tensors.get(prefix + "weight")
     if plain is not None and plain.is_floating_point():
         return None
-
     misfits = [misfit(tensors, prefix, N, K, way) for way in ways]
     if None not in misfits:
         raise ValueError(misfits[0])
@@ -205,10 +204,10 @@ def open_layer(tensors: dict[str, Tensor], prefix: str, N: int, K: int,
         scale = scale.t().contiguous()
     zero = read_zeros(tensors, prefix, way, N, scale)
     order = read_order(tensors, prefix, way, K, scale.shape[1])
-    return Layer(prefix, way, K, kind_of(prefix, way, K, zero, order), scale, zero, order)
+    return Layer(prefix, way, K, our_kind(prefix, way, K, zero, order), scale, zero, order)
 
 
-def kind_of(prefix: str, way: Way, K: int, zero: Tensor, order: Tensor | None) -> dict:
+def our_kind(prefix: str, way: Way, K: int, zero: Tensor, order: Tensor | None) -> dict:
     """What a layer is here. Groups that are larger than the kernels' are several with one scale."""
     size = K // zero.shape[1]
     if way.bits == 8 and zero.shape[1] == 1 and bool((zero == 128).all()):
@@ -293,7 +292,9 @@ def our_tensors(tensors: dict[str, Tensor], layer: Layer) -> dict[str, Tensor]:
         dtype = torch.uint8 if bool((zero < 16).all()) else torch.int16
         ours = {"weight": integers[:, ::2] | integers[:, 1::2] << 4, "scale": scale,
                 "zero": (zero * 16).to(dtype)}
-    return ours if layer.order is None else {**ours, "order": layer.order}
+    if layer.order is not None:
+        ours["order"] = layer.order
+    return {name: tensor.contiguous() for name, tensor in ours.items()}
 
 
 # ------------------------------------------------------------------------------ folders

@@ -3,11 +3,13 @@
     python -m bench --shape 1.1b [--peer transformers]           steps: decode and prefill
     python -m bench --shape 1.1b --window 508 --turns mt_bench.jsonl [--peer streaming]
     python -m bench --shape 1.1b --streams 64 [--batch 8] [--peer transformers]
+    python -m bench --shape 1.1b --busy 2                        beside 2 programs that never sleep
+    python -m bench --checkpoint smollm2 --sampling [--batch 8]  drawing a token, beside a step
     python -m bench --gpu limits|decode|peers|batches            a table, see gpu.py
 
 Reading every weight once a token, a step can take no less than bytes / bandwidth. Shared machines
 drift, so whatever is compared is measured in turns, round after round; what is printed of steps is
-the median of the rounds, and a ratio is the median of each round's own. The two others say the
+the median of the rounds, and a ratio is the median of each round's own. The next two say the
 turns of a file as one endless conversation, and generate from many prompts by continuous batching.
 A --shape has random weights, made on the device: speed does not depend on their values.
 """
@@ -19,8 +21,10 @@ import time
 
 import torch
 
+from bench.busy import bench_busy
 from bench.gpu import bench_gpu
 from bench.models import SHAPES, open_model
+from bench.sampling import bench_sampling
 from bench.steps import bench_steps
 from bench.streams import bench_streams
 from bench.turns import bench_turns
@@ -29,12 +33,17 @@ from cli import make_parser, number, user_errors
 
 def check(args) -> None:
     """Refuse flags that do not go together."""
-    steps, rows = not (args.turns or args.streams), args.batch or 1
+    modes = [mode for mode in ("turns", "streams", "busy", "sampling") if getattr(args, mode)]
+    steps, rows = not modes, args.batch or 1
     for given, together, rule in (
-            (args.turns, not args.streams, "--turns and --streams exclude each other"),
+            (len(modes) > 1, False, " and ".join(f"--{mode}" for mode in modes)
+             + " exclude each other"),
+            (args.busy, not (args.peer or rows > 1), "--busy goes with one row and no --peer"),
+            (args.sampling, not args.peer, "--sampling goes with no --peer"),
             (args.gpt_fast, args.gpu == "peers", "--gpt-fast goes with --gpu peers"),
-            (args.gpu, not (args.streams or args.batch or args.quantize or args.peer),
-             "--gpu says itself what it measures: no --streams, --batch, --quantize or --peer"),
+            (args.gpu, not (set(modes) - {"turns"} or args.batch or args.quantize or args.peer),
+             "--gpu says itself what it measures: no --streams, --busy, --sampling, --batch, "
+             "--quantize or --peer"),
             (args.limit, args.turns, "--limit goes with --turns"),
             (args.max_new_tokens, args.turns, "--max-new-tokens goes with --turns"),
             (args.turns, rows == 1, "--turns goes with one row"),
@@ -68,6 +77,9 @@ def main():
     add("--max-new-tokens", type=number(int, 2), metavar="M", help="tokens a turn; default 128")
     add("--streams", type=number(int, 1), metavar="N",
         help="time continuous batching of N synthetic prompts")
+    add("--busy", type=number(int, 1), metavar="N",
+        help="time decoding beside N programs that never sleep, and alone")
+    add("--sampling", action="store_true", help="time how tokens are drawn")
     add("--gpu", choices=["limits", "decode", "peers", "batches"], help="a part of gpu.py's table")
     add("--gpt-fast", metavar="DIR", help="a copy of gpt-fast, for --gpu peers")
     args = parser.parse_args()
@@ -79,7 +91,8 @@ def main():
         start = time.perf_counter()
         model = open_model(args)
         load_s = time.perf_counter() - start
-        run = bench_turns if args.turns else bench_streams if args.streams else bench_steps
+        run = (bench_turns if args.turns else bench_streams if args.streams else bench_busy
+               if args.busy else bench_sampling if args.sampling else bench_steps)
         figures = run(args, model)
     weight = model.norm.weight
     figures = dict(model=args.shape or str(args.checkpoint), device=str(weight.device),

@@ -14,6 +14,7 @@ SHAPES = {  # dim, layers, heads, KV heads, ffn, vocabulary, context, tied
     "135m": (576, 30, 9, 3, 1536, 49152, 8192, True),  # SmolLM2
     "160m": (768, 12, 12, 12, 2048, 32000, 2048, False),  # a draft
     "1.1b": (2048, 22, 32, 4, 5632, 32000, 2048, False),  # TinyLlama
+    "1.2b": (2048, 16, 32, 8, 8192, 128256, 131072, True),  # Llama 3.2
     "7b": (4096, 32, 32, 32, 11008, 32000, 4096, False),  # Llama 2
     "8b": (4096, 32, 32, 8, 14336, 128256, 131072, False),  # Llama 3.1
 }

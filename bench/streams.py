@@ -36,7 +36,7 @@ def bench_streams(args, model: Transformer) -> dict:
     prompts, wanted = synthetic(args.streams, model.config.vocab_size)
     batch = Batch(model, args.batch, args.sink, args.window)
     say("compiling")
-    compile_s = compile_all(model, batch.staging, batch.cache)
+    compile_s = compile_all(model, batch.staging[0], batch.cache)
     list(generate_batch(model, [[0]], max_new_tokens=3, ignore_eos=True, batch=batch))
     batch.steps = batch.busy = 0
     events = generate_batch(model, prompts, max_new_tokens=wanted, ignore_eos=True, batch=batch)
@@ -50,7 +50,7 @@ def bench_streams(args, model: Transformer) -> dict:
                 theirs.append(seconds(peer, prompts[some], max(wanted[some])))
             show(len(prompts[:some.stop]), len(prompts))
     size = batch.cache.n_sink + batch.cache.window
-    steps = [[decode_at(model, cache, size) for cache in (batch.staging, batch.cache)]
+    steps = [[decode_at(model, cache, size) for cache in (batch.staging[0], batch.cache)]
              for _ in rounds()]
     out = dict(**sizes(batch.cache), compile_s=compile_s, streams=len(prompts),
                prompt_tokens=sum(map(len, prompts)), new_tokens=sum(wanted),

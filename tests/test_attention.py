@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attention import attend_all, attend_causal
+from attention import attend_all, attend_causal, attend_in_sums
 from helpers import random_model
 from kv_cache import KVCache
 
@@ -14,7 +14,8 @@ def by_the_formula(q_sink, q_recent, k, v, cache, positions):
     """A query and a head at a time, in float64, over the slots that cache.visible names."""
     B, T, n_heads, D = q_recent.shape
     q_sink, q_recent, k, v = (x.double() for x in (q_sink, q_recent, k, v))
-    visible, y = cache.visible(positions), torch.empty(B, T, n_heads, D, dtype=torch.float64)
+    visible = cache.visible(positions, cache.every_slot)
+    y = torch.empty(B, T, n_heads, D, dtype=torch.float64)
     for b in range(B):
         for t in range(T):
             slots = visible[b, t].nonzero()[:, 0]
@@ -41,9 +42,14 @@ def a_call(n_sink, lengths, T, n_kv_heads=2, window=WINDOW, dtype=torch.float32)
     return cache, positions, q_sink, q_recent
 
 
-def op(q_sink, q_recent, cache, positions, mask):
+def mask_of(cache, positions, groups, slots=None):
+    slots = cache.in_use(positions.shape[1]) if slots is None else slots
+    return cache.mask(positions, slots).repeat_interleave(groups, dim=1)
+
+
+def op(q_sink, q_recent, cache, mask):
     return torch.ops.gpt_stream.attend_held(q_sink, q_recent, cache.k[0], cache.v[0], mask,
-                                            positions, cache.n_sink, cache.window)
+                                            cache.n_sink, cache.window)
 
 
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
@@ -56,10 +62,11 @@ def test_both_equal_the_formula(lengths, T, n_sink, n_kv_heads):
     rows that stand at different places."""
     cache, positions, q_sink, q_recent = a_call(n_sink, lengths, T, n_kv_heads)
     expected = by_the_formula(q_sink, q_recent, cache.k[0], cache.v[0], cache, positions)
-    mask = cache.mask(positions).repeat_interleave(4 // n_kv_heads, dim=1)
+    mask = mask_of(cache, positions, 4 // n_kv_heads, cache.every_slot)
     everywhere = attend_all(q_sink, q_recent, cache.k[0], cache.v[0], mask, n_sink)
     assert (everywhere - expected).abs().max() < 1e-5
-    assert (op(q_sink, q_recent, cache, positions, mask) - expected).abs().max() < 1e-5
+    mask = mask_of(cache, positions, 4 // n_kv_heads)
+    assert (op(q_sink, q_recent, cache, mask) - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("lengths, T", [([1200], 1), ([900], 20), ([3, 1900], 2)])
@@ -67,16 +74,16 @@ def test_both_equal_the_formula(lengths, T, n_sink, n_kv_heads):
 def test_a_window_of_several_of_the_kernel_s_blocks(lengths, T, dtype):
     cache, positions, q_sink, q_recent = a_call(4, lengths, T, window=1100, dtype=dtype)
     expected = by_the_formula(q_sink, q_recent, cache.k[0], cache.v[0], cache, positions)
-    mask = cache.mask(positions).repeat_interleave(2, dim=1).to(dtype)
-    assert (op(q_sink, q_recent, cache, positions, mask) - expected).abs().max() < 1e-5
+    mask = mask_of(cache, positions, 2).to(dtype)
+    assert (op(q_sink, q_recent, cache, mask) - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("length", [20, 500])
 def test_the_operator_is_to_the_compiler_what_it_says(length):
     cache, positions, q_sink, q_recent = a_call(4, [length], 3)
-    mask = cache.mask(positions).repeat_interleave(2, dim=1)
+    mask = mask_of(cache, positions, 2)
     torch.library.opcheck(torch.ops.gpt_stream.attend_held.default, (
-        q_sink, q_recent, cache.k[0], cache.v[0], mask, positions, cache.n_sink, cache.window))
+        q_sink, q_recent, cache.k[0], cache.v[0], mask, cache.n_sink, cache.window))
 
 
 def test_a_chunk_that_begins_among_the_sinks_and_ends_beyond_the_window():
@@ -88,26 +95,43 @@ def test_a_chunk_that_begins_among_the_sinks_and_ends_beyond_the_window():
     for x in (cache.k[0], cache.v[0]):
         x.normal_()
     expected = by_the_formula(q_sink, q_recent, cache.k[0], cache.v[0], cache, positions)
-    mask = cache.mask(positions).repeat_interleave(2, dim=1)
-    assert (op(q_sink, q_recent, cache, positions, mask) - expected).abs().max() < 1e-5
+    mask = mask_of(cache, positions, 2)
+    assert (op(q_sink, q_recent, cache, mask) - expected).abs().max() < 1e-5
 
 
 def test_queries_may_lie_in_memory_in_any_order():
     """A product W x^T leaves them transposed, and the kernel does not look."""
     cache, positions, q_sink, q_recent = a_call(4, [20], 16, n_kv_heads=4)
-    mask = cache.mask(positions)
+    mask = mask_of(cache, positions, 1)
     lying = [q.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0) for q in (q_sink, q_recent)]
     assert lying[0].stride(-1) != 1
-    assert torch.equal(op(*lying, cache, positions, mask),
-                       op(q_sink, q_recent, cache, positions, mask))
+    assert torch.equal(op(*lying, cache, mask),
+                       op(q_sink, q_recent, cache, mask))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_sink, batch_size", [(4, 1), (0, 3)])
+def test_a_token_s_graph_equals_the_formula_whatever_is_held(n_sink, batch_size):
+    """One graph from nothing held to a window that slides, rows at different places."""
+    torch._dynamo.reset()
+    graph = torch.compile(attend_in_sums, fullgraph=True, dynamic=False)
+    for i, lengths in enumerate([[0, 1, 2], [1, 0, 0], [30, 2, 17], [63, 64, 9], [91, 70, 90],
+                                 [94, 95, 96], [500, 3, 10**8]]):
+        cache, positions, q_sink, q_recent = a_call(n_sink, lengths[:batch_size], 1)
+        expected = by_the_formula(q_sink, q_recent, cache.k[0], cache.v[0], cache, positions)
+        mask = mask_of(cache, positions, 2)
+        torch._dynamo.decorators.mark_unbacked(mask, 2)
+        with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
+            y = graph(q_sink, q_recent, cache.k[0], cache.v[0], mask, n_sink)
+        assert (y - expected).abs().max() < 1e-5
 
 
 def test_what_is_not_held_is_not_read():
     cache, positions, q_sink, q_recent = a_call(4, [30], 3)
-    mask = cache.mask(positions).repeat_interleave(2, dim=1)
-    expected = op(q_sink, q_recent, cache, positions, mask)
+    mask = mask_of(cache, positions, 2)
+    expected = op(q_sink, q_recent, cache, mask)
     cache.k[0][:, :, 33:], cache.v[0][:, :, 33:] = torch.nan, torch.nan
-    assert torch.equal(op(q_sink, q_recent, cache, positions, mask), expected)
+    assert torch.equal(op(q_sink, q_recent, cache, mask), expected)
 
 
 def test_without_a_cache_it_is_the_formula():

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import batch as program
-from batch import Batch, generate_batch
+from batch import Batch, Prompt, generate_batch
 from generate import generate, load, make_cache
 from helpers import TINY, as_on_a_gpu, random_model, run
+from sample import Sampling
 from test_chat import write_turns
 from test_errors import refused
 from test_generate import records
@@ -105,7 +106,7 @@ def test_no_more_chunks_come_between_two_steps_than_one_and_the_idle_rows(monkey
     batch, step, chunks, most = Batch(model, 3, 4, WINDOW), model.step, [], {}
 
     def watched(tokens, cache, *rest):
-        if cache is batch.staging:
+        if cache is batch.staging[0]:
             chunks.append(batch.rows.count(None))
         else:
             if chunks:
@@ -154,13 +155,163 @@ def test_a_seed_decides_what_is_sampled():
     assert first == again != other
 
 
+ASKED = [Sampling(1.0, top_p=0.9, seed=1), Sampling(), Sampling(0.8, 20, 0.9, 0.05, seed=2),
+         Sampling(1.2, 0, 1.0, 0, 1.2, 0.2, 0.3, seed=3), Sampling(0, 0, 1, 0, 1.5, seed=4),
+         Sampling(1.0, min_p=0.1, seed=5)]
+
+
+@pytest.mark.parametrize("batch_size, n_staging", [(1, 1), (2, 2), (4, 1), (7, 3)])
+def test_a_seed_says_the_same_whatever_else_runs_and_in_any_row(batch_size, n_staging):
+    prompts = [Prompt(ids, one, new) for ids, one, new in zip(
+        prompts_of([9, 130, 3, 40, 12, 7]), ASKED, [30, 10, 40, 20, 25, 35])]
+    alone = [collected(generate_batch(random_model(), [prompt], 1, 4, WINDOW))[0][0]
+             for prompt in prompts]
+    batch = Batch(random_model(), batch_size, 4, WINDOW, n_staging)
+    ids, _ = collected(generate_batch(random_model(), prompts, batch=batch))
+    assert [ids[index] for index in range(6)] == alone
+    ids, _ = collected(generate_batch(random_model(), prompts[::-1], batch=batch))
+    assert [ids[index] for index in range(6)] == alone[::-1]
+    assert len(set(map(tuple, alone))) == 6
+
+
+def test_a_row_of_any_settings_waits_for_nothing(monkeypatch):
+    """As on a GPU: a step looks at no value but the tokens that it tells."""
+    model = random_model()
+    batch = Batch(model, len(ASKED), 4, WINDOW)
+    as_on_a_gpu(monkeypatch)
+    prompts = [Prompt(ids, one, 9) for ids, one in zip(prompts_of([3] * len(ASKED)), ASKED)]
+    stream = generate_batch(model, prompts, batch=batch)
+    next(event for event in stream if all(batch.rows))
+    for name in ("item", "__bool__", "__int__", "__float__", "cpu", "numpy", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *a, name=name: pytest.fail(
+            f"{name} in a step"))
+    assert sum(token_id is None for _, token_id in stream) == len(ASKED)
+
+
+def test_samples_of_a_prompt_have_the_seeds_that_follow_and_one_prefill(monkeypatch):
+    model, prompts = random_model(), prompts_of([40, 20])
+    batch, read = Batch(model, 2, 4, WINDOW), []
+    step = model.step
+    monkeypatch.setattr(model, "step", lambda tokens, *rest: read.append(tokens.shape[1])
+                        or step(tokens, *rest))
+    ids, _ = collected(generate_batch(model, [Prompt(prompts[0], Sampling(1.0, seed=7), 9,
+                                                     samples=5), prompts[1]], batch=batch,
+                                      max_new_tokens=4))
+    assert sum(size for size in read if size > 1) == 40 + 24
+    assert len(ids) == 6 and len(set(map(tuple, ids.values()))) == 6
+    for n in range(5):
+        one = Prompt(prompts[0], Sampling(1.0, seed=7 + n), 9)
+        assert collected(generate_batch(random_model(), [one], 1, 4, WINDOW))[0][0] == ids[n]
+    assert ids[5] == alone(random_model(), prompts[1], 4)
+
+
+def test_prompts_may_come_later():
+    """None: nothing waits now. Rows go on meanwhile, and an idle batch may wait."""
+    prompts, model = prompts_of([5, 40, 9]), random_model()
+    batch, told = Batch(model, 2, 4, WINDOW), []
+
+    def arriving():
+        yield prompts[0]
+        while len(told) < 10:  # as the first one is being said
+            yield None
+        yield prompts[1]
+        while not batch.idle:
+            yield None
+        assert len(told) == 21 + 13
+        yield prompts[2]
+
+    for event in generate_batch(model, arriving(), max_new_tokens=[20, *[12] * 99], batch=batch):
+        told.append(event)
+    ids, _ = collected(told)
+    assert [ids[n] for n in range(3)] == [
+        alone(random_model(), prompt, n) for prompt, n in zip(prompts, (20, 12, 12))]
+
+
+def test_a_short_prompt_overtakes_a_long_one_with_two_staging_rows():
+    model, (long, short) = random_model(), prompts_of([600, 20])
+    for n_staging, first in ((1, 0), (2, 1)):
+        batch = Batch(model, 2, 4, WINDOW, n_staging)
+        _, ended = collected(generate_batch(model, [long, short], max_new_tokens=5, batch=batch))
+        assert ended[0] == first
+
+
+def test_a_row_that_was_kept_begins_another_prompt():
+    """When the end is told, the row holds the prompt and what was told."""
+    model, (first, second) = random_model(), prompts_of([50, 9])
+    batch, kept = Batch(model, 2, 4, WINDOW), make_cache(model, 4, WINDOW)
+    stream = generate_batch(model, [Prompt(first, max_new_tokens=20)], batch=batch)
+    said = []
+    for index, token_id in stream:
+        said.append(token_id)
+        if token_id is None:
+            kept.copy_row(0, batch.cache, batch.row(index))
+    assert int(kept.length) == 70
+    asked = [Prompt(second, Sampling(1.0, repetition_penalty=1.3, seed=4), 15, cache=kept,
+                    before=first + said[:-1]),
+             Prompt(first + said[:-1] + second, Sampling(1.0, repetition_penalty=1.3, seed=4), 15)]
+    ids, _ = collected(generate_batch(model, asked, batch=batch))
+    assert ids[0] == ids[1] and int(kept.length) == 70
+
+
+def test_a_stream_can_be_ended_while_it_is_read_or_by_another():
+    model, prompts = random_model(), prompts_of([5, 300, 7])
+    batch, told = Batch(model, 2, 4, WINDOW), []
+    for index, token_id in generate_batch(model, prompts, max_new_tokens=30, batch=batch):
+        told.append((index, token_id))
+        if len(told) == 3:
+            assert batch.reading[0].streams[0].index == 1
+            batch.stream(1).left = 0
+        if told.count((2, None)) == 0 and [i for i, _ in told].count(2) == 4 and index == 2:
+            batch.stream(0).left = 0
+    of = [[token_id for i, token_id in told if i == index] for index in range(3)]
+    assert of[1] == [None] and len(of[2]) == 31 and of[2][:-1] == alone(model, prompts[2], 30)
+    assert 5 < len(of[0]) < 30 and of[0][:-1] == alone(model, prompts[0], 30)[:len(of[0]) - 1]
+
+
+def test_stop_ids_are_each_prompt_s_own():
+    model, prompt = random_model(), prompts_of([9])[0]
+    free = alone(model, prompt, 20)
+    ids, _ = collected(generate_batch(model, [
+        Prompt(prompt, stop_ids=[free[5]]), Prompt(prompt, max_new_tokens=20)], 2, 4, WINDOW))
+    assert ids[0] == free[:free.index(free[5]) + 1] and ids[1] == free
+
+
+def test_log_probabilities_are_noted_for_whoever_asks():
+    """Of the logits as they are, not of what temperature and penalties make of them."""
+    model, (prompt, other) = random_model(), prompts_of([9, 12])
+    batch, noted = Batch(model, 2, 4, WINDOW), {}
+    asked = [Prompt(prompt, Sampling(1.5, repetition_penalty=1.4, seed=1), 12, logprobs=3),
+             Prompt(other, max_new_tokens=15), Prompt(other, max_new_tokens=6, logprobs=0)]
+    ids, said = {}, generate_batch(model, asked, batch=batch)
+    for index, token_id in said:
+        if token_id is None:
+            noted[index] = batch.stream(index).logprobs
+        else:
+            ids.setdefault(index, []).append(token_id)
+            assert len(batch.stream(index).logprobs) == (0 if index == 1 else len(ids[index]))
+    assert noted[1] == [] and all(likeliest == {} for _, likeliest in noted[2])
+    exact = model(torch.tensor([prompt + ids[0]]))[0, 8:-1].double().log_softmax(-1)
+    for row, token_id, (own, likeliest) in zip(exact, ids[0], noted[0], strict=True):
+        assert abs(own - row[token_id]) < 1e-4 and list(likeliest) == row.topk(3).indices.tolist()
+        assert all(abs(row[i] - value) < 1e-4 for i, value in likeliest.items())
+
+
 @pytest.mark.parametrize("changes, word", [
-    (dict(batch_size=0), "batch size 0"), (dict(prompts=[[1], []]), "empty"),
+    (dict(temperature=-1.0), "temperature -1"), (dict(batch_size=0), "batch size 0"),
+    (dict(prompts=[[1], []]), "empty"),
     (dict(prompts=[[64]]), "outside"), (dict(max_new_tokens=0), "max_new_tokens 0"),
     (dict(window=0), "window 0")])
 def test_what_cannot_be_is_refused(changes, word):
     with pytest.raises(ValueError, match=word):
         list(generate_batch(random_model(), **{"prompts": [[1]], **changes}))
+
+
+@pytest.mark.parametrize("changes, word", [
+    (dict(logprobs=21), "logprobs 21 .* at most 20"), (dict(samples=0), "samples 0"),
+    (dict(max_new_tokens=0), "max_new_tokens 0")])
+def test_a_prompt_that_cannot_be_is_refused(changes, word):
+    with pytest.raises(ValueError, match=word):
+        Prompt([1], **changes)
 
 
 def test_no_prompts_are_no_events():
@@ -241,7 +392,16 @@ def test_an_interrupted_run_has_written_what_is_finished(prompts, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_answers_have_the_seeds_of_their_place_whatever_the_batch_size(prompts):
+    argv = ("--prompts", prompts, "--limit", 3, "--samples", 2, "--dtype", "fp32", "--min-p", 0.02,
+            "--repetition-penalty", 1.1, "--max-new-tokens", 9, "--window", 60)
+    found = [records(*argv, "--batch", n, program="batch") for n in (1, 4)]
+    texts = [{(r["index"], r["sample"]): r["text"] for r in some} for some in found]
+    assert texts[0] == texts[1] and len(set(texts[0].values())) == len(texts[0]) == 6
+
+
 @pytest.mark.parametrize("argv, naming", [
+    (["--samples", "0"], ["--samples"]), (["--min-p", "1.5"], ["--min-p"]),
     (["--lookup"], ["--lookup", "one stream"]), (["--draft", TINY], ["--draft", "one stream"]),
     (["--speculate", "3"], ["--speculate"]), (["--batch", "0"], ["--batch", "0"]),
     (["--limit", "0"], ["--limit"]), (["--window", "999"], ["999"]),

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from bench import apart, clocks, gpu, gpu_figures, models, steps
+from bench import apart, busy, clocks, gpu, gpu_figures, models, steps
 from bench.steps import seconds_a_token
 from bench.streams import synthetic
 from helpers import run
@@ -48,6 +48,8 @@ def figures(*argv):
     (["--shape", "1.1b", "--peer", "transformers", "--batch", "2"], ["--peer", "one row"]),
     (["--shape", "1.1b", "--turns", "f", "--recompute"], ["--recompute"]),
     (["--shape", "1.1b", "--streams", "3", "--speculate", "3"], ["--speculate"]),
+    (["--sampling", "--streams", "3"], ["--sampling", "--streams"]),
+    (["--busy", "2", "--batch", "8"], ["--busy", "one row"]),
     (["--gpu", "decode", "--batch", "8"], ["--gpu", "--batch"]),
     (["--gpu", "decode", "--gpt-fast", "d"], ["--gpt-fast", "--gpu peers"])])
 def test_flags_that_do_not_go_together(argv, naming):
@@ -66,6 +68,22 @@ def test_steps_beside_everything(quick, monkeypatch):
                  "transformers_prefill_128"):
         assert out[f"{peer}_tok_s"] > 0 < out[f"over_{peer}"]
     assert out["speculation_agreeing_over_plain"] > 0 < out["speculation_contrary_over_plain"]
+
+
+def test_drawing_beside_a_step(quick, monkeypatch):
+    monkeypatch.setattr("bench.sampling.STEPS", 2)
+    out = figures("--shape", "small", "--sampling", "--window", 60, "--batch", 3)
+    for kind in ("greedy", "default", "top_k", "mixed"):
+        assert out[f"{kind}_share"] == out[f"{kind}_s"] / out["step_s"] > 0
+
+
+def test_decoding_beside_others(quick, monkeypatch):
+    monkeypatch.setattr(busy, "TURN", 0.3)
+    monkeypatch.setattr(busy, "ROUNDS", 1)
+    out = figures("--shape", "small", "--window", "20", "--busy", "1")
+    for n in (0, 1):
+        chosen, one = out[f"beside_{n}_chosen_tok_s"], out[f"beside_{n}_one_tok_s"]
+        assert out[f"beside_{n}_chosen_over_one"] == pytest.approx(chosen / one)
 
 
 def test_a_conversation_beside_streaming_llm(quick, tmp_path):

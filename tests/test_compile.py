@@ -115,3 +115,20 @@ def test_two_models_of_one_shape_keep_their_own_graphs():
         expected = model(tokens, plain)
         compile_step(model, torch.device("cpu"))
         assert (model(tokens, cache) - expected).abs().max() < 1e-4
+
+
+def test_operators_are_to_the_compiler_what_they_say():
+    """Shapes, strides and dtypes of what they return: graphs take these on trust."""
+    from linear import Int4Linear
+    x, weight = torch.randn(3, 64).bfloat16(), torch.randn(96, 64).bfloat16()
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    int4 = Int4Linear(64, 96, False, 32)
+    int4.weight, int4.zero = torch.zeros_like(int4.weight), torch.zeros_like(int4.zero)
+    int4.scale = torch.ones_like(int4.scale)
+    int4.pack(torch.bfloat16)
+    ops = torch.ops.gpt_stream
+    torch.library.opcheck(ops.int4_matmul.default, (x, int4.weight, 32, int4.scales_and_zeros))
+    torch.library.opcheck(ops.int8_matmul.default, (
+        x, torch.zeros(96, 64, dtype=torch.int8), torch.ones(96).bfloat16()))
+    y = ops.packed_linear(x[None], packed, 96)  # whose weight is no plain tensor
+    assert (y.shape, y.stride(), y.dtype) == ((1, 3, 96), (288, 96, 1), torch.bfloat16)

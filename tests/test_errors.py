@@ -33,6 +33,7 @@ def refused(program, *argv, naming, **kwargs):
     ("--window", "-1"), ("--window", "0"), ("--window", "many"), ("--sink", "-1"),
     ("--top-k", "-5"), ("--top-k", "0"), ("--temperature", "-0.1"), ("--temperature", "nan"),
     ("--temperature", "inf"), ("--top-p", "1.01"), ("--top-p", "-0.1"), ("--top-p", "nan"),
+    ("--min-p", "1.01"), ("--min-p", "nan"), ("--repetition-penalty", "0"), ("--samples", "0"),
     ("--max-new-tokens", "-1"), ("--max-new-tokens", "0"), ("--max-new-tokens", "1.5"),
     ("--seed", "-1"), ("--dtype", "int7"), ("--dtype", "float64")])
 def test_numbers_out_of_range(flag, value):

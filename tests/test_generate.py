@@ -195,3 +195,15 @@ def test_greedy_text_is_the_api_s():
     model, tokenizer = load(TINY, device="cpu")
     ids = tokenizer.encode("The cat")
     assert record["token_ids"] == list(generate(model, make_cache(model), ids, 20))
+
+
+def test_samples_are_what_their_seeds_say_alone():
+    argv = ("--max-new-tokens", 30, "--min-p", 0.05, "--repetition-penalty", 1.2)
+    samples = records(*argv, "--samples", 3)
+    assert [(r["index"], r["seed"]) for r in samples] == [(0, 5), (1, 6), (2, 7)]
+    for record in samples:
+        status, out, _ = run("generate", "--json", *argv, "--seed", record["seed"])
+        assert json.loads(out)["token_ids"] == record["token_ids"]
+    assert len({record["text"] for record in samples}) == 3
+    status, out, _ = run("generate", "--seed", 5, *argv, "--samples", 2)
+    assert status == 0 and out == samples[0]["text"] + "\n" + samples[1]["text"] + "\n"

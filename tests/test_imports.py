@@ -12,10 +12,9 @@ from helpers import TINY
 
 ROOT = TINY.parent.parent
 # A file imports only what stands before it. The engine ends where the command line begins.
-ORDER = ["tp", "kv_cache", "attention", "linear", "tokenizer", "model", "sample", "convert_hf",
-         "quantize", "gguf_tokenizer", "convert_gguf", "published", "hub", "load",
-         "speculate", "session", "cli",
-         "generate", "chat", "batch", "eval"]
+ORDER = ["tp", "kv_cache", "linear", "attention", "tokenizer", "model", "sample", "convert_hf",
+         "quantize", "gguf_tokenizer", "convert_gguf", "published", "hub", "load", "speculate",
+         "session", "cli", "generate", "chat", "batch", "eval", "gptq"]
 
 
 def imported(path):

@@ -20,7 +20,7 @@ import tp_worker
 from convert_hf import hf_parts, read_config
 from generate import generate, load, make_cache
 from helpers import TINY, hf_model, run
-from published import open_weights
+from published import open_weights, read_quantization
 from test_errors import refused
 from test_tp import ONE_THREAD, TORCHRUN
 
@@ -146,6 +146,9 @@ def test_exported_folders(name, tmp_path):
         assert torch.equal(ours[layer], weight), layer
     model, _ = load(folder, device="cpu", dtype=torch.float32)
     check_logits(model, folder, read)
+    raw, config = read_config(folder)
+    stored = open_weights(folder, raw, config, read_quantization(folder, raw, config))
+    assert all(block.is_contiguous() for _, blocks in stored for block in blocks)  # CUDA asks it
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -208,8 +211,8 @@ def test_what_is_stored_in_fp16_runs_in_bf16_where_it_is_int4(tmp_path, caplog):
 def test_compiled_equals_eager(name, tmp_path):
     read = compress(tmp_path / name, SCHEMES[name]) if name == "mixed" else dequantized(name)
     folder = tmp_path / name if name == "mixed" else in_place(tmp_path, name)
-    eager, compiled = (load(folder, device="cpu", dtype=torch.float32, compile=c,
-                            compile_prefill=c)[0] for c in (False, True))
+    eager, compiled = (load(folder, device="cpu", dtype=torch.float32, compile=c)[0]
+                       for c in (False, True))
     check_logits(compiled, folder, read)
     check_tokens(compiled, eager)
 
@@ -385,6 +388,11 @@ def test_settings_that_do_not_match_the_tensors(name, changes, naming, tmp_path)
     folder = in_place(tmp_path, name)
     edit(folder, quantization_config=with_settings(name, **changes))
     refused("generate", "--checkpoint", folder, naming=[folder, *naming])
+
+
+def test_gptq_wants_the_original(tmp_path):
+    refused("gptq", "--checkpoint", in_place(tmp_path, "awq-32"), "--text", __file__,
+            "--out", tmp_path / "out", naming=["awq-32", "quantize the original"])
 
 
 def test_zeros_where_the_settings_have_none(tmp_path):

@@ -54,7 +54,7 @@ def test_what_a_verified_round_draws_has_the_models_distribution():
     torch.manual_seed(0)
     generator, V, rounds = torch.Generator().manual_seed(1), 6, 20000
     for options in (dict(temperature=0.7), dict(temperature=1.3, top_k=4),
-                    dict(temperature=1.0, top_p=0.8)):
+                    dict(temperature=1.0, top_p=0.8), dict(temperature=1.1, min_p=0.15)):
         first, after = torch.randn(V) * 2, torch.randn(V, V) * 2  # logits, also after each token
         q = distribution(torch.randn(1, V) * 2, **options)
         counts = torch.zeros(V, V)
@@ -78,7 +78,7 @@ def test_what_a_verified_round_draws_has_the_models_distribution():
 def test_whole_streams_of_samples_have_the_models_distribution():
     """Three tokens after a prompt, through both caches, against the exact joint distribution."""
     target, draft = random_model(0, vocab_size=5), random_model(1, vocab_size=5)
-    prompt, options = [1, 2, 3], dict(temperature=0.9, top_k=4)
+    prompt, options = [1, 2, 3], dict(temperature=0.9, top_k=4, min_p=0.05)
 
     def next_token(ids):
         return distribution(target(torch.tensor([prompt + list(ids)]))[0, -1], **options)
@@ -196,6 +196,9 @@ def test_the_programs_speculate_and_refuse_what_cannot_be(tmp_path):
     assert status == 0 and [json.loads(line)["turn"] for line in out.split("\n") if line] == [0, 1]
     for flags, words in ((["--draft", DRAFT, "--lookup"], "exclude each other"),
                          (["--speculate", 3], "goes with --draft or --lookup"),
+                         (["--lookup", "--samples", 2], "--samples works without --draft"),
+                         (["--draft", DRAFT, "--repetition-penalty", 1.1],
+                          "--repetition-penalty works without --draft"),
                          (["--lookup", "--speculate", 128], "at most 127"),
                          (["--lookup", "--speculate", 0], "must be at least 1")):
         status, _, err = run("generate", *shared, *flags)

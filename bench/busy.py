@@ -1,0 +1,73 @@
+"""Decoding beside programs that never sleep: the threads that it chooses against one, and all."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+
+from bench.clocks import compile_all, step
+from cli import say
+from generate import make_cache
+from kv_cache import KVCache
+from load import on_free_cores
+from model import Transformer
+
+TURN, ROUNDS = 10.0, 3  # seconds
+
+
+@contextlib.contextmanager
+def others(n: int) -> Iterator[None]:
+    """n programs in sessions of their own, as a scheduler that groups by session sees others'."""
+    running = [subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
+               for _ in range(n)]
+    try:
+        time.sleep(0.5)
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def tokens_a_second(model: Transformer, cache: KVCache, threads: int, run=None) -> float:
+    """Of one turn, that begins with so many threads; `run` is the model's step."""
+    before, torch_threads = model.step, torch.get_num_threads()
+    model.step = run or before
+    torch.set_num_threads(threads)
+    cache.length.fill_(32)
+    start, steps = time.perf_counter(), 0
+    while time.perf_counter() < start + TURN:
+        step(model, cache)
+        steps += 1
+    model.step = before
+    torch.set_num_threads(torch_threads)
+    return steps / (time.perf_counter() - start)
+
+
+def bench_busy(args, model: Transformer) -> dict:
+    """Tokens a second with the threads that are chosen, with one, and with all, in turns of ten
+    seconds, each on an idle machine and beside args.busy programs."""
+    cache, most = make_cache(model, args.sink, args.window), torch.get_num_threads()
+    compile_all(model, cache)
+    plain = model.step
+    choosing = on_free_cores(plain)
+    turns = {"chosen": (most, choosing), "one": (1, plain), "all": (most, plain)}
+    figures = {}
+    for n in (0, args.busy):
+        values = {name: [] for name in turns}
+        for _ in range(ROUNDS):
+            for name, turn in turns.items():
+                with others(n):
+                    values[name].append(tokens_a_second(model, cache, *turn))
+                say(f"beside {n}: {name} {values[name][-1]:.1f} tok/s")
+        middle = {name: statistics.median(rates) for name, rates in values.items()}
+        figures |= {f"beside_{n}_{name}_tok_s": rate for name, rate in middle.items()}
+        figures |= {f"beside_{n}_chosen_over_{name}": statistics.median(
+            a / b for a, b in zip(values["chosen"], values[name])) for name in ("one", "all")}
+    return figures

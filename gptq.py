@@ -1,0 +1,302 @@
+"""int4 weights that make up for each other's rounding: GPTQ (Frantar et al., 2022).
+
+    python gptq.py --checkpoint NAME --text FILE --out DIR [--sequences N] [--length L]
+                   [--group-size 32|64|128]
+
+Rounding to nearest treats every weight alike. GPTQ looks at what a layer reads while the model
+reads a text: the columns of a weight are rounded one after the other, and those not rounded yet are
+changed so that the layer's outputs stay as they were. What it writes is what quantize.py writes, so
+it loads, runs and is sliced like any int4 checkpoint. Three things differ from the paper:
+
+    order   groups of columns with large inputs come first, while most can still make up for them;
+            a group's columns stay together, so that the file needs no permutation
+    drift   a layer reads what the quantized layers before it made of the text; half of the
+            difference to the original's inputs is made up for, too (Li et al., 2025: GPTAQ)
+    refit   after rounding, each row's scales are solved for together, for the same error
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import tp
+from cli import number, say, user_errors
+from convert_hf import progress, read_config, read_weights, stack, write_checkpoint
+from eval import read_text
+from hub import find
+from load import check_device
+from model import Block, ModelConfig, Step, rope, rope_frequencies
+from quantize import dequantize, empty_model, quantization_of, quantize_int4, store, stored_shapes
+from tokenizer import Tokenizer
+
+LINEARS = ("attention.qkv", "attention.out", "feed_forward.gate_up", "feed_forward.down")
+DAMPENING = 0.01  # of the mean of the Hessian's diagonal, added to it: the paper's
+COLUMNS = 128  # rounded before the rest of the matrix hears of them: the paper's lazy batches
+DRIFT = 0.5  # the share of the drift that is made up for
+LENGTH = 512  # of a sequence, unless given
+TOKENS = 4096  # read side by side
+
+log = logging.getLogger("gpt_stream")
+
+
+# ------------------------------------------------------------------------------ one weight
+
+
+@torch.no_grad()
+def quantize_gptq(weight: Tensor, hessian: Tensor, drift: Tensor, group_size: int,
+                  name: str = "weight") -> dict[str, Tensor]:
+    """The stored tensors of weight (N, K), as of quantize.quantize_int4, with a low error in the
+    layer's outputs.
+
+    hessian (K, K) float32 is x^T x over the layer's inputs x (tokens, K), in any unit; drift (K, K)
+    is (y - x)^T x in the same, y being what the original layer reads. Raises ValueError with the
+    name when they are not finite."""
+    if not weight.isfinite().all():
+        raise ValueError(f"tensor {name} has NaN or infinite values and cannot be quantized")
+    if not (hessian + drift).isfinite().all():
+        raise ValueError(f"{name}: the text makes its inputs NaN or infinite")
+    order = by_importance(hessian.diagonal(), group_size)
+    hessian, inverse, factor = damped_inverse(hessian[order][:, order], name)
+    weight = weight.float()[:, order]
+    # |W y - Q x|^2 is |(W + W (y - x) x^T H^-1 - Q) x|^2 and a constant, x and y as columns.
+    weight = weight + DRIFT * weight @ drift[order][:, order] @ inverse
+    nibbles, scale, zero = round_columns(weight, factor, group_size)
+    steps = nibbles - zero.repeat_interleave(group_size, 1) / 16
+    scale = refit(weight, steps, hessian, scale)
+    back, groups = order.argsort(), order[::group_size].div(group_size, rounding_mode="floor")
+    nibbles, groups = nibbles[:, back].to(torch.uint8), groups.argsort()
+    return {"weight": nibbles[:, ::2] | nibbles[:, 1::2] << 4, "scale": scale[:, groups],
+            "zero": zero[:, groups].to(torch.uint8)}
+
+
+def by_importance(diagonal: Tensor, group_size: int) -> Tensor:
+    """An order of K columns, those with large inputs first; groups stay whole."""
+    groups = diagonal.unflatten(0, (-1, group_size))
+    first = groups.sum(1).argsort(dim=0, descending=True, stable=True)
+    within = groups.argsort(dim=1, descending=True, stable=True)
+    return (first[:, None] * group_size + within[first]).flatten()
+
+
+def damped_inverse(hessian: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The dampened Hessian, its inverse, and the upper triangular factor of that: factor^T factor.
+    An input that the text never raised has nothing but the dampening, so its column is rounded by
+    itself. What float32 cannot invert is dampened more."""
+    mean = hessian.diagonal().mean().item() or 1.0
+    share = DAMPENING
+    while True:
+        damped = hessian.clone()
+        damped.diagonal().add_(share * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            inverse = torch.cholesky_inverse(lower)
+            factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+        if not failed:
+            return damped, inverse, factor
+        share *= 10
+        log.info("%s: its Hessian has no Cholesky factor; dampened by %g now", name, share)
+
+
+def round_columns(weight: Tensor, factor: Tensor, group_size: int) -> tuple[Tensor, ...]:
+    """The paper's algorithm: nibbles (N, K), and each group's scale (N, K / g) and zero in
+    sixteenths. factor (K, K) is upper triangular, its square factor^T factor the inverse Hessian:
+    row i has what column i's error, divided by factor[i, i], takes from the columns after it."""
+    weight, nibbles, scales, zeros = weight.clone(), torch.empty_like(weight), [], []
+    for start in range(0, weight.shape[1], COLUMNS):
+        block = weight[:, start:start + COLUMNS]
+        end = start + block.shape[1]
+        errors = torch.empty_like(block)
+        for i in range(start, end):
+            if i % group_size == 0:  # from the weights as they are by now
+                grid = quantize_int4(weight[:, i:i + group_size], group_size)
+                scales.append(grid["scale"])
+                zeros.append(grid["zero"].float())
+                scale, zero = scales[-1][:, 0], zeros[-1][:, 0] / 16
+            nibbles[:, i] = (weight[:, i] / scale + zero).round().clamp(0, 15)
+            error = (weight[:, i] - (nibbles[:, i] - zero) * scale) / factor[i, i]
+            weight[:, i:end] -= error[:, None] * factor[i, i:end]
+            errors[:, i - start] = error
+        weight[:, end:] -= errors @ factor[start:end, end:]
+    return nibbles, torch.cat(scales, 1), torch.cat(zeros, 1)
+
+
+def refit(weight: Tensor, steps: Tensor, hessian: Tensor, scale: Tensor) -> Tensor:
+    """The scales (N, G) with the least error (w - q) H (w - q)^T for these steps (N, K) from zero:
+    G linear equations a row. Where they say nothing, the scale stays."""
+    G = scale.shape[1]
+    refitted = []
+    for w, s, old in zip(*(x.split(max(1, (1 << 24) // (G * len(hessian))))
+                           for x in (weight, steps, scale))):
+        groups = s.unflatten(1, (G, -1))  # (n, G, g)
+        left = torch.einsum("nag,agk->nak", groups, hessian.unflatten(0, (G, -1)))  # (n, G, K)
+        matrix = (left.unflatten(2, (G, -1)) * groups[:, None]).sum(-1)  # (n, G, G)
+        right = (left * w[:, None]).sum(-1)
+        hold = 1e-6 * matrix.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-30  # (n, 1)
+        matrix.diagonal(dim1=1, dim2=2).add_(hold)
+        new = torch.linalg.solve(matrix, right + hold * old)
+        refitted.append(torch.where(new > 0, new, old))
+    return torch.cat(refitted)
+
+
+# ------------------------------------------------------------------------------ all layers
+
+
+def sequences_of(path: str, tokenizer: Tokenizer, count: int, length: int) -> Tensor:
+    """(count, length) int64 from all over a text file, never overlapping, the same ones each time;
+    each begins with BOS, where the model has one. Raises ValueError when the text is too short."""
+    ids = torch.tensor(tokenizer.encode(read_text(path), bos=False))
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    own = length - len(bos)  # tokens of the text in a sequence
+    if len(ids) < count * own:
+        raise ValueError(f"{path}: has {len(ids)} tokens, and --sequences {count} of --length "
+                         f"{length} take {count * own}; give more text, or fewer or shorter ones")
+    pieces = ids[:len(ids) // own * own].view(-1, own)
+    drawn = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))[:count]
+    return torch.cat([torch.tensor(bos).long().expand(count, len(bos)), pieces[drawn]], dim=1)
+
+
+def read_inputs(block: Block, seen: Tensor, exact: Tensor, at: Step) -> dict[str, list[Tensor]]:
+    """For each linear of a block, the Hessian of its inputs x when the block reads `seen`, and how
+    far they are from those y when it reads `exact`: [x^T x, (y - x)^T x], each (K, K) float32.
+    `exact` (N, L, dim) becomes what the block makes of it."""
+    sums, hooks = {}, []
+    for name in LINEARS:
+        linear = block.get_submodule(name)
+        K = linear.in_features
+        sums[name] = [seen.new_zeros(K, K), seen.new_zeros(K, K)]
+
+        def add(module, args, name=name):
+            x, y = args[0].flatten(0, 1).chunk(2)
+            sums[name][0].addmm_(x.t(), x)
+            sums[name][1].addmm_((y - x).t(), x)
+
+        hooks.append(linear.register_forward_pre_hook(add))
+    for x, y in zip(batches(seen), batches(exact)):
+        y.copy_(block(torch.cat([x, y]), at, None, None)[len(x):])
+    for hook in hooks:
+        hook.remove()
+    return sums
+
+
+def batches(states: Tensor) -> tuple[Tensor, ...]:
+    """Views of states (N, L, dim), about TOKENS each."""
+    return states.split(max(1, TOKENS // states.shape[1]))
+
+
+def quantize_layer(block: Block, prefix: str, sums: dict[str, list[Tensor]],
+                   group_size: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield the stored tensors of a block's linears, whose weights become what those stand for."""
+    for name in LINEARS:
+        weight = block.get_submodule(name).weight
+        parts = quantize_gptq(weight, *sums[name], group_size, f"{prefix}{name}.weight")
+        weight.copy_(dequantize(parts))
+        yield from ((f"{prefix}{name}.{part}", tensor) for part, tensor in parts.items())
+
+
+@torch.no_grad()
+def quantized_tensors(tensors: dict[str, list[Tensor]], config: ModelConfig, quantization: dict,
+                      sequences: Tensor, device: torch.device,
+                      show=None) -> Iterator[tuple[str, Tensor]]:
+    """Yield all stored tensors, calibrated on sequences (N, L) int64. tensors are the float ones
+    by name, each as what it stacks (convert_hf.read_weights).
+
+    It holds one layer in float32, its Hessians, and the hidden states of all sequences twice:
+    read through the quantized layers, and through the original ones."""
+
+    def whole(name):
+        return stack(tensors[name]).to(device)
+
+    embedding = store("embed.weight", whole("embed.weight"), quantization)
+    yield from embedding.items()
+    sequences, table = sequences.to(device), embedding["embed.weight"]
+    seen = table[sequences] * embedding["embed.scale"][sequences][..., None]  # (N, L, dim)
+    exact = whole("embed.weight")[sequences].float()
+    positions = torch.arange(sequences.shape[1], device=device)[None]
+    at = Step(rope(positions, rope_frequencies(config, device)))
+    for layer in range(config.n_layers):
+        prefix = f"layers.{layer}."
+        stored = {name: whole(name) for name in tensors if name.startswith(prefix)}
+        block = make_block(config, stored, prefix)
+        sums = read_inputs(block, seen, exact, at)
+        yield from quantize_layer(block, prefix, sums, quantization["group_size"])
+        yield from ((name, tensor) for name, tensor in stored.items() if tensor.ndim == 1)
+        for x in batches(seen):
+            x.copy_(block(x, at, None, None))
+        if show:
+            show(layer + 1, config.n_layers)
+    yield "norm.weight", whole("norm.weight")
+    if not config.tied_embeddings:
+        yield from store("output.weight", whole("output.weight"), quantization).items()
+
+
+def make_block(config: ModelConfig, stored: dict[str, Tensor], prefix: str) -> Block:
+    """A layer in float32."""
+    with torch.device("meta"):
+        block = Block(config)
+    block.load_state_dict({name.removeprefix(prefix): tensor.float().clone()
+                           for name, tensor in stored.items()}, assign=True)
+    return block
+
+
+# ------------------------------------------------------------------------------ command line
+
+
+def gptq_checkpoint(source: Path, text: str, out: Path, n_sequences: int = 128,
+                    length: int | None = None, group_size: int = 32, device: str | None = None,
+                    show=None) -> None:
+    """Write the checkpoint at `source`, quantized to int4, to the new folder `out`, whole or not at
+    all, calibrated on a text file; length None is LENGTH, or the trained context when that is less.
+    Raises ValueError naming the file, the tensor or the size."""
+    device = check_device(device)
+    raw, config = read_config(source)
+    if raw.get("quantization_config"):
+        raise ValueError(f"{source}: others have quantized it already; quantize the original")
+    quantization = quantization_of(raw, "int4", group_size, source)
+    shapes = stored_shapes(empty_model(config, quantization))  # refuses what cannot be
+    longest = min(config.max_seq_len, config.sliding_window or config.max_seq_len)
+    if length and length > longest:
+        raise ValueError(f"--length {length} is above the model's trained context of {longest}")
+
+    def weights():  # begun when `out` is known to be free
+        sequences = sequences_of(text, Tokenizer(source), n_sequences,
+                                 length or min(LENGTH, longest))
+        tensors = dict(read_weights(source, raw, config, stored_shapes(empty_model(config))))
+        for name, tensor in quantized_tensors(tensors, config, quantization, sequences, device,
+                                              show):
+            yield name, tensor.cpu()
+
+    new = {**raw, "gpt_stream": {"format": 1, "quantization": quantization}}
+    write_checkpoint(out, source, new, weights(), len(shapes))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Quantize a checkpoint to int4 with GPTQ.")
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="NAME",
+        help="a folder, a .gguf file, smollm2, or org/model[@revision]")
+    add("--text", required=True, metavar="FILE", help="to calibrate on: UTF-8 text, plain or .xz")
+    add("--out", type=Path, required=True, metavar="DIR")
+    add("--sequences", type=number(int, 1), default=128, metavar="N", help="default 128")
+    add("--length", type=number(int, 2), metavar="L",
+        help=f"tokens of each; default {LENGTH}, or the trained context when that is less")
+    add("--group-size", type=int, choices=[32, 64, 128], default=32,
+        help="columns that share a scale; default 32")
+    add("--device", metavar="D", help="cpu, cuda or cuda:N; default: the GPU if there is one")
+    args = parser.parse_args()
+    with user_errors(parser):
+        if tp.n_ranks() > 1:
+            raise ValueError("gptq.py works without torchrun; what it writes, torchrun can run")
+        source, _ = find(args.checkpoint)
+        with progress("quantizing", "layers") as show:
+            gptq_checkpoint(source, args.text, args.out, args.sequences, args.length,
+                            args.group_size, args.device, show)
+        say(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""How many threads steps run on, beside programs that come and go: the machine is a formula."""
+
+import pytest
+import torch
+
+import load
+from load import Threads, on_free_cores
+
+
+class Machine:
+    """Cores, some of them taken by others. A step's work is shared by the threads; threads that
+    have a core to themselves are fast, and one that shares its core holds up all the others."""
+
+    def __init__(self, cores, kind="decode"):
+        self.cores, self.kind, self.threads = cores, kind, Threads(cores)
+        self.now = 0.0
+
+    def run(self, seconds, others):
+        """Steps for so long; (steps a second of the last half, threads at the end)."""
+        start, steps = self.now, 0
+        while self.now < start + seconds:
+            n = self.threads.now
+            alone = n + others <= self.cores
+            took = 0.02 / n * (1 if alone else 30 if n > 1 else 2)
+            share = 1.0 if alone else 0.5
+            self.threads.note(self.kind, took, share * took)
+            self.now += took
+            steps += self.now > start + seconds / 2
+        return steps / (seconds / 2), self.threads.now
+
+
+@pytest.mark.parametrize("cores", [2, 3, 16])
+def test_an_idle_machine_tries_nothing(cores):
+    machine = Machine(cores)
+    tried = []
+    machine.threads.try_out = lambda n, kind: tried.append(n)
+    assert machine.run(60, others=0) == (pytest.approx(50 * cores, rel=0.01), cores)
+    assert not tried
+
+
+def test_beside_two_busy_programs_one_thread_and_back():
+    """At least 0.7 of what one thread gets (25 steps a second), twice, within one stream."""
+    machine = Machine(2)
+    for _ in range(2):
+        assert machine.run(10, others=0)[0] > 0.95 * 100
+        assert machine.run(10, others=2)[0] > 0.85 * 25
+        assert machine.run(10, others=1)[0] > 0.85 * 50  # one thread has a core of its own
+    assert machine.run(10, others=0) == (pytest.approx(100, rel=0.02), 2)
+
+
+def test_of_sixteen_cores_eight_stay_when_two_are_taken():
+    machine = Machine(16)
+    rate, _ = machine.run(20, others=2)
+    assert rate > 0.85 * 8 * 50
+    assert machine.run(20, others=0)[0] > 0.95 * 16 * 50
+
+
+def test_steps_are_compared_with_their_own_kind():
+    """A chunk of a prompt takes longer than a token with any number of threads; and however the two
+    take turns, what is free again is found."""
+    machine = Machine(2)
+    assert machine.run(1, others=2)[1] == 1
+    for _ in range(400):
+        n = machine.threads.now
+        machine.threads.note("chunk", 0.2 / n, 0.2 / n)
+        machine.threads.note("decode", 0.02 / n, 0.02 / n)
+    assert machine.threads.now == 2
+    for _ in range(3):
+        machine.threads.note("chunk", 9.0, 2.0)
+    assert machine.threads.now == 1
+    machine.threads.note("decode", 0.04, 0.04)  # far less than a chunk took, which says nothing
+    assert machine.threads.trial_of
+
+
+def test_a_step_runs_on_what_was_found_and_the_users_own_number_counts(monkeypatch):
+    most, seen = torch.get_num_threads(), []
+    step = on_free_cores(lambda tokens: seen.append(torch.get_num_threads()))
+    try:
+        torch.set_num_threads(4)
+        step(torch.zeros(1, 1))
+        assert seen == [4] and load.threads.most == 4
+        monkeypatch.setattr(load.threads, "now", 2)
+        torch.set_num_threads(2)
+        step(torch.zeros(1, 1))
+        assert seen == [4, 2] and load.threads.most == 4
+        torch.set_num_threads(3)
+        step(torch.zeros(1, 1))
+        assert seen == [4, 2, 3] and load.threads.most == 3
+    finally:
+        torch.set_num_threads(most)
