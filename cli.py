@@ -118,7 +118,9 @@ def user_errors(parser: argparse.ArgumentParser):
 
 
 def fail(parser: argparse.ArgumentParser, message: str) -> None:
-    sys.stderr.write(f"{parser.prog}: error: {message.splitlines()[0]}\n")
+    line = message.splitlines()[0]
+    line = line if len(line) <= 600 else f"{line[:450]} ... {line[-100:]}"
+    sys.stderr.write(f"{parser.prog}: error: {line}\n")
 
 
 def check_text(source: str, text: str) -> str:

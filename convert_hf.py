@@ -99,7 +99,10 @@ def open_file(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: named by the index, but missing")
     try:
         if path.suffix == ".bin":
-            return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+            tensors = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+            if all(isinstance(tensor, Tensor) for tensor in dict(tensors).values()):
+                return tensors
+            raise RuntimeError("it holds other things than tensors")
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, OSError) as error:
@@ -159,6 +162,8 @@ def check_tensors(folder: Path, tensors: dict[str, Tensor], parts: dict[str, dic
             if tuple(tensors[part].shape) != expected:
                 raise ValueError(f"{folder}: tensor {part} has shape {tuple(tensors[part].shape)}; "
                                  f"the config asks for {expected}")
+            if part != name and not tensors[part].is_floating_point():  # ours may be integers
+                raise ValueError(f"{folder}: tensor {part} holds {tensors[part].dtype}, no floats")
     used = {part for stacked in parts.values() for part in stacked}
     for extra in sorted(set(tensors) - used):
         # Two that old files carry and no model reads: a table that is computed, and a tied copy.

@@ -26,13 +26,15 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 ROPE_TYPES = ("default", "linear", "llama3")
 # What is read of a config.json: kind, least and greatest value (tokenizer.check_keys). The sizes'
 # bounds keep their products within 64 bits; what a size has to be, the weights say.
-COUNT, SIZE, SWITCH, POSITIVE = (int, 1, 2**16), (int, 1, 2**20), (bool, 0, 1), (float, 1e-6, 1e18)
+COUNT, SIZE, POSITIVE = (int, 1, 2**16), (int, 1, 2**20), (float, 1e-6, 1e18)
+SWITCH, OBJECT = (bool, 0, 1), (dict, {}, None)
 SIZES = {"hidden_size": SIZE, "num_hidden_layers": COUNT, "num_attention_heads": COUNT,
          "intermediate_size": SIZE, "vocab_size": SIZE, "max_position_embeddings": (int, 1, 2**40)}
 OPTIONAL = {"num_key_value_heads": COUNT, "head_dim": COUNT, "sliding_window": (int, 0, 2**40),
             "rms_norm_eps": (float, 1e-20, 1), "attention_bias": SWITCH, "mlp_bias": SWITCH,
             "tie_word_embeddings": SWITCH, "use_sliding_window": SWITCH,
-            "rope_scaling": (dict, 0, 0), "rope_parameters": (dict, 0, 0)}
+            **dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config"), OBJECT),
+            "gpt_stream": (dict, {"quantization": (dict, {"layers": OBJECT}, None)}, None)}
 ROPE = {"rope_theta": POSITIVE, "factor": POSITIVE, "low_freq_factor": POSITIVE,
         "high_freq_factor": POSITIVE, "original_max_position_embeddings": POSITIVE,
         "partial_rotary_factor": (float, 1, 1)}
