@@ -278,7 +278,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def main():
-    from cli import say, user_errors  # which reads this file
+    from cli import user_errors, wrote  # which reads this file
     parser = argparse.ArgumentParser(description="Convert a Hugging Face checkpoint.")
     parser.add_argument("source", type=Path, metavar="HF_DIR")
     parser.add_argument("out", type=Path, metavar="OUT_DIR")
@@ -287,7 +287,7 @@ def main():
     with user_errors(parser):
         with progress("converting", "tensors") as show:
             convert(args.source, args.out, DTYPES.get(args.dtype), show)
-        say(f"wrote {args.out}")
+        wrote(args.out)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import signal
 import struct
 import sys
 import tempfile
+import time
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -210,9 +211,12 @@ def run_case(kind: str, made: Path, seed: str, changed: bool = True,
         return end, f"{kind} {'+'.join(names)}: {program} {' '.join(argv)}\n{said}"
 
 
-def in_a_fork(temporary: Path, program: str, argv: list[str]) -> tuple[int, str]:
-    """(wait status, stderr) of a program's main in a child of this process."""
+def in_a_fork(temporary: Path, program: str, argv: list[str],
+              seconds: float | None = None) -> tuple[int, str]:
+    """(wait status, stderr) of a program's main in a child of this process, which may be killed
+    after some seconds."""
     errors = temporary / "stderr"
+    errors.write_text("")
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -234,6 +238,9 @@ def in_a_fork(temporary: Path, program: str, argv: list[str]) -> tuple[int, str]
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
     status = os.waitpid(pid, 0)[1]
     return status, errors.read_text(errors="replace")
 

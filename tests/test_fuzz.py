@@ -13,3 +13,10 @@ def test_sixty_damaged_checkpoints():
     assert done.returncode == 0, done.stdout + done.stderr
     ends = json.loads(done.stdout)
     assert ends["output"] + ends["refused"] == 60 and min(ends.values()) > 10
+
+
+def test_kill_9_leaves_what_was_there_or_what_comes():
+    done = subprocess.run([sys.executable, "tests/kills.py", "--kills", "3"],
+                          cwd=TINY.parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 4
