@@ -29,6 +29,7 @@ from cli import (
     check_text,
     figures,
     make_parser,
+    name_leftovers,
     number,
     read_prompts,
     say,
@@ -124,6 +125,7 @@ def save(path: str | Path, talk: Conversation) -> None:
         caches.pop("draft", None)  # it has not read along since speculation stopped
     save_session(path, caches, system=talk.system, last_id=talk.last_id, unread=unread)
     say(f"saved {path}: {int(talk.cache.length)} tokens so far")
+    name_leftovers(Path(path))
 
 
 def load(path: str | Path, talk: Conversation) -> None:

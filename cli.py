@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import glob
 import json
 import logging
 import math
@@ -118,7 +119,9 @@ def user_errors(parser: argparse.ArgumentParser):
 
 
 def fail(parser: argparse.ArgumentParser, message: str) -> None:
-    sys.stderr.write(f"{parser.prog}: error: {message.splitlines()[0]}\n")
+    line = message.splitlines()[0]
+    line = line if len(line) <= 600 else f"{line[:450]} ... {line[-100:]}"
+    sys.stderr.write(f"{parser.prog}: error: {line}\n")
 
 
 def check_text(source: str, text: str) -> str:
@@ -183,6 +186,17 @@ def hold_interrupt():
 def say(line: str) -> None:
     if tp.rank() == 0:
         print(line, file=sys.stderr, flush=True)
+
+
+def wrote(path: Path) -> None:
+    say(f"wrote {path}")
+    name_leftovers(path)
+
+
+def name_leftovers(path: Path) -> None:
+    """Say what killed runs left beside a folder or file that is written whole or not at all."""
+    for left in path.parent.glob(glob.escape(path.name) + ".partial-*"):
+        say(f"{left} is left of a run that was killed, or is being written now; if not, remove it")
 
 
 def show(text: str) -> None:

@@ -312,7 +312,7 @@ def convert(source: Path, out: Path, dtype: torch.dtype | None = None,
 
 
 def main():
-    from cli import say, user_errors
+    from cli import user_errors, wrote
 
     parser = argparse.ArgumentParser(description="Convert a GGUF file.")
     parser.add_argument("source", type=Path, metavar="FILE.gguf")
@@ -327,7 +327,7 @@ def main():
         quantization = quantization_of({}, args.quantize, args.group_size, args.source)
         with progress("converting", "tensors") as show:
             convert(args.source, args.out, DTYPES.get(args.dtype), quantization, show)
-        say(f"wrote {args.out}")
+        wrote(args.out)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from torch import Tensor
 
 import tp
 from model import ModelConfig
-from tokenizer import read_json
+from tokenizer import eos_ids, read_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FILE_BYTES = 1 << 30  # size of an output file, and so about the memory that converting takes
@@ -51,12 +52,16 @@ def read_config(folder: Path) -> tuple[dict, ModelConfig]:
     raw = read_json(path)
     if gptq := read_json(folder / "quantize_config.json"):  # where older tools kept it
         raw.setdefault("quantization_config", {"quant_method": "gptq", **gptq})
-    eos = [file.get("eos_token_id") for file in (raw, read_json(folder / "generation_config.json"))]
-    ids = [i for e in eos if e is not None for i in (e if isinstance(e, list) else [e])]
+    ids = {*eos_ids(path), *eos_ids(folder / "generation_config.json")}
     try:
-        return raw, ModelConfig.from_hf({**raw, "eos_token_id": sorted(set(ids))})
-    except (ValueError, TypeError, AttributeError) as error:
+        config = ModelConfig.from_hf({**raw, "eos_token_id": sorted(ids)})
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    layers = len({m[1] for n in open_tensors(folder) if (m := re.search(r"\blayers\.(\d+)\.", n))})
+    if layers != config.n_layers:  # before so many are built
+        raise ValueError(f"{path}: num_hidden_layers is {config.n_layers}; the weights have "
+                         f"{layers} layers")
+    return raw, config
 
 
 def open_tensors(folder: Path) -> dict[str, Tensor]:
@@ -94,7 +99,10 @@ def open_file(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: named by the index, but missing")
     try:
         if path.suffix == ".bin":
-            return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+            tensors = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+            if all(isinstance(tensor, Tensor) for tensor in dict(tensors).values()):
+                return tensors
+            raise RuntimeError("it holds other things than tensors")
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, OSError) as error:
@@ -154,6 +162,8 @@ def check_tensors(folder: Path, tensors: dict[str, Tensor], parts: dict[str, dic
             if tuple(tensors[part].shape) != expected:
                 raise ValueError(f"{folder}: tensor {part} has shape {tuple(tensors[part].shape)}; "
                                  f"the config asks for {expected}")
+            if part != name and not tensors[part].is_floating_point():  # ours may be integers
+                raise ValueError(f"{folder}: tensor {part} holds {tensors[part].dtype}, no floats")
     used = {part for stacked in parts.values() for part in stacked}
     for extra in sorted(set(tensors) - used):
         # Two that old files carry and no model reads: a table that is computed, and a tied copy.
@@ -268,7 +278,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def main():
-    from cli import say, user_errors  # which reads this file
+    from cli import user_errors, wrote  # which reads this file
     parser = argparse.ArgumentParser(description="Convert a Hugging Face checkpoint.")
     parser.add_argument("source", type=Path, metavar="HF_DIR")
     parser.add_argument("out", type=Path, metavar="OUT_DIR")
@@ -277,7 +287,7 @@ def main():
     with user_errors(parser):
         with progress("converting", "tensors") as show:
             convert(args.source, args.out, DTYPES.get(args.dtype), show)
-        say(f"wrote {args.out}")
+        wrote(args.out)
 
 
 if __name__ == "__main__":

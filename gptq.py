@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import tp
-from cli import number, say, user_errors
+from cli import number, user_errors, wrote
 from convert_hf import progress, read_config, read_weights, stack, write_checkpoint
 from eval import read_text
 from hub import find
@@ -295,7 +295,7 @@ def main():
         with progress("quantizing", "layers") as show:
             gptq_checkpoint(source, args.text, args.out, args.sequences, args.length,
                             args.group_size, args.device, show)
-        say(f"wrote {args.out}")
+        wrote(args.out)
 
 
 if __name__ == "__main__":

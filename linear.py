@@ -250,9 +250,10 @@ def quantized(name: str, plain: nn.Module, kind: dict | list | None, rows: list[
         return SideBySide(parts, N if bias else None)
     if kind is None:
         return plain
+    kind = kind if isinstance(kind, dict) else {"mode": kind}
     mode, group_size, order = kind.get("mode"), kind.get("group_size"), kind.get("order", False)
-    if mode not in MODES or group_size not in (GROUP_SIZES if mode == "int4" else
-                                               (None, *GROUP_SIZES)):
+    if mode not in MODES or isinstance(group_size, float) or group_size not in (
+            GROUP_SIZES if mode == "int4" else (None, *GROUP_SIZES)):
         raise ValueError(f"quantization {kind} is unknown; it is int8, or int4 with group_size "
                          f"{', '.join(map(str, GROUP_SIZES))}")
     if group_size and K % group_size:

@@ -22,10 +22,10 @@ import tp
 from convert_hf import hf_parts, open_file, read_config, stack
 from hub import ADAPTER, find, find_adapter
 from linear import PACKED_BYTES, Int4Linear, Linear
-from model import ModelConfig, Transformer, rope_frequencies
+from model import OBJECT, ModelConfig, Transformer, rope_frequencies
 from published import open_weights, read_quantization
 from quantize import empty_model, quantization_of, store, stored_shapes
-from tokenizer import Tokenizer, read_json
+from tokenizer import Tokenizer, check_keys, read_json
 
 log = logging.getLogger("gpt_stream")
 
@@ -177,6 +177,11 @@ def check_settings(path: Path, settings: dict) -> None:
     for file in ADAPTER:
         if not (path.parent / file).exists():
             raise ValueError(f"{path.parent}: no {file}, which a LoRA adapter has")
+    try:
+        check_keys(settings, {"r": (int, 1, 2**20), "lora_alpha": (float, -1e9, 1e9),
+                              **dict.fromkeys(("rank_pattern", "alpha_pattern"), OBJECT)})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     odd = [key for key in NOT_PLAIN if settings.get(key)]
     if settings.get("peft_type") != "LORA":
         odd = ["peft_type"]
@@ -199,7 +204,7 @@ def rank_and_scale(path: Path, settings: dict, layer: str) -> tuple[int, float]:
         r = of("rank_pattern", settings.get("r", 8))
         alpha = of("alpha_pattern", settings.get("lora_alpha", 8))
         return r, alpha / (r ** 0.5 if settings.get("use_rslora") else r)
-    except (re.error, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (re.error, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{path}: no rank or scale for {layer}: {error}") from None
 
 
@@ -235,6 +240,7 @@ def digest(adapter: Lora) -> str:
 
 def finish(model: Transformer, weights: dict[str, Tensor], device: torch.device) -> None:
     """Give an empty model its weights, ready to run."""
+    check_types(model, weights)
     model.load_state_dict(weights, assign=True)
     if model.config.tied_embeddings and model.config.n_ranks == 1:
         model.output.weight = model.embed.weight
@@ -254,6 +260,21 @@ def pack(model: Transformer, compile: bool) -> None:
             if (not tied and module.weight.nbytes >= PACKED_BYTES if compile
                     else module.weight.dtype == torch.bfloat16):
                 module.pack()
+
+
+def check_types(model: Transformer, weights: dict[str, Tensor]) -> None:
+    """Raises ValueError naming a tensor that holds another kind of numbers than the model's, or an
+    order of columns that is none."""
+    for name, empty in model.state_dict().items():
+        if (tensor := weights.get(name)) is None:
+            continue  # tied
+        whole = not empty.is_floating_point() and not name.endswith(".zero")  # of two widths
+        if tensor.is_floating_point() != empty.is_floating_point() or (
+                whole and tensor.dtype != empty.dtype):
+            raise ValueError(f"tensor {name} holds {tensor.dtype}; it must be {empty.dtype}")
+        if name.endswith(".order") and not torch.equal(
+                tensor.sort().values.cpu(), torch.arange(len(tensor), dtype=tensor.dtype)):
+            raise ValueError(f"tensor {name} is no order of {len(tensor)} columns")
 
 
 def check_device(name: str | None) -> torch.device:

@@ -19,10 +19,25 @@ from torch import Tensor, nn
 from attention import attend, attend_causal
 from kv_cache import KVCache, write
 from linear import Linear, in_memory
+from tokenizer import check_keys
 from tp import all_gather, all_reduce
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPE_TYPES = ("default", "linear", "llama3")
+# What is read of a config.json: kind, least and greatest value (tokenizer.check_keys). The sizes'
+# bounds keep their products within 64 bits; what a size has to be, the weights say.
+COUNT, SIZE, POSITIVE = (int, 1, 2**16), (int, 1, 2**20), (float, 1e-6, 1e18)
+SWITCH, OBJECT = (bool, 0, 1), (dict, {}, None)
+SIZES = {"hidden_size": SIZE, "num_hidden_layers": COUNT, "num_attention_heads": COUNT,
+         "intermediate_size": SIZE, "vocab_size": SIZE, "max_position_embeddings": (int, 1, 2**40)}
+OPTIONAL = {"num_key_value_heads": COUNT, "head_dim": COUNT, "sliding_window": (int, 0, 2**40),
+            "rms_norm_eps": (float, 1e-20, 1), "attention_bias": SWITCH, "mlp_bias": SWITCH,
+            "tie_word_embeddings": SWITCH, "use_sliding_window": SWITCH,
+            **dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config"), OBJECT),
+            "gpt_stream": (dict, {"quantization": (dict, {"layers": OBJECT}, None)}, None)}
+ROPE = {"rope_theta": POSITIVE, "factor": POSITIVE, "low_freq_factor": POSITIVE,
+        "high_freq_factor": POSITIVE, "original_max_position_embeddings": POSITIVE,
+        "partial_rotary_factor": (float, 1, 1)}
 
 
 # ------------------------------------------------------------------------------ configuration
@@ -55,17 +70,14 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, hf: dict) -> ModelConfig:
         """Read a Hugging Face config.json. Raises ValueError naming what is not supported."""
-        architecture = (hf.get("architectures") or ["none given"])[0]
+        architecture = hf.get("architectures") or "none given"
+        architecture = architecture[0] if isinstance(architecture, list) else architecture
         if architecture not in ARCHITECTURES:
-            raise ValueError(f"architecture {architecture!r} is not supported; "
+            raise ValueError(f"architecture {architecture!r:.80} is not supported; "
                              f"known: {', '.join(ARCHITECTURES)}")
         if (activation := hf.get("hidden_act", "silu")) not in ("silu", "swish"):
-            raise ValueError(f"hidden_act {activation!r} is not supported; known: silu")
-        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-                 "vocab_size", "max_position_embeddings")
-        for key in sizes + tuple(k for k in ("num_key_value_heads", "head_dim") if hf.get(k)):
-            if type(hf.get(key)) is not int or hf[key] < 1:
-                raise ValueError(f"{key} is {hf.get(key)!r}; it must be a positive integer")
+            raise ValueError(f"hidden_act {activation!r:.80} is not supported; known: silu")
+        check_keys(hf, SIZES | OPTIONAL, needed=SIZES)
 
         mistral, qwen2, qwen3 = (architecture.startswith(a) for a in ("Mistral", "Qwen2", "Qwen3"))
         dim, n_heads = hf["hidden_size"], hf["num_attention_heads"]
@@ -74,14 +86,14 @@ class ModelConfig:
         if n_heads % n_kv_heads or head_dim % 2:
             raise ValueError(f"{n_heads} heads of size {head_dim} cannot share {n_kv_heads} "
                              "key-value heads: the heads must divide evenly and have an even size")
-        bias = bool(hf.get("attention_bias", False)) and not mistral
-        windowed = mistral or hf.get("use_sliding_window", False)
+        bias = bool(hf.get("attention_bias")) and not mistral
+        windowed = mistral or hf.get("use_sliding_window")
         eos = hf.get("eos_token_id")
         theta, scaling = read_rope(hf)
         return cls(
             dim=dim, n_layers=hf["num_hidden_layers"], n_heads=n_heads, n_kv_heads=n_kv_heads,
             head_dim=head_dim, ffn_dim=hf["intermediate_size"], vocab_size=hf["vocab_size"],
-            max_seq_len=hf["max_position_embeddings"], norm_eps=hf.get("rms_norm_eps", 1e-6),
+            max_seq_len=hf["max_position_embeddings"], norm_eps=hf.get("rms_norm_eps") or 1e-6,
             rope_theta=theta, rope_scaling=scaling, qkv_bias=bias or qwen2,
             out_bias=bias and not qwen2, ffn_bias=bool(hf.get("mlp_bias", False)), qk_norm=qwen3,
             tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
@@ -92,22 +104,20 @@ class ModelConfig:
 def read_rope(hf: dict) -> tuple[float, dict | None]:
     """(theta, scaling) of a config.json: newer files keep both in rope_parameters, older ones keep
     rope_theta at the top level and the rest, if any, in rope_scaling."""
-    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
-    theta = float(rope.get("rope_theta", hf.get("rope_theta", 10000.0)))
+    rope = {key: hf[key] for key in ("rope_theta", "partial_rotary_factor") if key in hf}
+    rope |= (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ROPE_TYPES:
-        raise ValueError(f"rope type {rope_type!r} is not supported; "
+        raise ValueError(f"rope type {rope_type!r:.80} is not supported; "
                          f"known: {', '.join(ROPE_TYPES)}")
-    if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ValueError("partial_rotary_factor other than 1.0 is not supported")
     needed = {"default": (), "linear": ("factor",),
               "llama3": ("factor", "low_freq_factor", "high_freq_factor",
                          "original_max_position_embeddings")}[rope_type]
-    if missing := [key for key in needed if key not in rope]:
-        raise ValueError(f"rope type {rope_type!r} needs {', '.join(missing)}")
-    if rope_type == "default":
-        return theta, None
-    return theta, {"rope_type": rope_type, **{key: float(rope[key]) for key in needed}}
+    check_keys(rope, ROPE, needed)
+    scaling = {"rope_type": rope_type, **{key: float(rope[key]) for key in needed}}
+    if needed[1:] and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise ValueError(f"low_freq_factor {rope['low_freq_factor']} is not below high_freq_factor")
+    return float(rope.get("rope_theta") or 10000.0), scaling if needed else None
 
 
 # ------------------------------------------------------------------------------ rotary positions

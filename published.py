@@ -77,7 +77,8 @@ def read_ways(folder: Path, raw: dict) -> list[Way]:
         if not (ways := readers[method](theirs)):
             raise Unsupported("an empty config_groups")
         for way in ways:
-            if way.bits not in (4, 8) or way.method == "awq" and way.bits != 4:
+            if type(way.bits) is not int or way.bits not in ((4,) if way.method == "awq" else
+                                                             (4, 8)):
                 raise Unsupported(f"{method} with {way.bits} bits")
             if type(way.group_size) is not int or way.group_size < 1 and way.group_size != -1:
                 raise Unsupported(f"group_size {way.group_size!r}")

@@ -176,7 +176,7 @@ def store(name: str, tensor: Tensor, quantization: dict) -> dict[str, Tensor]:
 
 
 def main():
-    from cli import say, user_errors  # which reads this file
+    from cli import user_errors, wrote  # which reads this file
     from hub import find
     parser = argparse.ArgumentParser(description="Quantize a checkpoint's weights.")
     parser.add_argument("--checkpoint", required=True, metavar="NAME",
@@ -192,7 +192,7 @@ def main():
         source, _ = find(args.checkpoint)
         with progress("quantizing", "tensors") as show:
             quantize_checkpoint(source, args.out, args.mode, args.group_size, show)
-        say(f"wrote {args.out}")
+        wrote(args.out)
 
 
 if __name__ == "__main__":

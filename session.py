@@ -52,8 +52,9 @@ def load_session(path: str | Path, caches: dict[str, tuple], **expected) -> dict
     facts, tensors = read_session(path)
     for what, ours in expected.items():
         if facts.get(what) != ours:
-            raise ValueError(f"{path}: its {what} is {facts.get(what)!r}; here it is {ours!r}")
+            raise ValueError(f"{path}: its {what} is {facts.get(what)!r:.80}; here it is {ours!r}")
     check_fit(path, facts, tensors, "model", *caches["model"])  # before anything is changed
+    check_ids(path, facts, caches["model"][0].config.vocab_size)
     for name, (model, cache) in caches.items():
         try:
             check_fit(path, facts, tensors, name, model, cache)
@@ -89,7 +90,7 @@ def read_session(path: Path) -> tuple[dict, dict[str, Tensor]]:
             header = (file.metadata() or {}).get(SESSION)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         facts = json.loads(header or "null")
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged or not a session file: {error}") from None
     if not isinstance(facts, dict) or "model" not in facts:
         raise ValueError(f"{path}: a safetensors file, but not a saved session")
@@ -119,13 +120,23 @@ def check_fit(path: Path, facts: dict, tensors: dict[str, Tensor], name: str, mo
         raise ValueError(f"{path}: holds no cache of a {name}")
     for what, ours in traits(model, cache).items():
         if saved.get(what) != ours:
-            raise ValueError(f"{path}: its {what} is {saved.get(what)}; here it is {ours}")
+            raise ValueError(f"{path}: its {what} is {str(saved.get(what))[:80]}; here it is "
+                             f"{ours}")
     for what in ("length", "overhang"):
         rows = saved.get(what)
         if not isinstance(rows, list) or len(rows) != cache.batch_size or not all(
-                type(n) is int and n >= 0 for n in rows):
-            raise ValueError(f"{path}: damaged: {what} is {rows}")
+                type(n) is int and 0 <= n < 2**60 for n in rows):
+            raise ValueError(f"{path}: damaged: {what} is {rows!r:.80}")
     for tensor_name, slots in filled(name, cache, saved["length"]).items():
         tensor = tensors.get(tensor_name)
         if tensor is None or (tensor.shape, tensor.dtype) != (slots.shape, slots.dtype):
             raise ValueError(f"{path}: damaged: {tensor_name} is missing or has another shape")
+
+
+def check_ids(path: Path, facts: dict, vocab_size: int) -> None:
+    """Raises ValueError unless the facts' tokens are some: the latest answer's last, and the one at
+    most that a draft has not read."""
+    last, unread = facts.get("last_id"), facts.get("unread") or []
+    if not isinstance(unread, list) or len(unread) > 1 or not all(
+            type(i) is int and 0 <= i < vocab_size for i in (*unread, 0 if last is None else last)):
+        raise ValueError(f"{path}: damaged: last_id is {last!r:.80} and unread {unread!r:.80}")

@@ -14,6 +14,7 @@ import codecs
 import functools
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import sentencepiece
@@ -339,19 +340,51 @@ def read_json(path: Path) -> dict:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a JSON object is needed, not {type(content).__name__}")
     return content
 
 
+def check_keys(raw: dict, kinds: dict[str, tuple], needed: Iterable[str] = ()) -> None:
+    """kinds has a type for each key, and the least and the greatest number, or the kinds of an
+    object's keys; a float may be written as an integer, and None is as if the key were missing.
+    Raises ValueError naming the key, the value, and what would be right."""
+    for key, (kind, low, high) in kinds.items():
+        value = raw.get(key)
+        if value is None and key not in needed:
+            continue
+        fits = type(value) in ((int, float) if kind is float else (kind,))
+        if fits and kind is dict:
+            check_keys(value, low)
+        elif not fits or kind in (int, float) and not low <= value <= high:
+            what = {bool: "true or false", dict: "an object", str: "a text", list: "a list",
+                    int: f"an integer from {low} to {high}",
+                    float: f"a number from {low} to {high}"}[kind]
+            raise ValueError(f"{key} is {value!r:.80}; it must be {what}")
+
+
+def eos_ids(path: Path) -> list[int]:
+    """The end-of-sequence ids that a JSON file gives. Raises ValueError naming one that is none."""
+    ids = read_json(path).get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if wrong := [i for i in ids if type(i) is not int or not 0 <= i < 2**31]:
+        raise ValueError(f"{path}: eos_token_id is {wrong[0]!r:.80}; it must be a token's number, "
+                         "or a list of them")
+    return ids
+
+
 def read_template(folder: Path, settings: dict) -> str:
     if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        try:
+            return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        except ValueError:
+            raise ValueError(f"{folder / 'chat_template.jinja'}: not UTF-8 text") from None
     template = settings.get("chat_template") or VICUNA_TEMPLATE
     if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = next((e.get("template") for e in named if e.get("name") == "default"), None)
     if not isinstance(template, str):
         raise ValueError(f"{folder / 'tokenizer_config.json'}: no default chat_template in it")
     return template
@@ -359,15 +392,21 @@ def read_template(folder: Path, settings: dict) -> str:
 
 def read_specials(folder: Path, settings: dict) -> dict[str, int]:
     """Tokens that were added beside a sentencepiece model, by their text."""
-    added = settings.get("added_tokens_decoder", {})
+    added = settings.get("added_tokens_decoder") or {}
     simple = read_json(folder / "added_tokens.json")
     try:
-        return {text: int(token_id) for text, token_id in [
+        specials = {str.__str__(text): int(token_id) for text, token_id in [
             *simple.items(), *((token["content"], token_id) for token_id, token in added.items())]}
-    except (TypeError, KeyError, ValueError, AttributeError):
+        if specials and not 0 <= min(specials.values()) <= max(specials.values()) < 2**31:
+            raise ValueError
+        return specials
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
         raise ValueError(f"{folder}: its added tokens are not a table of ids and texts") from None
 
 
 def token_text(settings: dict, key: str, default: str) -> str:
     value = settings.get(key) or default
-    return value["content"] if isinstance(value, dict) else value
+    value = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(value, str):
+        raise ValueError(f"tokenizer_config.json: {key} is {value!r:.80}; it must be a text")
+    return value

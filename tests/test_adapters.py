@@ -161,8 +161,10 @@ def test_a_draft_stays_as_it_is(made):
     (dict(lora_bias=True), "lora_bias"), (dict(peft_type="IA3"), "peft_type 'IA3'"),
     (dict(trainable_token_indices=[3]), "trainable_token_indices"),
     (dict(init_lora_weights="pissa_niter_16"), "init_lora_weights 'pissa_niter_16'"),
-    (dict(r=3), "(4, 64)"), (dict(r="x"), "no rank or scale"), (dict(r=0), "no rank or scale"),
-    (dict(alpha_pattern={"(": 3}), "no rank or scale"),
+    (dict(r=3), "(4, 64)"), (dict(r="x"), "r is 'x'"), (dict(r=0), "r is 0"),
+    (dict(alpha_pattern={"(": 3}), "no rank or scale"), (dict(alpha_pattern=[3]), "alpha_pattern"),
+    (dict(alpha_pattern={"q_proj": 10**400}), "no rank or scale"),
+    (dict(lora_alpha=float("inf")), "lora_alpha is inf"),
     (dict(lora_alpha=None), "no rank or scale")])
 def test_settings_that_are_not_supported_are_named(changes, naming, made, tmp_path):
     adapter = shutil.copytree(made / "two", tmp_path / "it")

@@ -72,6 +72,41 @@ def test_a_broken_config(broken, content):
     refused("generate", "--checkpoint", broken, naming=[path])
 
 
+@pytest.mark.parametrize("file, key, value, naming", [
+    ("config.json", "num_hidden_layers", 2**40, "65536"),
+    ("config.json", "num_hidden_layers", 60_000, "the weights have 5 layers"),
+    ("config.json", "num_hidden_layers", 4, "the weights have 5 layers"),
+    ("config.json", "eos_token_id", "2", "'2'"), ("config.json", "eos_token_id", [[]], "[]"),
+    ("generation_config.json", "eos_token_id", [2, -1], "-1"),
+    ("config.json", "rms_norm_eps", "1e-5", "'1e-5'"),
+    ("config.json", "gpt_stream", {"quantization": {"mode": "int4", "group_size": 32.0}}, "32.0"),
+    ("config.json", "gpt_stream", {"quantization": {"layers": {"layers.0.attention.qkv": 5}}},
+     "5")])
+def test_a_value_that_cannot_be(broken, file, key, value, naming):
+    content = json.loads((broken / file).read_text()) if (broken / file).exists() else {}
+    (broken / file).write_text(json.dumps({**content, key: value}))
+    said = refused("generate", "--checkpoint", broken, naming=[naming])
+    assert f"{broken / file}: {key} is" in said or key == "gpt_stream"
+
+
+def test_lists_in_lists_without_end(broken):
+    (broken / "config.json").write_text("[" * 100_000)
+    refused("generate", "--checkpoint", broken, naming=[broken / "config.json"])
+
+
+def test_a_long_line_is_cut(broken):
+    weights = load_file(broken / "model.safetensors")
+    save_file({**weights, "x" * 100_000: torch.ones(1)}, broken / "model.safetensors")
+    assert len(refused("generate", "--checkpoint", broken, naming=["tensor xxx", "..."])) < 700
+
+
+def test_tensors_of_another_type(broken):
+    weights = load_file(broken / "model.safetensors")
+    save_file({**weights, "norm.weight": torch.ones(256, dtype=torch.int32)},
+              broken / "model.safetensors")
+    refused("generate", "--checkpoint", broken, naming=["norm.weight", "int32", "float32"])
+
+
 def test_an_unknown_architecture(broken):
     (broken / "config.json").write_text('{"architectures": ["FalconForCausalLM"]}')
     refused("generate", "--checkpoint", broken, naming=["FalconForCausalLM", "LlamaForCausalLM"])
@@ -140,13 +175,15 @@ def test_no_tokenizer(broken):
     ("tokenizer.model", "nonsense"), ("tokenizer_config.json", "{"),
     ("tokenizer_config.json", "[]"),
     ("tokenizer_config.json", '{"chat_template": [{"name": "tool_use", "template": "x"}]}'),
+    ("tokenizer_config.json", '{"chat_template": [5]}'), ("chat_template.jinja", b"\xff"),
     ("added_tokens.json", "5")])
 def test_a_broken_tokenizer(broken, name, content):
-    (broken / name).write_text(content)
+    (broken / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     refused("generate", "--checkpoint", broken, naming=[broken / name])
 
 
-@pytest.mark.parametrize("content", ['{"<a>": "q"}', '{"<a>": null}'])
+@pytest.mark.parametrize("content", [
+    '{"<a>": "q"}', '{"<a>": null}', '{"<a>": -1}', '{"a": 1e999}'])
 def test_added_tokens_without_numbers(broken, content):
     (broken / "added_tokens.json").write_text(content)
     refused("generate", "--checkpoint", broken, naming=[broken, "added tokens"])

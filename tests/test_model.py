@@ -116,7 +116,19 @@ def test_older_files_say_rope_at_the_top_level():
     (dict(rope_scaling={"rope_type": "llama3", "factor": 4}), "low_freq_factor"),
     (dict(hidden_act="gelu"), "gelu"), (dict(hidden_size="64"), "hidden_size"),
     (dict(num_hidden_layers=0), "num_hidden_layers"), (dict(num_key_value_heads=3), "3"),
-    (dict(partial_rotary_factor=0.5), "partial_rotary_factor")])
+    (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
+    (dict(architectures={"a": 1}), "architecture"), (dict(hidden_size=2**40), "hidden_size"),
+    (dict(head_dim=True), "head_dim is True"), (dict(rms_norm_eps="x"), "rms_norm_eps is 'x'"),
+    (dict(rms_norm_eps=float("nan")), "rms_norm_eps is nan"), (dict(rms_norm_eps=-1), "a number"),
+    (dict(rope_theta="10000"), "rope_theta"), (dict(rope_theta=-1.0), "rope_theta"),
+    (dict(rope_parameters={"rope_theta": [1]}), "rope_theta"),
+    (dict(rope_scaling=[1]), "an object"),
+    (dict(rope_scaling={"rope_type": "linear", "factor": 0}), "factor is 0"),
+    (dict(rope_scaling={"rope_type": "llama3", "factor": 4, "low_freq_factor": 4,
+                        "high_freq_factor": 4, "original_max_position_embeddings": 512}), "below"),
+    (dict(tie_word_embeddings="no"), "true or false"), (dict(attention_bias=2), "attention_bias"),
+    (dict(sliding_window=-4), "sliding_window"), (dict(gpt_stream=1), "gpt_stream"),
+    (dict(gpt_stream={"quantization": {"layers": 3}}), "layers is 3")])
 def test_what_is_not_supported_is_named(change, named):
     with pytest.raises(ValueError, match=named):
         ModelConfig.from_hf({**OLD, **change})

@@ -146,6 +146,10 @@ def rewrite(path, change_tensors=None, change_facts=None):
     *[lambda path, bad=bad: rewrite(path, None, lambda f: f["model"].update(bad)) for bad in (
         {"length": None}, {"length": [-1]}, {"length": 40}, {"overhang": []}, {"overhang": ["1"]})],
     lambda path: rewrite(path, None, lambda f: f.update(model=[])),
+    *[lambda path, bad=bad: rewrite(path, None, lambda f: f.update(bad)) for bad in (
+        {"last_id": "7"}, {"last_id": 64}, {"unread": 5}, {"unread": [-1]}, {"unread": [1, 2]})],
+    lambda path: rewrite(path, None, lambda f: f["model"].update(length=[2**62])),
+    lambda path: save_file(load_file(path), path, {session.SESSION: "[" * 100_000}),
     lambda path: save_file(load_file(path), path, {session.SESSION: "{"})])
 def test_a_damaged_or_foreign_file_changes_nothing(saved, damage):
     caches = new_caches()

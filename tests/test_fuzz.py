@@ -1,0 +1,22 @@
+"""Whatever is damaged, a program ends with its output or with one line; tests/fuzz.py has more."""
+
+import json
+import subprocess
+import sys
+
+from helpers import TINY
+
+
+def test_sixty_damaged_checkpoints():
+    done = subprocess.run([sys.executable, "tests/fuzz.py", "--cases", "60", "--seed", "1"],
+                          cwd=TINY.parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ends = json.loads(done.stdout)
+    assert ends["output"] + ends["refused"] == 60 and min(ends.values()) > 10
+
+
+def test_kill_9_leaves_what_was_there_or_what_comes():
+    done = subprocess.run([sys.executable, "tests/kills.py", "--kills", "3"],
+                          cwd=TINY.parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 4
