@@ -68,7 +68,7 @@ def draw(path, shares):
     except ImportError:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
     figure, axes = plt.subplots(figsize=(7, 5))
-    image = axes.imshow(shares, norm="log", vmin=1e-3, vmax=1, aspect="auto")
+    image = axes.imshow(shares.numpy(), norm="log", vmin=1e-3, vmax=1, aspect="auto")
     axes.set_xticks(range(len(NAMES)), NAMES, rotation=45, ha="right")
     axes.set(ylabel="layer", xlabel="sinks, then the window's keys by their distance in tokens")
     figure.colorbar(image, label="share of attention")

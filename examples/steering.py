@@ -9,7 +9,7 @@ token (Turner et al., 2023, "Activation addition"). Reading and adding are a for
 
 SmolLM2, greedy, float32; the vector has a norm of 50, an activation there one of 157:
 
-    +0.0  I opened the door and let the sun in. I was so happy to be a part of this celebration [...]
+    +0.0  I opened the door and let the sun in. I was so happy to be a part of this [...]
     +1.0  I opened the door and let the sun shine through. The sound of the car was music to my
           ears, a sweet aroma that filled the air [...]
     -1.0  I opened the door and I was left with a broken heart. It's not just about me, [...]
