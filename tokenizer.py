@@ -81,9 +81,15 @@ class Tokenizer:
             raise ValueError(f"{path}: not a tokenizer: {error}") from None
         added = self.tokenizers.get_added_tokens_decoder()
         self.specials = {token.content: token_id for token_id, token in added.items()}
-        before_text = self.tokenizers.encode("").ids  # what its post-processor adds: BOS or nothing
+        before_text = self._encode("", True)  # what its post-processor adds: BOS or nothing
         self.bos_id = before_text[0] if before_text else None
         self.eos_id = None
+
+    def _encode(self, text: str, special: bool = False) -> list[int]:
+        try:
+            return self.tokenizers.encode(text, add_special_tokens=special).ids
+        except Exception as error:  # plain, too: of a vocabulary that lacks what it needs
+            raise ValueError(f"tokenizer.json cannot encode {text[:40]!r}: {error}") from None
 
     # -------------------------------------------------------------------------- text and ids
 
@@ -91,7 +97,7 @@ class Tokenizer:
         """Ids of a text, BOS first where the checkpoint uses one. A special token written out in
         the text becomes that token, as in transformers. `bos=False` is for text that goes on."""
         if self.tokenizers:
-            ids = self.tokenizers.encode(text, add_special_tokens=False).ids
+            ids = self._encode(text)
         else:
             ids, opening = [], bos
             for part in self.special_pattern.split(text):
@@ -134,7 +140,7 @@ class Tokenizer:
     def _stream_tokenizers(self):
         from tokenizers.decoders import DecodeStream
         # Something must come before, or the first token would lose the space in front of it.
-        before = self.tokenizers.encode("a", add_special_tokens=False).ids
+        before = self._encode("a")
 
         def fresh():
             return DecodeStream(ids=before, skip_special_tokens=True)
