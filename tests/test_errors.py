@@ -108,16 +108,6 @@ def test_tensors_of_another_type(broken):
     refused("generate", "--checkpoint", broken, naming=["norm.weight", "int32", "float32"])
 
 
-def test_an_order_of_columns_that_is_none(tmp_path):
-    from test_published import in_place
-    run("convert_hf", in_place(tmp_path, "gptq-act-order"), tmp_path / "out")
-    weights = load_file(tmp_path / "out" / "model.safetensors")
-    name = next(name for name in weights if name.endswith(".order"))
-    weights[name][3] = 10_000
-    save_file(weights, tmp_path / "out" / "model.safetensors")
-    refused("generate", "--checkpoint", tmp_path / "out", naming=[name])
-
-
 def test_an_unknown_architecture(broken):
     (broken / "config.json").write_text('{"architectures": ["FalconForCausalLM"]}')
     refused("generate", "--checkpoint", broken, naming=["FalconForCausalLM", "LlamaForCausalLM"])

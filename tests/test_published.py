@@ -391,6 +391,15 @@ def test_settings_that_do_not_match_the_tensors(name, changes, naming, tmp_path)
     refused("generate", "--checkpoint", folder, naming=[folder, *naming])
 
 
+def test_an_order_of_columns_that_is_none(tmp_path):
+    run("convert_hf", in_place(tmp_path, "gptq-act-order"), tmp_path / "out")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    name = next(name for name in weights if name.endswith(".order"))
+    weights[name][3] = 10_000
+    save_file(weights, tmp_path / "out" / "model.safetensors")
+    refused("generate", "--checkpoint", tmp_path / "out", naming=[name])
+
+
 def test_gptq_wants_the_original(tmp_path):
     refused("gptq", "--checkpoint", in_place(tmp_path, "awq-32"), "--text", __file__,
             "--out", tmp_path / "out", naming=["awq-32", "quantize the original"])
