@@ -121,11 +121,14 @@ def _(q_sink, q_recent, k, v, mask, n_sink, window):
     q = grouped(q_recent, n_kv_heads).contiguous()  # which the kernel takes for granted
     y, total = flash(q, keys, values, attn_mask=seen)
     if sinks_apart:
-        # To a query that sees nothing there, a first sink, the kernel gives 0 and a total of 0.
+        sinks_seen = mask[:, None, :, :n_sink]
+        y_sinks, total_sinks = flash(grouped(q_sink, n_kv_heads).contiguous(), k[:, :, :n_sink],
+                                     v[:, :, :n_sink], attn_mask=sinks_seen)
+        # To a query that sees nothing of a part (a first sink of the ring, or what another rule in
+        # KVCache.visible hides) the kernel gives 0 and a total of 0.
         total = total.masked_fill(seen.amax(-1) < 0, -math.inf)
-        sinks = flash(grouped(q_sink, n_kv_heads).contiguous(), k[:, :, :n_sink], v[:, :, :n_sink],
-                      attn_mask=mask[:, None, :, :n_sink])
-        y = add_up(y, total, *sinks)
+        total_sinks = total_sinks.masked_fill(sinks_seen.amax(-1) < 0, -math.inf)
+        y = add_up(y, total, y_sinks, total_sinks)
     return ungrouped(y, T)
 
 

@@ -2,9 +2,10 @@
 
     python batch.py --prompts mt_bench.jsonl --batch 8 --compile
 
-All B rows decode together, one token each a step, always in the one shape (B, 1). Meanwhile the
-next prompt is prefilled in a staging row of its own, a chunk between two steps, so that no stream
-waits long for it. When a stream ends, the staged row is copied over its row, which goes on at once.
+All B rows decode together, one token each a step, always in the one shape (B, 1), or where only
+one is busy, on a CPU, (1, 1). Meanwhile the next prompt is prefilled in a staging row of its own, a
+chunk between two steps, so that no stream waits long for it. When a stream ends, the staged row is
+copied over its row, which goes on at once.
 
 A result is a JSON line, with or without --json, written when its stream ends. Of {"turns": ...}
 lines only the first turn is said: what comes after it is a conversation, for chat.py.
@@ -16,7 +17,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -40,6 +41,7 @@ from sample import Rows, Sampling, log_probabilities
 from tokenizer import Tokenizer
 from tp import agree
 
+LONG = 1024  # tokens of a prompt which others need not wait for
 TOP_LOGPROBS = 20  # the most alternatives that a prompt may ask for
 
 
@@ -53,10 +55,13 @@ class Prompt:
     stop_ids: Sequence[int] | None = None  # each ends an answer, told; None: the model's EOS ids
     samples: int = 1  # answers; the first has the seed, the next ones have those that follow it
     logprobs: int | None = None  # alternatives whose log-probabilities are noted, if any are
-    # One row with the batch's sizes which holds what comes before the ids. It is copied; and of
-    # which ids those are only the repetition penalty needs to know.
-    cache: KVCache | None = None
+    # What the ids go on from: `begin` puts it into the staging row, one with the batch's sizes.
     before: Sequence[int] = ()
+    begin: Callable[[KVCache], None] | None = None
+    # `shared` is shown the staging row when it holds the first n_shared of the ids, for others.
+    n_shared: int = 0
+    shared: Callable[[KVCache], None] | None = None
+    owner: object = None  # whoever asks; not looked at here
 
     def __post_init__(self):
         """Raises ValueError naming the number, its value and what would be right."""
@@ -77,6 +82,7 @@ class Stream:
     left: int  # tokens that may still come
     started: float  # when its prefill began and ended, the others' steps in between included
     prefilled: float = 0.0
+    length: int = 0  # tokens in its row
     # Of each token told: its own log-probability, and {id: log-probability} of the likeliest.
     logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
 
@@ -88,6 +94,7 @@ class Reading:
     cache: KVCache  # the staging row
     streams: list[Stream]
     chunks: Iterator[Tensor | None]
+    left: int  # tokens, at least
     logits: Tensor | None = None  # (1, 1, V) after the last token
 
 
@@ -97,26 +104,35 @@ class Batch:
     A server goes on from here: its prompts are an iterator that waits for requests, but yields None
     while others are answered (see `idle`). More staging rows take turns, a chunk each, so that
     short prompts overtake a long one. When (index, None) is told, `cache` still holds, in
-    `row(index)`, the prompt and exactly the tokens told: `kept.copy_row(0, batch.cache, row)` keeps
-    them, for the `cache` of another Prompt."""
+    `row(index)`, the prompt and exactly the tokens told, for the `begin` of another Prompt; then
+    they are overwritten with zeros, and no other stream could see them before."""
 
     def __init__(self, model: Transformer, batch_size: int = 8, n_sink: int | None = None,
-                 window: int | None = None, n_staging: int = 1):
-        """Sizes as in generate.make_cache. Raises ValueError naming one that cannot be."""
+                 window: int | None = None, n_staging: int = 1, n_chunks: int | None = None):
+        """Sizes as in generate.make_cache. At most n_chunks of prompts come between two steps; None
+        is one, and one more for each idle row. Raises ValueError naming a size that cannot be."""
+        self.n_chunks = n_chunks or 1 + batch_size
         self.cache = make_cache(model, n_sink, window, batch_size)
         self.staging = [make_cache(model, n_sink, window) for _ in range(n_staging)]
         self.steps = self.busy = 0  # decode steps, and rows that were busy, counted at each
+        self.rows, self.reading = [], []
         self.clear(model.config.vocab_size)
 
     def clear(self, vocab_size: int) -> None:
-        """Nothing is on its way."""
+        """Nothing is on its way. What was, because of an error, is overwritten, too."""
+        for cache, rows in ((self.cache, [row for row, stream in enumerate(self.rows) if stream]),
+                            *((reading.cache, [0]) for reading in self.reading)):
+            for row in rows:
+                cache.clear_row(row)
         size, device = self.cache.batch_size, self.cache.length.device
         self.sampler = Rows(size, vocab_size, device)
         self.tokens = torch.zeros(size, 1, dtype=torch.int64, device=device)  # not in the cache yet
         self.logprobs = (torch.zeros(size, 1 + TOP_LOGPROBS, device=device),
                          torch.zeros(size, 1 + TOP_LOGPROBS, dtype=torch.int64, device=device))
         self.rows: list[Stream | None] = [None] * size
+        self.live = torch.zeros(size, dtype=torch.int64, device=device)  # 1 where a stream is
         self.reading: list[Reading] = []
+        self.owed = 0.0  # seconds of steps that long prompts may take as many of
 
     @property
     def idle(self) -> bool:
@@ -155,9 +171,11 @@ def generate_batch(model: Transformer, prompts: Iterable[Sequence[int] | Prompt 
     more = True
     while more or not batch.idle:
         if any(batch.rows):
+            began = time.perf_counter()
             yield from step(model, batch)
+            batch.owed = min(batch.owed + time.perf_counter() - began, 0.1)
         # One chunk between two steps, so that no stream waits long, and one for each idle row.
-        for _ in range(1 + batch.rows.count(None)):
+        for _ in range(min(1 + batch.rows.count(None), batch.n_chunks)):
             more = more and admit(model, batch, streams)
             read_on(batch)
             yield from seat(batch)
@@ -176,7 +194,8 @@ def streams_of(model: Transformer, prompts: Iterable[Sequence[int] | Prompt | No
             limit = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[n]
             prompt = Prompt(prompt, Sampling(**sampling), limit, () if ignore_eos else None)
         check_ids(model, prompt.ids)
-        yield [Stream(index + i, one, one.max_new_tokens, time.perf_counter())
+        yield [Stream(index + i, one, one.max_new_tokens, time.perf_counter(),
+                      length=len(one.before) + len(one.ids))
                for i, one in enumerate(samples_of(model, prompt, generator))]
         index, n = index + prompt.samples, n + 1
 
@@ -201,25 +220,40 @@ def admit(model: Transformer, batch: Batch, waiting: Iterator[list[Stream]]) -> 
     streams = next(waiting, None)
     if streams:
         prompt, cache = streams[0].prompt, free[0]
-        if prompt.cache is None:
-            cache.reset()
-        else:
-            cache.copy_row(0, prompt.cache)
-        chunks = prefill_chunks(model, cache, list(prompt.ids))
-        batch.reading.append(Reading(cache, streams, chunks))
+        batch.reading.append(Reading(cache, streams, chunks_of(model, cache, prompt),
+                                     len(prompt.ids)))
     return streams is not None
 
 
+def chunks_of(model: Transformer, cache: KVCache, prompt: Prompt) -> Iterator[Tensor | None]:
+    """generate.prefill_chunks of what comes after what others may share, and before it of that."""
+    ids, n = list(prompt.ids), prompt.n_shared
+    if prompt.begin:
+        prompt.begin(cache)
+    if n:
+        for _ in prefill_chunks(model, cache, ids[:n]):
+            yield None
+        prompt.shared(cache)
+    yield from prefill_chunks(model, cache, ids[n:])
+
+
 def read_on(batch: Batch) -> None:
-    """One chunk of the prompt that has waited for longest, of those that are not whole."""
-    reading = next((reading for reading in batch.reading if reading.logits is None), None)
+    """One chunk of the prompt that has waited for longest, of those that are not whole. One that
+    has long to go, beside streams, takes no more time than their steps do."""
+    unhurried = any(batch.rows) and batch.owed <= 0
+    reading = next((reading for reading in batch.reading if reading.logits is None
+                    and not (unhurried and reading.left > LONG)), None)
     if reading is None:
         return
+    began = time.perf_counter()
     reading.logits = next(reading.chunks)
     if reading.logits is not None and reading.logits.is_cuda:
         torch.cuda.synchronize()
     for stream in reading.streams:
         stream.prefilled = time.perf_counter()
+    if reading.left > LONG:
+        batch.owed -= time.perf_counter() - began
+    reading.left -= reading.cache.max_chunk
     batch.reading.remove(reading)
     batch.reading.append(reading)
 
@@ -233,18 +267,20 @@ def seat(batch: Batch) -> Iterator[tuple[int, None]]:
                 yield stream.index, None
             elif reading.logits is not None and None in batch.rows:
                 row = batch.rows.index(None)
-                batch.cache.copy_row(row, reading.cache)
+                batch.cache.copy_row(row, reading.cache, n_tokens=stream.length)
                 begin(batch, row, stream, reading.logits)
             else:
                 continue
             reading.streams.remove(stream)
+            length = stream.length
         if not reading.streams:
+            reading.cache.clear_row(0, length + reading.cache.max_chunk)  # the padding, too
             batch.reading.remove(reading)
 
 
 def begin(batch: Batch, row: int, stream: Stream, logits: Tensor) -> None:
     """Draw a stream's first token from its prompt's logits (1, 1, V)."""
-    prompt, batch.rows[row] = stream.prompt, stream
+    prompt, batch.rows[row], batch.live[row] = stream.prompt, stream, 1
     batch.sampler.begin(row, prompt.sampling, [*prompt.before, *prompt.ids])
     batch.tokens[row:row + 1] = batch.sampler.sample(logits, slice(row, row + 1))
     note_logprobs(batch, [row], logits)
@@ -254,20 +290,38 @@ def step(model: Transformer, batch: Batch) -> Iterator[tuple[int, int | None]]:
     """The next token of every row, and the events of the latest ones.
 
     As in generate.decode, a GPU is at the next step already while those are read. Idle rows step
-    along, unread, and so does, once, a row that ends here."""
+    along, unread and always from position 0, and so does, once, a row that ends here."""
     noting = [row for row, stream in enumerate(batch.rows)
               if stream and stream.prompt.logprobs is not None]
     read = start_reading(batch.tokens)
     noted = [start_reading(values) for values in batch.logprobs] if noting else []
-    logits = model(batch.tokens, batch.cache)
-    batch.tokens = batch.sampler.sample(logits)  # (B, 1)
     busy = len(batch.rows) - batch.rows.count(None)
+    if busy < len(batch.rows):
+        batch.cache.length.mul_(batch.live)
+    if busy == 1 and not batch.tokens.is_cuda:
+        logits = step_alone(model, batch)
+    else:
+        logits = model(batch.tokens, batch.cache)
+        batch.tokens = batch.sampler.sample(logits)  # (B, 1)
     batch.steps, batch.busy = batch.steps + 1, batch.busy + busy
     ids, noted = read(), [values() for values in noted]
     for row in noting:
         hear(batch.rows[row], row, *noted)
     note_logprobs(batch, noting, logits)
     yield from tell(batch, ids)
+
+
+def step_alone(model: Transformer, batch: Batch) -> Tensor:
+    """The next token of the only row that is busy, in the shape of a single stream, which is
+    much less work for a CPU; a GPU reads the weights once for all rows anyway.
+    Returns the logits (1, 1, V)."""
+    row = next(row for row, stream in enumerate(batch.rows) if stream)
+    cache, some = batch.cache.row(row), slice(row, row + 1)
+    logits = model(batch.tokens[some], cache)
+    batch.cache.overhang[row] = cache.overhang[0]
+    batch.tokens = batch.tokens.clone()  # the old ones are yet to be read
+    batch.tokens[some] = batch.sampler.sample(logits, some)
+    return logits
 
 
 def note_logprobs(batch: Batch, rows: list[int], logits: Tensor) -> None:
@@ -294,11 +348,13 @@ def tell(batch: Batch, ids: list[int]) -> Iterator[tuple[int, int | None]]:
         if stream is None:
             continue
         stream.left = 0 if token_id in stream.prompt.stop_ids else max(0, stream.left - 1)
+        stream.length += 1
         yield stream.index, token_id
         if not stream.left:
             yield stream.index, None
-            batch.rows[row] = None
             batch.sampler.end(row)
+            batch.cache.clear_row(row, stream.length)
+            batch.rows[row], batch.live[row] = None, 0
 
 
 # ------------------------------------------------------------------------------ command line
@@ -377,7 +433,7 @@ def main():
         get_ready(model, batch.staging[0], args)
         if args.compile:  # the step of all rows, as often as generate.warm runs the others
             start = time.perf_counter()
-            list(generate_batch(model, [[0]], max_new_tokens=3, ignore_eos=True, batch=batch))
+            list(generate_batch(model, [[0]] * 2, max_new_tokens=3, ignore_eos=True, batch=batch))
             args.compile_s += time.perf_counter() - start
             batch.steps = batch.busy = 0
         if write_results(model, tokenizer, ask(prompts, args), batch, args):

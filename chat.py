@@ -118,7 +118,7 @@ def save(path: str | Path, talk: Conversation) -> None:
     if not talk.cache.length.any():
         if talk.system is None:
             raise ValueError(f"{path}: not written, since nothing has been said yet")
-        ids = talk.tokenizer.encode(talk.tokenizer.system_turn(talk.system))
+        ids = talk.tokenizer.system_turn(talk.system)
         prefill(talk.model, talk.cache, ids, talk.speculation)
     unread, caches = talk.speculation.unread if talk.speculation else [], talk.caches()
     if talk.speculation and not talk.speculation.size:
@@ -190,7 +190,7 @@ def main():
             if turns and any(raw for _, raw in turns):
                 raise ValueError('--pin-system needs a template: {"prompt": ...} lines have none')
             check_text("--pin-system", args.pin_system)
-            args.sink = len(tokenizer.encode(tokenizer.system_turn(args.pin_system)))
+            args.sink = len(tokenizer.system_turn(args.pin_system))
         cache = make_cache(model, args.sink, args.window)
         speculation = open_speculation(model, cache, tokenizer, args)
         generator = get_ready(model, cache, args, speculation)

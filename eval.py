@@ -22,7 +22,8 @@ from torch import Tensor
 
 from cli import make_parser, number, user_errors
 from convert_hf import DTYPES, progress
-from generate import LARGE_CHUNK, default_window, load, make_cache
+from generate import default_window, load, make_cache
+from kv_cache import KVCache
 from model import Transformer
 
 MODES = ("stream", "window", "recompute", "dense")
@@ -46,10 +47,9 @@ def nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def streamed(model: Transformer, ids: Tensor, n_sink: int, window: int) -> Iterator[Tensor]:
+def streamed(model: Transformer, ids: Tensor, cache: KVCache) -> Iterator[Tensor]:
     """Nats a token, a chunk at a time, through the cache; how it is cut changes nothing."""
-    cache = make_cache(model, n_sink, window)
-    for inputs, targets in zip(ids[:-1].split(LARGE_CHUNK), ids[1:].split(LARGE_CHUNK)):
+    for inputs, targets in zip(ids[:-1].split(cache.max_chunk), ids[1:].split(cache.max_chunk)):
         yield nll(model(inputs[None], cache)[0], targets)
 
 
@@ -74,13 +74,13 @@ def measure(model: Transformer, ids: Tensor, mode: str, n_sink: int, window: int
     each n-th, (N // n,)."""
     if mode == "dense":
         ids = ids[:min(model.config.max_seq_len, model.config.sliding_window or math.inf) + 1]
-        parts = streamed(model, ids, 0, len(ids) - 1)
+        parts = streamed(model, ids, make_cache(model, 0, len(ids) - 1))
     elif mode == "recompute":
         parts = recomputed(model, ids, n_sink + window, every)
     elif mode == "window":
-        parts = streamed(model, ids, 0, n_sink + window)
+        parts = streamed(model, ids, make_cache(model, 0, n_sink + window))
     else:
-        parts = streamed(model, ids, n_sink, window)
+        parts = streamed(model, ids, make_cache(model, n_sink, window))
     done, count, total = [], 0, 0.0
     with progress(mode, "tokens") as show:
         for part in parts:

@@ -19,6 +19,7 @@ follows from the row's length alone, so there is no other state.
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -80,16 +81,20 @@ class KVCache:
         ring_slot = self.n_sink + (positions - self.n_sink) % self.ring
         return torch.where(positions < self.n_sink, positions, ring_slot)
 
+    def held(self, positions: Tensor, slot: Tensor) -> Tensor:
+        """(B, n) int64: the position that each of the slots (n,) holds, these positions being the
+        last that were written. Of the ring, a result below S is an empty slot."""
+        newest = positions[:, -1:]  # (B, 1)
+        # Slot r holds the largest k <= newest with slot(k) = r.
+        return torch.where(slot < self.n_sink, slot, newest - (newest - slot) % self.ring)
+
     def visible(self, positions: Tensor, slot: Tensor) -> Tensor:
         """(B, T, n) bool: which of the slots (n,) a query at each position sees, these positions
-        being the last that were written."""
-        S, W, R = self.n_sink, self.window, self.ring
-        newest = positions[:, -1:]  # (B, 1)
-        # Slot r holds the largest k <= newest with slot(k) = r; a result below S is an empty slot.
-        held = torch.where(slot < S, slot, newest - (newest - slot) % R)[:, None]  # (B, 1, n)
+        being the last that were written. Whoever wants another rule replaces this alone."""
+        held = self.held(positions, slot)[:, None]  # (B, 1, n)
         query = positions[:, :, None]  # (B, T, 1)
-        recent = (held >= S) & (held > query - W)
-        return ((slot < S) | recent) & (held <= query)
+        recent = (held >= self.n_sink) & (held > query - self.window)
+        return ((slot < self.n_sink) | recent) & (held <= query)
 
     def mask(self, positions: Tensor, slot: Tensor) -> Tensor:
         """(B, T, n) float32 to add to the scores: 0 where `visible`, -inf elsewhere."""
@@ -123,17 +128,34 @@ class KVCache:
         self.length.zero_()
         self.overhang = [0] * self.batch_size
 
-    def copy_row(self, row: int, other: KVCache, other_row: int = 0) -> None:
-        """Make this row a copy of a row of another cache with the same sizes. Nothing is compiled
-        for it and no other row is touched. Raises ValueError when the sizes differ."""
+    def copy_row(self, row: int, other: KVCache, other_row: int = 0,
+                 n_tokens: int | None = None) -> None:
+        """Make this row a copy of a row of another cache with the same sizes, which holds n_tokens,
+        if that is known: what is beyond them stays where it is. Nothing is compiled for it and no
+        other row is touched. Raises ValueError when the sizes differ."""
         sizes, other_sizes = ((c.n_sink, c.window, c.max_chunk) for c in (self, other))
         if sizes != other_sizes:
             raise ValueError(f"caches of different sizes (sink, window, chunk): {sizes} and "
                              f"{other_sizes}")
-        for to, source in zip((*self.k, *self.v, self.length),
-                              (*other.k, *other.v, other.length), strict=True):
-            to[row] = source[other_row]
+        for to, source in zip((*self.k, *self.v), (*other.k, *other.v), strict=True):
+            to[row, :, :n_tokens] = source[other_row, :, :n_tokens]
+        self.length[row] = other.length[other_row]
         self.overhang[row] = other.overhang[other_row]
+
+    def clear_row(self, row: int, n_tokens: int | None = None) -> None:
+        """Forget a row, which holds n_tokens, if that is known, and overwrite what it held."""
+        for layer in (*self.k, *self.v):
+            layer[row, :, :n_tokens] = 0
+        self.length[row] = 0
+        self.overhang[row] = 0
+
+    def row(self, row: int) -> KVCache:
+        """One row by itself: what is written there is written here, but for `overhang`."""
+        one = copy.copy(self)
+        one.batch_size, one.length = 1, self.length[row:row + 1]
+        one.k, one.v = ([layer[row:row + 1] for layer in layers] for layers in (self.k, self.v))
+        one.overhang = [self.overhang[row]]
+        return one
 
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (*self.k, *self.v))

@@ -4,12 +4,14 @@ A checkpoint's `tokenizer.model` is read by sentencepiece; one that only ships a
 (Llama 3, Qwen) needs the optional package `tokenizers`. Its chat template runs in jinja2's sandbox.
 
 A conversation is never rendered twice: `first_turn` renders its opening, and `next_turn` only what
-the template puts between an answer and the next one. The cache holds the rest.
+the template puts between an answer and the next one. The cache holds the rest. What stands in a
+message is text: a special token's name, typed by a user, becomes its characters.
 """
 
 from __future__ import annotations
 
 import codecs
+import functools
 import json
 import re
 from collections.abc import Iterable
@@ -29,6 +31,7 @@ VICUNA_TEMPLATE = (
 # with its field 3 (add_dummy_prefix) false.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 USER_MARK, ANSWER_MARK = "\ue000user\ue001", "\ue000answer\ue001"  # private-use: no one types them
+BREAK = "\ue002"  # after the first character of a special token's name that is only text
 
 
 class Tokenizer:
@@ -39,6 +42,7 @@ class Tokenizer:
         settings = read_json(folder / "tokenizer_config.json")
         self.template = read_template(folder, settings)
         self.specials = read_specials(folder, settings)  # text -> id of every special token
+        self.ordinary = set()  # of these, what was added to the vocabulary as a word like others
         self.sentencepiece = self.tokenizers = None
         if (folder / "tokenizer.model").exists():
             self._open_sentencepiece(folder / "tokenizer.model", settings)
@@ -49,8 +53,7 @@ class Tokenizer:
         names = {token_id: text for text, token_id in self.specials.items()}
         self.bos_token = token_text(settings, "bos_token", names.get(self.bos_id, ""))
         self.eos_token = token_text(settings, "eos_token", names.get(self.eos_id, ""))
-        longest_first = sorted(map(re.escape, self.specials), key=len, reverse=True)
-        self.special_pattern = re.compile("(" + ("|".join(longest_first) or "(?!)") + ")")
+        self.special_pattern = any_of(self.specials)
 
     def _open_sentencepiece(self, path: Path, settings: dict) -> None:
         proto = path.read_bytes()
@@ -81,35 +84,58 @@ class Tokenizer:
             raise ValueError(f"{path}: not a tokenizer: {error}") from None
         added = self.tokenizers.get_added_tokens_decoder()
         self.specials = {token.content: token_id for token_id, token in added.items()}
-        before_text = self._encode("", True)  # what its post-processor adds: BOS or nothing
+        self.ordinary = {token.content for token in added.values() if not token.special}
+        before_text = ids_of(self.tokenizers, "", True)  # what it puts in front: BOS or nothing
         self.bos_id = before_text[0] if before_text else None
         self.eos_id = None
 
-    def _encode(self, text: str, special: bool = False) -> list[int]:
-        try:
-            return self.tokenizers.encode(text, add_special_tokens=special).ids
-        except Exception as error:  # plain, too: of a vocabulary that lacks what it needs
-            raise ValueError(f"tokenizer.json cannot encode {text[:40]!r}: {error}") from None
-
     # -------------------------------------------------------------------------- text and ids
 
-    def encode(self, text: str, bos: bool = True) -> list[int]:
+    def encode(self, text: str, bos: bool = True, rendered: bool = False) -> list[int]:
         """Ids of a text, BOS first where the checkpoint uses one. A special token written out in
-        the text becomes that token, as in transformers. `bos=False` is for text that goes on."""
-        if self.tokenizers:
-            ids = self._encode(text)
+        the text becomes that token, as in transformers; if it was `rendered`, not in messages.
+        `bos=False` is for text that goes on."""
+        ids, opening = [], bos
+        if self.tokenizers and not (rendered and BREAK in text):
+            ids = ids_of(self.tokenizers, text)
         else:
-            ids, opening = [], bos
             for part in self.special_pattern.split(text):
                 if part in self.specials:
                     ids.append(self.specials[part])
-                    opening = self.spaced or ids[-1] == self.bos_id
+                    opening = self.tokenizers or self.spaced or ids[-1] == self.bos_id
                 elif part:
-                    ids += (self.sentencepiece if opening else self.inner).encode(part)
+                    ids += self._encode_part(part, opening, rendered)
                     opening = False
         if self.bos_id is None:
             return ids
         return [self.bos_id] * bos + [i for i in ids if i != self.bos_id]  # BOS comes once
+
+    def _encode_part(self, part: str, opening: bool, rendered: bool) -> list[int]:
+        """Ids of text between special tokens."""
+        if self.tokenizers:
+            def encode(text: str) -> list[int]:
+                return ids_of(self._verbatim, text)
+        else:
+            encode = (self.sentencepiece if opening else self.inner).encode
+        if not rendered or BREAK not in part:
+            return encode(part)
+        ids, reserved = encode(whole(part)), {self.specials[text] for text in self._reserved}
+        if reserved.isdisjoint(ids):
+            return ids
+        # A vocabulary may hold the name as a word: cut inside of it.
+        first, *others = re.split(f"(?<!{BREAK}){BREAK}(?!{BREAK})", part)
+        encode_on = encode if self.tokenizers else self.inner.encode
+        return encode(whole(first)) + [i for other in others for i in encode_on(whole(other))]
+
+    @functools.cached_property
+    def _verbatim(self):
+        """The library's tokenizer, to which special tokens are text like any other."""
+        import tokenizers
+        verbatim = tokenizers.Tokenizer.from_str(self.tokenizers.to_str())
+        verbatim.encode_special_tokens = True
+        if getattr(verbatim.pre_tokenizer, "prepend_scheme", None) == "first":
+            verbatim.pre_tokenizer.prepend_scheme = "never"  # a part goes on from a special token
+        return verbatim
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids that go on from something: nothing is stripped."""
@@ -140,7 +166,7 @@ class Tokenizer:
     def _stream_tokenizers(self):
         from tokenizers.decoders import DecodeStream
         # Something must come before, or the first token would lose the space in front of it.
-        before = self._encode("a")
+        before = ids_of(self.tokenizers, "a")
 
         def fresh():
             return DecodeStream(ids=before, skip_special_tokens=True)
@@ -164,10 +190,13 @@ class Tokenizer:
 
     # -------------------------------------------------------------------------- conversations
 
-    def system_turn(self, system: str) -> str:
-        """The text that the template opens a conversation with, before the user's turn."""
-        system = system.strip()  # as many templates do
-        turns = [{"role": "system", "content": system}]
+    def system_turn(self, system: str) -> list[int]:
+        """Ids that the template opens a conversation with, before the user's turn."""
+        return self.encode(self._opening(system), rendered=True)
+
+    def _opening(self, system: str) -> str:
+        turns = [{"role": "system", "content": system.strip()}]  # as many templates do
+        system = self._as_text(system.strip())
         opening, mark, _ = self._render(turns + [{"role": "user", "content": USER_MARK}]).partition(
             USER_MARK)
         if not mark or system not in opening:
@@ -179,30 +208,85 @@ class Tokenizer:
         return alone if system in alone and opening.startswith(alone) else opening
 
     def first_turn(self, user: str, system: str | None = None) -> list[int]:
-        """Ids of a conversation's beginning, up to where the answer begins. They start with those
-        of system_turn(system), whatever the user says."""
-        opening = self.system_turn(system) if system else ""
-        turns = [{"role": "system", "content": system.strip()}] if system else []
-        text = self._render(turns + [{"role": "user", "content": user}])
-        if not opening:
-            return self.encode(text)
-        return self.encode(opening) + self.encode(text.removeprefix(opening), bos=False)
+        """Ids of a conversation's beginning, up to where the answer begins."""
+        turns = [{"role": "system", "content": system}] if system else []
+        return self.conversation(turns + [{"role": "user", "content": user}])
+
+    def conversation(self, messages: list[dict]) -> list[int]:
+        """Ids of messages, each {"role": ..., "content": text}, up to where an answer begins.
+
+        If the first is a system turn, they start with those of system_turn, whatever follows.
+        Raises ValueError for what the chat template refuses."""
+        opening = ""
+        if messages[0]["role"] == "system" and messages[0]["content"].strip():
+            system = messages[0]["content"].strip()
+            messages = [{"role": "system", "content": system}, *messages[1:]]
+            opening = self._opening(system)
+        text = self._render(messages)
+        if not opening or not text.startswith(opening):
+            return self.encode(text, rendered=True)
+        return (self.encode(opening, rendered=True)
+                + self.encode(text.removeprefix(opening), bos=False, rendered=True))
 
     def next_turn(self, user: str, last_id: int | None = None) -> list[int]:
         """Ids from the end of an answer to where the next one begins. last_id is the answer's last
         token: an end-of-turn token that the model said itself is not said twice."""
-        text = self._render([{"role": "user", "content": USER_MARK},
-                             {"role": "assistant", "content": ANSWER_MARK},
-                             {"role": "user", "content": user}])
-        _, mark, rest = text.partition(ANSWER_MARK)
-        if not mark:
+        return self.turns_after([{"role": "user", "content": USER_MARK},
+                                 {"role": "assistant", "content": ANSWER_MARK},
+                                 {"role": "user", "content": user}], 1, last_id)
+
+    def turns_after(self, messages: list[dict], answer: int,
+                    last_id: int | None = None) -> list[int]:
+        """Ids of what follows the answer messages[answer], up to where the next one begins."""
+        messages = [*messages]
+        messages[answer] = {"role": "assistant", "content": ANSWER_MARK}
+        _, mark, rest = self._render(messages).partition(ANSWER_MARK)
+        if not mark or ANSWER_MARK in rest:
             raise ValueError("the chat template does not render the assistant's turns")
-        ids = self.encode(rest, bos=False)
+        ids = self.encode(rest, bos=False, rendered=True)
         if last_id in ids and not self.decode(ids[:ids.index(last_id)]).strip():
             ids = ids[ids.index(last_id) + 1:]  # some templates put a space before it
         return ids
 
+    @functools.cached_property
+    def _reserved(self) -> set[str]:
+        """What no message can say: special tokens, and words that the template marks turns with.
+        (Others, as a model's <think>, are said in answers, which come back as messages.)"""
+        turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+        try:
+            marks = set(self.special_pattern.findall(self._fill(turns)))
+        except ValueError:
+            marks = set()
+        return set(self.specials) - self.ordinary | marks
+
+    @functools.cached_property
+    def _names(self) -> re.Pattern:
+        return any_of(self._reserved)
+
+    def _as_text(self, content: str) -> str:
+        """A message's content for the template: names of special tokens are broken up, which
+        `whole` undoes."""
+        content = content.replace(BREAK, 2 * BREAK)
+        while (broken := self._names.sub(lambda name: name[0][0] + BREAK + name[0][1:],
+                                         content)) != content:
+            content = broken
+        return content
+
     def _render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+        """The template's text, for `encode(..., rendered=True)`."""
+        return self._fill([{**turn, "content": self._as_text(turn["content"])}
+                           for turn in messages], add_generation_prompt)
+
+    def _fill(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+        try:
+            return self._template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt,
+                bos_token=self.bos_token, eos_token=self.eos_token)
+        except Exception as error:  # a template is a program: anything may go wrong in it
+            raise ValueError(f"the chat template cannot render this: {error}") from None
+
+    @functools.cached_property
+    def _template(self):
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -213,12 +297,18 @@ class Tokenizer:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
         environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
-        try:
-            return environment.from_string(self.template).render(
-                messages=messages, add_generation_prompt=add_generation_prompt,
-                bos_token=self.bos_token, eos_token=self.eos_token)
-        except Exception as error:  # a template is a program: anything may go wrong in it
-            raise ValueError(f"the chat template cannot render this: {error}") from None
+        return environment.from_string(self.template)
+
+
+def any_of(texts) -> re.Pattern:
+    """Finds any of these texts, the longest first; in a group, as re.split keeps it."""
+    longest_first = sorted(map(re.escape, texts), key=len, reverse=True)
+    return re.compile("(" + ("|".join(longest_first) or "(?!)") + ")")
+
+
+def whole(text: str) -> str:
+    """Text that Tokenizer._as_text broke up, as it was."""
+    return re.sub(f"{BREAK}({BREAK}?)", r"\1", text)
 
 
 def stop_at(stops: list[str]):
@@ -237,6 +327,14 @@ def stop_at(stops: list[str]):
         return text[:len(text) - keep], False
 
     return add
+
+
+def ids_of(tokenizer, text: str, special: bool = False) -> list[int]:
+    """A text's ids by the package tokenizers, with what its post-processor adds if special."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=special).ids
+    except Exception as error:  # plain, of a vocabulary that lacks what it needs
+        raise ValueError(f"tokenizer.json cannot encode {text[:40]!r}: {error}") from None
 
 
 def strftime_now(form: str) -> str:

@@ -52,7 +52,8 @@ def as_on_a_gpu(monkeypatch):
 
 def run(program, *argv, stdin=""):
     """(exit status, stdout, stderr) of a program's main, in this process."""
-    module = importlib.import_module({"bench": "bench.__main__"}.get(program, program))
+    folder = program in ("bench", "server")
+    module = importlib.import_module(f"{program}.__main__" if folder else program)
     if program == "chat" and "--checkpoint" not in argv:  # its own default would be fetched
         argv = ("--checkpoint", TINY, *argv)
     out, err = io.StringIO(), io.StringIO()

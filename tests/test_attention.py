@@ -99,6 +99,26 @@ def test_a_chunk_that_begins_among_the_sinks_and_ends_beyond_the_window():
     assert (op(q_sink, q_recent, cache, mask) - expected).abs().max() < 1e-5
 
 
+RULES = {"no sinks": lambda slot, positions: (slot >= 4) & (positions > -1),
+         "one sink": lambda slot, positions: (slot >= 4) | (slot == positions % 4),
+         "sinks for some": lambda slot, positions: (slot >= 4) | (positions % 2 == 0),
+         "sinks only": lambda slot, positions: (slot < 4) & (positions > -1)}
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("lengths, T", [([500], 1), ([40], 5), ([1000, 200], 32)])
+def test_another_rule_of_what_is_visible_is_the_formula_too(rule, lengths, T):
+    class Cache(KVCache):
+        def visible(self, positions, slot):
+            return super().visible(positions, slot) & RULES[rule](slot, positions[:, :, None])
+
+    cache, positions, q_sink, q_recent = a_call(4, lengths, T)
+    cache.__class__ = Cache
+    expected = by_the_formula(q_sink, q_recent, cache.k[0], cache.v[0], cache, positions)
+    found = op(q_sink, q_recent, cache, mask_of(cache, positions, 2))
+    assert (found - expected).abs().max() < 1e-5
+
+
 def test_queries_may_lie_in_memory_in_any_order():
     """A product W x^T leaves them transposed, and the kernel does not look."""
     cache, positions, q_sink, q_recent = a_call(4, [20], 16, n_kv_heads=4)

@@ -246,8 +246,8 @@ def test_a_row_that_was_kept_begins_another_prompt():
         if token_id is None:
             kept.copy_row(0, batch.cache, batch.row(index))
     assert int(kept.length) == 70
-    asked = [Prompt(second, Sampling(1.0, repetition_penalty=1.3, seed=4), 15, cache=kept,
-                    before=first + said[:-1]),
+    asked = [Prompt(second, Sampling(1.0, repetition_penalty=1.3, seed=4), 15,
+                    begin=lambda staging: staging.copy_row(0, kept), before=first + said[:-1]),
              Prompt(first + said[:-1] + second, Sampling(1.0, repetition_penalty=1.3, seed=4), 15)]
     ids, _ = collected(generate_batch(model, asked, batch=batch))
     assert ids[0] == ids[1] and int(kept.length) == 70
@@ -266,6 +266,72 @@ def test_a_stream_can_be_ended_while_it_is_read_or_by_another():
     of = [[token_id for i, token_id in told if i == index] for index in range(3)]
     assert of[1] == [None] and len(of[2]) == 31 and of[2][:-1] == alone(model, prompts[2], 30)
     assert 5 < len(of[0]) < 30 and of[0][:-1] == alone(model, prompts[0], 30)[:len(of[0]) - 1]
+
+
+def test_what_prompts_share_is_shown_once_it_is_read(monkeypatch):
+    model, (first, second) = random_model(), prompts_of([70, 9])
+    kept = make_cache(model, 4, WINDOW)
+    asked = [Prompt(first + second, n_shared=70, max_new_tokens=9,
+                    shared=lambda staging: kept.copy_row(0, staging)),
+             Prompt(second, before=first, max_new_tokens=9,
+                    begin=lambda staging: staging.copy_row(0, kept))]
+    ids, _ = collected(generate_batch(model, asked, 2, 4, WINDOW))
+    assert ids[0] == ids[1] == alone(model, first + second, 9) and int(kept.length) == 70
+
+
+def test_rows_that_ended_hold_nothing_and_idle_ones_stay_short():
+    model, (prompt, other) = random_model(), prompts_of([100, 5])
+    batch, longest = Batch(model, 3, 4, WINDOW, n_staging=2), []
+    asked = [prompt, *(Prompt(other, max_new_tokens=90) for _ in range(2))]
+    for index, _ in generate_batch(model, asked, max_new_tokens=9, batch=batch):
+        if index == 1 and batch.rows.count(None) == 1:
+            longest.append(min(batch.cache.length.tolist()))
+    assert len(longest) > 50 and set(longest[2:]) == {1}
+    for cache in (batch.cache, *batch.staging):
+        assert not any(layer[:, :, 1:].any() for layer in (*cache.k, *cache.v))
+
+
+@pytest.mark.parametrize("n_chunks, most", [(None, 4), (1, 1), (2, 2)])
+def test_how_many_chunks_come_between_two_steps_can_be_limited(monkeypatch, n_chunks, most):
+    model = random_model()
+    batch, step, calls = Batch(model, 4, 4, WINDOW, n_chunks=n_chunks), model.step, []
+    monkeypatch.setattr(model, "step", lambda tokens, cache, *rest: calls.append(
+        "c" if cache is batch.staging[0] else ".") or step(tokens, cache, *rest))
+    list(generate_batch(model, prompts_of([5, 400]), max_new_tokens=60, batch=batch))
+    between = "".join(calls).strip("c").strip(".").split(".")
+    assert max(map(len, between)) == most
+
+
+def test_a_row_that_is_busy_alone_is_stepped_alone_and_nothing_changes(monkeypatch):
+    model, prompts = random_model(), prompts_of([9, 20, 3, 40])
+    limits, step, shapes = [30, 90, 10, 200], model.step, []
+    expected = [alone(model, *pair) for pair in zip(prompts, limits)]
+    monkeypatch.setattr(model, "step", lambda tokens, *rest: shapes.append(tokens.shape) or step(
+        tokens, *rest))
+    ids, _ = collected(generate_batch(model, prompts, 3, 4, WINDOW, limits))
+    assert [ids[n] for n in range(4)] == expected
+    assert shapes.count((1, 1)) > 50 < shapes.count((3, 1)) and shapes[-1] == (1, 1)
+
+
+def test_a_very_long_prompt_takes_no_more_time_than_the_steps_beside_it(monkeypatch):
+    """By a clock that only the model moves: a chunk takes as long as ten steps."""
+    model, now, calls = random_model(n_layers=1), [0.0], []
+    batch, step = Batch(model, 4, 4, WINDOW), model.step
+    monkeypatch.setattr(program.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(program, "LONG", 100)
+
+    def timed(tokens, cache, *rest):
+        calls.append("c" if cache is batch.staging[0] else ".")
+        now[0] += 0.1 if cache is batch.staging[0] else 0.01
+        return step(tokens, cache, *rest)
+
+    monkeypatch.setattr(model, "step", timed)
+    said = generate_batch(model, prompts_of([5, 900]), max_new_tokens=[300, 9], batch=batch)
+    ids, _ = collected(said)
+    between = "".join(calls).strip("c").split("c")[1:20]
+    assert min(map(len, between)) >= 9 and max(map(len, between)) <= 12
+    monkeypatch.undo()
+    assert ids[1] == alone(model, prompts_of([5, 900])[1], 9)
 
 
 def test_stop_ids_are_each_prompt_s_own():

@@ -65,7 +65,7 @@ def test_a_pinned_system_turn_becomes_the_sinks(tmp_path):
     pinned = records("--prompts", prompts, "--pin-system", system, "--window", 60,
                      "--max-new-tokens", 30, program="chat")
     model, tokenizer = load(TINY, device="cpu")
-    n_sink = len(tokenizer.encode(tokenizer.system_turn(system)))
+    n_sink = len(tokenizer.system_turn(system))
     assert pinned[0]["cache_bytes"] == make_cache(model, n_sink, 60).nbytes()
     assert pinned[0]["prompt_tokens"] == len(tokenizer.first_turn("Tell me of cat 0.", system))
     total = sum(r["prompt_tokens"] + r["new_tokens"] for r in pinned)

@@ -78,7 +78,7 @@ def test_compiled_equals_eager(compiled):
 
 def test_packed_weights_say_the_same(monkeypatch):
     """Large weights are laid out anew: here, all of them."""
-    monkeypatch.setattr("linear.PACKED_BYTES", 0)
+    monkeypatch.setattr("load.PACKED_BYTES", 0)
     packed, eager = random_model(qkv_bias=True), random_model(qkv_bias=True)
     compile_step(packed, torch.device("cpu"))
     assert packed.layers[0].feed_forward.down.packed

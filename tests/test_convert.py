@@ -13,7 +13,7 @@ import convert_hf
 from convert_hf import convert, hf_parts, read_config
 from generate import load
 from helpers import TINY, random_model, run
-from model import ModelConfig
+from model import ModelConfig, Transformer
 
 LLAMA = dict(architectures=["LlamaForCausalLM"], hidden_size=32, intermediate_size=48,
              vocab_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -135,7 +135,7 @@ def test_loading_maps_the_file_instead_of_copying_it(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     shutil.copy(TINY / "tokenizer.model", tmp_path)
     with torch.device("meta"):
-        shapes = {n: p.shape for n, p in convert_hf.Transformer(
+        shapes = {n: p.shape for n, p in Transformer(
             ModelConfig.from_hf(config)).named_parameters()}
     weights = {n: torch.zeros(s) for n, s in shapes.items()}
     save_file(weights, tmp_path / "model.safetensors")
@@ -149,3 +149,14 @@ def test_loading_maps_the_file_instead_of_copying_it(tmp_path):
                           capture_output=True, text=True, check=True)
     size = sum(w.nbytes for w in weights.values())
     assert size > 200e6 and int(done.stdout) * 1024 < 0.1 * size
+
+
+def test_on_a_cpu_bf16_weights_are_laid_out_for_its_library_and_others_stay():
+    """A library of the CPU's reads bf16 in rows half as fast; `to_dense` gives the rows back."""
+    rows, _ = load(TINY, device="cpu", dtype=torch.float32)
+    packed, _ = load(TINY, device="cpu", dtype=torch.bfloat16)
+    assert not any(module.packed for module in rows.modules() if hasattr(module, "packed"))
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        weight = packed.layers[0].feed_forward.down.weight
+        assert packed.layers[0].feed_forward.down.packed and packed.output.packed
+        assert torch.equal(weight.to_dense(), rows.layers[0].feed_forward.down.weight.bfloat16())

@@ -437,9 +437,12 @@ def test_turns_equal_transformers_reading_the_same_file(bpe, tmp_path):
     convert(write(tmp_path / "a.gguf", metadata, tensors), tmp_path / "out")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="a.gguf")
     model, ours = load(tmp_path / "out", device="cpu")
-    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": NASTY.strip()}]
+    said = NASTY.strip()
+    for name in ("<|im_start|>", "<|im_end|>"):  # in a message they are only text
+        said = said.replace(name, "")
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": said}]
     text = theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    ids = ours.first_turn(NASTY.strip(), "Be kind.")
+    ids = ours.first_turn(said, "Be kind.")
     assert ids == ours.encode(text) and text.startswith("<|begin|><|im_start|>system\nBe kind.")
     # Reading a GGUF file, transformers leaves out the added token and Qwen's normalizer (NFC).
     plain = NASTY.replace("<tool>", "tool").replace("e\u0301", "é")

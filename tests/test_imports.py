@@ -30,7 +30,7 @@ def imported(path):
 
 @pytest.mark.parametrize("name", ORDER)
 def test_no_import_runs_back_up(name):
-    later = {*ORDER[ORDER.index(name):], "bench"}
+    later = {*ORDER[ORDER.index(name):], "bench", "examples", "server"}
     assert not imported(ROOT / f"{name}.py") & later
 
 
@@ -38,9 +38,11 @@ def test_every_file_at_the_root_has_its_place():
     assert sorted(path.stem for path in ROOT.glob("*.py")) == sorted(ORDER) and len(ORDER) <= 22
 
 
-def test_files_of_bench_are_short():
-    for path in ROOT.glob("bench/*.py"):
-        assert len(path.read_text().splitlines()) < 250, path
+@pytest.mark.parametrize("folder, most", [("bench", 280), ("server", 280), ("examples", 100)])
+def test_files_of_folders_are_short(folder, most):
+    for path in ROOT.glob(f"{folder}/*.py"):
+        lines = [line for line in path.read_text().splitlines() if line.strip()]
+        assert len(lines) < most, path
 
 
 def closure(*names):

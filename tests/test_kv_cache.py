@@ -215,3 +215,22 @@ def test_a_first_chunk_is_a_sequence_read_without_a_cache(window):
     tokens = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(0))
     cache = KVCache(model.config, 2, 4, window, 16)
     assert (model(tokens, cache) - model(tokens)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("n_tokens", [9, 60, 200])
+def test_of_a_copied_row_only_what_it_holds_is_copied_and_a_cleared_one_holds_nothing(n_tokens):
+    model = random_model()
+    source, other = (KVCache(model.config, rows, 4, 28, 16) for rows in (1, 2))
+    ids = torch.randint(64, (1, n_tokens), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for part in ids.split(16, dim=1):
+            model(part, source)
+        for _ in range(9):
+            model(torch.ones(2, 16, dtype=torch.int64), other)
+        other.copy_row(1, source, n_tokens=n_tokens)
+        expected = model(torch.tensor([[7]]), source)
+        assert torch.allclose(model(torch.tensor([[7], [7]]), other)[1], expected[0], atol=1e-5)
+    other.clear_row(1, n_tokens + 1)
+    assert other.length.tolist() == [145, 0] and other.overhang[1] == 0
+    for layer in (*other.k, *other.v):
+        assert not layer[1, :, :n_tokens + 1].any() and layer[0].any()

@@ -293,7 +293,7 @@ def test_a_pinned_system_turn_is_read_once_and_begins_every_conversation(tmp_pat
     assert (status, out) == (0, ""), err
     before = session.read_bytes()
     _, tokenizer = load(TINY, device="cpu")
-    n_system = len(tokenizer.encode(tokenizer.system_turn(system)))
+    n_system = len(tokenizer.system_turn(system))
     for _ in range(2):
         first, second = records(*pinned, "--load-session", session, program="chat",
                                 stdin="Hello\nGo on\n")

@@ -1,0 +1,187 @@
+"""An OpenAI-style server of endless conversations: continuous batching, nothing read twice.
+
+    python -m server                                        # SmolLM2 on http://127.0.0.1:8000
+    python -m server --checkpoint NAME --batch 8 --compile --api-key-file KEYS --host 0.0.0.0
+
+Every answer's memory is constant, so what is admitted is a count of rows, never a guess about
+lengths. A finished answer's cache is kept in host memory: when its conversation goes on, only the
+new turn is read. SIGTERM ends it: no new requests, running answers may take --grace seconds more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import ipaddress
+import os
+import queue
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import uvicorn
+
+from cli import check_text, make_parser, number, say, user_errors
+from convert_hf import DTYPES
+from load import load
+from server.app import Settings, make_app
+from server.engine import Engine
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, checkpoint="smollm2")
+    parser.prog = "python -m server"
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", metavar="H", help="address to listen on; default 127.0.0.1")
+    add("--port", type=number(int, 0, 65535), default=8000, metavar="P",
+        help="default 8000; 0 is any that is free")
+    add("--batch", type=number(int, 1), default=8, metavar="B",
+        help="answers side by side; default 8")
+    add("--queue", type=number(int, 1), default=64, metavar="N",
+        help="requests that may wait; default 64")
+    add("--max-new-tokens", type=number(int, 1), default=512, metavar="N",
+        help="of an answer: the default, and the most that can be asked for; default 512")
+    add("--sink", type=number(int, 0), metavar="S",
+        help="first tokens of every conversation, never evicted; default 4")
+    add("--pin-system", metavar="TEXT", help="a system turn for all, which is never evicted")
+    add("--keep-gb", type=number(float, 0), default=2.0, metavar="G",
+        help="memory for conversations that may go on; default 2")
+    add("--compile", action="store_true", help="compile the model for this machine first")
+    add("--api-key-file", metavar="FILE", help="who may ask: a key a line")
+    add("--no-auth", action="store_true", help="let everyone who reaches another --host ask")
+    add("--allow-host", action="append", default=[], metavar="NAME",
+        help="a name that this server goes by, beside localhost; may be repeated")
+    add("--allow-origin", action="append", default=[], metavar="URL",
+        help="a site whose pages may ask from browsers (CORS); may be repeated")
+    add("--grace", type=number(float, 0), default=30.0, metavar="SECONDS",
+        help="how long running answers may go on after SIGTERM; default 30")
+    return parser
+
+
+def read_keys(path: str) -> tuple[bytes, ...]:
+    """The keys in a file, one a line. Raises ValueError or OSError naming the file."""
+    keys = tuple(line.strip() for line in Path(path).read_bytes().splitlines() if line.strip())
+    if not keys:
+        raise ValueError(f"{path}: no key in it; it needs one a line")
+    return keys
+
+
+def check(args) -> None:
+    """Refuse what does not go together, and what a server has no use for."""
+    if args.pin_system is not None and args.sink is not None:
+        raise ValueError("--pin-system decides the number of sinks; leave --sink out")
+    if args.json:
+        raise ValueError("--json: a server answers in JSON anyway")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("the server works without torchrun; replicas are for several processes")
+    check_exposure(args)
+
+
+def check_exposure(args) -> None:
+    """Raises ValueError for a server that strangers could use by mistake."""
+    if args.api_key_file and args.no_auth:
+        raise ValueError("--api-key-file and --no-auth exclude each other")
+    local = args.host == "localhost"
+    with contextlib.suppress(ValueError):
+        local = ipaddress.ip_address(args.host).is_loopback
+    if not (local or args.api_key_file or args.no_auth):
+        raise ValueError(f"--host {args.host} lets others in: give --api-key-file FILE, or "
+                         "--no-auth if everyone there may ask")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; nobody is heard yet. Raises OSError naming the address."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except OSError as error:
+        raise OSError(f"--host {host} --port {port}: {error.strerror}") from None
+    return sock
+
+
+def model_name(checkpoint: str) -> str:
+    """What clients call it: the name that was given, without folders or .gguf."""
+    path = Path(checkpoint)
+    return path.name.removesuffix(".gguf") if path.exists() else str(checkpoint)
+
+
+def make_engine(args) -> Engine:
+    """Load the model, and run every graph once."""
+    say(f"loading {args.checkpoint}")
+    model, tokenizer = load(args.checkpoint, args.device, DTYPES.get(args.dtype), args.quantize,
+                            args.compile, args.group_size)
+    sink = args.sink
+    if args.pin_system is not None:
+        sink = len(tokenizer.system_turn(check_text("--pin-system", args.pin_system)))
+    engine = Engine(model, tokenizer, args.batch, sink, args.window,
+                    int(args.keep_gb * 2**30), args.queue, args.pin_system)
+    if args.compile:
+        say("compiling: 10 to 30 s the first time, a few from then on")
+    engine.warm()
+    return engine
+
+
+async def serve(app, sock: socket.socket, engine: Engine, grace: float,
+                signals: queue.SimpleQueue) -> None:
+    """Answer until a signal, and then for as long as running answers take, or grace seconds; a
+    second signal ends it at once."""
+    server = uvicorn.Server(uvicorn.Config(
+        app, log_level="warning", access_log=False, lifespan="off", ws="none", proxy_headers=False,
+        server_header=False, timeout_graceful_shutdown=5))
+    serving = asyncio.ensure_future(server.serve([sock]))
+    while not (server.started or serving.done()):
+        await asyncio.sleep(0.01)
+    host, port, *_ = sock.getsockname()
+    say(f"http://{f'[{host}]' if ':' in host else host}:{port} serves")
+    while signals.empty() and not serving.done():
+        await asyncio.sleep(0.05)
+    engine.drain()
+    say("shutting down")
+    deadline = time.monotonic() + grace
+    while not engine.idle() and signals.qsize() < 2 and time.monotonic() < deadline:
+        await asyncio.sleep(0.05)
+    engine.stop()
+    await asyncio.sleep(0.1)  # the last events are on their way
+    server.should_exit = True
+    await serving
+
+
+def serve_beside(app, sock: socket.socket, engine: Engine, grace: float) -> threading.Thread:
+    """Serve in a thread, and end the engine with it. Signals reach it through the main thread."""
+    signals = queue.SimpleQueue()
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, lambda kind, frame: signals.put(kind))
+
+    def run() -> None:
+        try:
+            asyncio.run(serve(app, sock, engine, grace, signals))
+        finally:
+            engine.stop()
+
+    thread = threading.Thread(target=run, name="http")
+    thread.start()
+    return thread
+
+
+def main():
+    parser = arguments()
+    args = parser.parse_args()
+    with user_errors(parser):
+        check(args)
+        keys = read_keys(args.api_key_file) if args.api_key_file else ()
+        sock = listen(args.host, args.port)
+        engine = make_engine(args)
+        settings = Settings(model_name(args.checkpoint), args.max_new_tokens, keys,
+                            (args.host, *args.allow_host), tuple(args.allow_origin))
+        serving = serve_beside(make_app(engine, settings), sock, engine, args.grace)
+        engine.run()
+        serving.join()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""How fast a server answers: clients that ask one prompt after the other, over real sockets.
+
+    python -m server.measure --prompts mt_bench.jsonl --clients 1,8,32 --stream
+    python -m server.measure --prompts mt_bench.jsonl --clients 4 --stream --beside 50000
+    python -m server.measure --prompts mt_bench.jsonl --turns 50
+
+Works with any server that speaks OpenAI's chat completions. It is its own small HTTP client, since
+on the server's machine a slow one would take the server's time; its share of a core is said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import time
+from urllib.parse import urlsplit
+
+from cli import number, read_prompts, user_errors
+
+
+async def post(url: str, content: dict, key: str = "none"):
+    """Yields each line of the answer's body as it comes. Raises OSError for a status but 200."""
+    at = urlsplit(url)
+    body = json.dumps(content).encode()
+    reader, writer = await asyncio.open_connection(at.hostname, at.port, limit=1 << 20)
+    try:
+        writer.write(f"POST {at.path} HTTP/1.1\r\nHost: {at.netloc}\r\nConnection: close\r\n"
+                     f"Authorization: Bearer {key}\r\nContent-Type: application/json\r\n"
+                     f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        if " 200 " not in head.splitlines()[0]:
+            raise OSError(f"{url}: {head.splitlines()[0]}: {(await reader.read(500)).decode()}")
+        chunked = "transfer-encoding: chunked" in head.lower()
+        held = b""
+        while True:
+            if chunked:
+                size = int(await reader.readline(), 16)
+                piece = (await reader.readexactly(size + 2))[:size]
+            else:
+                piece = await reader.read(1 << 16)
+            if not piece:
+                break
+            *lines, held = (held + piece).split(b"\n")
+            for line in lines:
+                yield line
+        if held:
+            yield held
+    finally:
+        writer.close()
+
+
+async def ask(url: str, content: dict) -> dict:
+    """One request: when it began, when each piece of text came, and how many tokens it had."""
+    began, times, usage, texts = time.perf_counter(), [], None, []
+    async for line in post(url, content):
+        if not content["stream"]:
+            usage = json.loads(line)["usage"]
+        elif line.startswith(b"data: {"):
+            said = json.loads(line[6:])
+            usage = said.get("usage") or usage
+            if said["choices"] and (text := said["choices"][0]["delta"].get("content")):
+                times.append(time.perf_counter())
+                texts.append(text)
+    usage = usage or {"completion_tokens": len(times)}  # of a server that does not say
+    return dict(began=began, times=times, usage=usage, text="".join(texts))
+
+
+async def run(url: str, contents: list[dict], n_clients: int,
+              beside: dict | None = None) -> tuple[list[dict], float]:
+    """All requests, by so many clients; and the seconds that it took. Another client asks for what
+    is beside them all the while."""
+    waiting, done = list(reversed(contents)), []
+
+    async def again_and_again() -> None:
+        n = 0
+        while True:  # never the same words, which would be kept
+            first, *others = beside["messages"]
+            first = {**first, "content": f"{n} {first['content']}"}
+            await ask(url, {**beside, "messages": [first, *others]})
+            n += 1
+
+    async def client() -> None:
+        while waiting:
+            done.append(await ask(url, waiting.pop()))
+
+    other = asyncio.ensure_future(again_and_again()) if beside else None
+    await asyncio.sleep(1 if beside else 0)
+    began = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(n_clients)))
+    took = time.perf_counter() - began
+    if other:
+        other.cancel()
+    return done, took
+
+
+async def converse(url: str, prompts: list[str], content: dict) -> None:
+    """One conversation. Where it is 2, 10 and 50 turns long, the same is asked with another first
+    word, which no server has kept."""
+    messages = []
+    for turn in range(1, len(prompts) + 1):
+        messages.append({"role": "user", "content": prompts[turn - 1]})
+        said = await ask(url, {**content, "messages": messages})
+        if turn in (2, 10, 50) or turn == len(prompts):
+            other = [{**messages[0], "content": "Well: " + messages[0]["content"]}, *messages[1:]]
+            unknown = await ask(url, {**content, "messages": other, "max_tokens": 1})
+            print(json.dumps({"turn": turn, **said["usage"], "first_kept_s": first(said),
+                              "first_not_kept_s": first(unknown)}), flush=True)
+        messages.append({"role": "assistant", "content": said["text"]})
+
+
+def first(one: dict) -> float:
+    return one["times"][0] - one["began"]
+
+
+def share(values: list[float], part: float) -> float | None:
+    """The value that this part of them does not exceed."""
+    return sorted(values)[min(len(values) - 1, int(part * len(values)))] if values else None
+
+
+def figures(done: list[dict], seconds: float) -> dict:
+    waits = [first(one) for one in done if one["times"]]
+    following = [b - a for one in done for a, b in zip(one["times"], one["times"][1:])]
+    tokens = sum(one["usage"]["completion_tokens"] for one in done)
+    return dict(requests=len(done), new_tokens=tokens, tok_s=tokens / seconds,
+                first_p50_s=share(waits, 0.5), first_p99_s=share(waits, 0.99),
+                next_p50_s=share(following, 0.5), next_p99_s=share(following, 0.99),
+                next_mean_s=statistics.mean(following) if following else None)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--url", default="http://127.0.0.1:8000/v1", help="default %(default)s")
+    add("--model", default="smollm2", help="as the server calls it; default %(default)s")
+    add("--prompts", required=True, metavar="FILE", help="of several turns, only the first is said")
+    add("--limit", type=number(int, 1), metavar="N", help="first N prompts only")
+    add("--clients", default="1,8,32", metavar="N,N", help="default %(default)s")
+    add("--max-new-tokens", type=number(int, 1), default=128, metavar="N", help="default 128")
+    add("--temperature", type=number(float, 0), default=0.0, metavar="T", help="default 0")
+    add("--stream", action="store_true", help="token by token, and not whole")
+    add("--beside", type=number(int, 1), metavar="N",
+        help="another client meanwhile has histories of about N tokens read")
+    add("--turns", type=number(int, 2), metavar="N", help="instead: one conversation of N turns")
+    args = parser.parse_args()
+    with user_errors(parser):
+        prompts = [entry.get("prompt") or entry["turns"][0]
+                   for entry in read_prompts(args.prompts)[:args.limit]]
+        content = {"model": args.model, "max_tokens": args.max_new_tokens, "stream": args.stream,
+                   "temperature": args.temperature}
+        if args.stream or args.turns:
+            content.update(stream=True, stream_options={"include_usage": True})
+        contents = [{**content, "messages": [{"role": "user", "content": prompt}]}
+                    for prompt in prompts]
+        beside = args.beside and {**content, "max_tokens": 1, "messages": [
+            {"role": "user", "content": "so it goes on and " * (args.beside // 5)}]}
+        if args.turns:
+            prompts = [prompts[n % len(prompts)] for n in range(args.turns)]
+            asyncio.run(converse(args.url + "/chat/completions", prompts, content))
+            return
+        for n_clients in map(int, args.clients.split(",")):
+            cpu = time.process_time()
+            found = figures(*asyncio.run(run(args.url + "/chat/completions", contents, n_clients,
+                                             beside)))
+            cpu = time.process_time() - cpu
+            seconds = found["new_tokens"] / found["tok_s"]
+            print(json.dumps({"clients": n_clients, "stream": args.stream, **found,
+                              "client_cpu_share": cpu / seconds}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

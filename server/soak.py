@@ -1,0 +1,124 @@
+"""Random clients that join, go on, cancel, stall and send rubbish, for as long as one likes.
+
+    python -m server.soak --url http://127.0.0.1:8000/v1 --model smollm2 --seconds 600
+
+Every answer must be one, or OpenAI's error object with a status below 500 (429 when the queue is
+full); at the end no row may be busy. With --pid the server's memory is read on Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import collections
+import json
+import random
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from cli import number, user_errors
+from server.measure import post
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "said", "<|im_end|>", "\u00e9t\u00e9",
+         "\u65e5\u672c", "\U0001f642", "</s>"]
+
+
+async def client(url: str, model: str, numbers: random.Random, until: float,
+                 count: collections.Counter) -> None:
+    """Conversations of a few turns, one after the other."""
+    while time.time() < until:
+        messages = []
+        for _ in range(numbers.randrange(1, 6)):
+            text = " ".join(numbers.choices(WORDS, k=numbers.choice([1, 5, 20, 400])))
+            messages.append({"role": "user", "content": text})
+            content = {"model": model, "messages": messages, "stream": numbers.random() < 0.7,
+                       "max_tokens": numbers.randrange(1, 60), "temperature": numbers.random(),
+                       "top_p": numbers.choice([1, 0.9]), "n": numbers.choice([1, 1, 1, 3])}
+            if numbers.random() < 0.2:
+                content["stop"] = [" the", "\n"]
+            if numbers.random() < 0.15:
+                name = numbers.choice([*content, "x"])
+                content[name] = numbers.choice([None, -1, "x", [], {}, 1e9, [[]]])
+            said = await one(url, content, numbers, count)
+            if said is None:
+                break
+            messages.append({"role": "assistant", "content": said})
+
+
+async def one(url: str, content: dict, numbers: random.Random,
+              count: collections.Counter) -> str | None:
+    """One request; what was said, if it may go on from there."""
+    leaves_after = numbers.choice([None, None, None, 0, 1, 5, 20])
+    texts, lines = [], post(url + "/chat/completions", content)
+    try:
+        async for line in lines:
+            if line.startswith(b"data: {"):
+                said = json.loads(line[6:])
+                assert "error" not in said, said
+                texts += [c["delta"].get("content") or "" for c in said["choices"]
+                          if c["index"] == 0]
+            elif line.startswith(b"{"):
+                texts.append(json.loads(line)["choices"][0]["message"]["content"])
+            if numbers.random() < 0.001:
+                await asyncio.sleep(2)  # a client that stalls
+            if leaves_after is not None and len(texts) > leaves_after:
+                count["left"] += 1
+                return "".join(texts)
+        count["answered"] += 1
+        return "".join(texts)
+    except OSError as refusal:
+        status = str(refusal).partition("HTTP/1.1 ")[2][:3]
+        count[status or "lost"] += 1
+        assert "error" in str(refusal), refusal
+        await asyncio.sleep(numbers.random() if status == "429" else 0)
+        return None
+    finally:
+        await lines.aclose()
+
+
+def memory(pid: int | None) -> float | None:
+    """Megabytes that a process holds."""
+    if pid is None:
+        return None
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
+
+async def soak(args) -> int:
+    count, until = collections.Counter(), time.time() + args.seconds
+    clients = [asyncio.ensure_future(client(args.url, args.model, random.Random(n), until, count))
+               for n in range(args.clients)]
+    while time.time() < until:
+        await asyncio.sleep(min(30, max(0.1, until - time.time())))
+        print(json.dumps({"left_s": round(until - time.time()), **count,
+                          "memory_mb": memory(args.pid)}), flush=True)
+    await asyncio.gather(*clients)
+    await asyncio.sleep(1)
+    at = urlsplit(args.url)
+    reader, writer = await asyncio.open_connection(at.hostname, at.port)
+    writer.write(f"GET /metrics HTTP/1.1\r\nHost: {at.netloc}\r\n"
+                 "Connection: close\r\n\r\n".encode())
+    figures = (await reader.read()).decode()
+    busy = [line for line in figures.splitlines() if line.startswith((
+        "gpt_stream_rows_busy ", "gpt_stream_queue "))]
+    print(json.dumps({"end": busy, **count, "memory_mb": memory(args.pid)}), flush=True)
+    bad = any(name.startswith("5") or name == "lost" for name in count)
+    return int(bad or not all(line.endswith(" 0.0") for line in busy))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--url", default="http://127.0.0.1:8000/v1", help="default %(default)s")
+    add("--model", default="smollm2", help="as the server calls it; default %(default)s")
+    add("--clients", type=number(int, 1), default=24, metavar="N", help="default 24")
+    add("--seconds", type=number(float, 0), default=600, metavar="S", help="default 600")
+    add("--pid", type=number(int, 1), help="the server's, to read its memory")
+    args = parser.parse_args()
+    with user_errors(parser):
+        raise SystemExit(asyncio.run(soak(args)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,296 @@
+"""The server's engine by itself: what it keeps, what it forgets, and who comes first."""
+
+import asyncio
+import json
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("fastapi")
+from generate import load, make_cache, prefill  # noqa: E402
+from helpers import TINY, random_model  # noqa: E402
+from kv_cache import KVCache  # noqa: E402
+from server.engine import Engine  # noqa: E402
+from server.forms import Form  # noqa: E402
+from server.keep import Keep, Kept, chain, put, take  # noqa: E402
+from server.protocol import parse  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load(TINY, device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture
+def engine(loaded):
+    engines = []
+
+    def make(**sizes):
+        engines.append(Engine(*loaded, **{"batch_size": 2, "window": 60, **sizes}).start())
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.stop()
+        assert engine.ended.wait(20)
+
+
+async def ask(engine, *turns, who="", **options):
+    """The whole answer to a conversation's turns, as the HTTP side asks for it."""
+    messages = [{"role": ("user", "assistant")[at % 2], "content": turn}
+                for at, turn in enumerate(turns)]
+    body = {"model": "m", "messages": messages, "temperature": 0, "max_tokens": 12, **options}
+    asked = parse(json.dumps(body).encode(), True, "m", 500)
+    jobs, form = engine.plan(asked, who), Form(asked, "m", "")
+    async for events in engine.submit(jobs):
+        form.add(events)
+    engine.leave(jobs)
+    return form.whole(jobs)
+
+
+def run(engine, *turns, **options):
+    return asyncio.run(ask(engine, *turns, **options))
+
+
+def rest(engine):
+    """Until nothing runs any more: the last event is told before its row is cleared."""
+    deadline = time.time() + 20
+    while not (engine.batch.idle and engine.idle()):
+        assert time.time() < deadline
+        time.sleep(0.001)
+    return engine
+
+
+def logprobs(answer):
+    return [(token["token"], token["logprob"], [t["logprob"] for t in token["top_logprobs"]])
+            for token in answer["choices"][0]["logprobs"]["content"]]
+
+
+def test_after_a_secret_an_answer_is_a_fresh_servers_to_the_bit(engine):
+    """Rows and staging rows were full of it, past the window, stopped by a text, or abandoned."""
+    fresh, used = engine(), engine()
+    for n in range(3):
+        run(used, f"The secret is {n}! " * 60, n=3, max_tokens=40)
+        run(used, f"A short secret {n}.", stop="the")
+    question = dict(logprobs=True, top_logprobs=5, max_tokens=30)
+    assert logprobs(run(used, "What is it?", **question)) == logprobs(
+        run(fresh, "What is it?", **question))
+
+
+def test_of_what_has_ended_nothing_is_left_in_a_row(engine):
+    secret = engine(keep_bytes=0)
+    run(secret, "The secret is in here! " * 40, n=3, max_tokens=40)
+    run(secret, "Another. " * 9)
+    rest(secret)
+    for cache in (secret.batch.cache, *secret.batch.staging):
+        for layer in (*cache.k, *cache.v):
+            assert not layer[:, :, 1:].any()  # idle rows step at position 0
+
+
+def test_short_prompts_overtake_long_ones(engine):
+    async def both():
+        one = engine(batch_size=4)
+        long = [asyncio.ensure_future(ask(one, f"{n} is long. " * 4000, max_tokens=1))
+                for n in range(3)]
+        while not one.batch.reading:
+            await asyncio.sleep(0.001)
+        for n in range(5):
+            await ask(one, f"Short {n}", max_tokens=2)
+        assert not any(answer.done() for answer in long)
+        one.leave(list(one.jobs))
+        for answer in long:
+            answer.cancel()
+
+    asyncio.run(both())
+
+
+def test_a_prompt_that_nobody_waits_for_is_not_read_on(engine):
+    async def leave():
+        one = engine()
+        answer = asyncio.ensure_future(ask(one, "Long. " * 20_000))
+        while not one.batch.reading:
+            await asyncio.sleep(0.001)
+        one.leave(list(one.jobs))
+        answer.cancel()
+        await ask(one, "Short")
+        return one
+
+    assert not rest(asyncio.run(leave())).answers
+
+
+def test_when_the_model_fails_everyone_is_told_and_it_goes_on(engine, monkeypatch):
+    one = engine()
+    before = run(one, "Hello")["choices"]
+    step, calls = one.model.step, []
+
+    def fail(*args):  # as prompts are half read, and then as rows are at work
+        calls.append(args)
+        if len(calls) in (3, 20):
+            raise RuntimeError("not enough memory, and a quoted prompt")
+        return step(*args)
+
+    monkeypatch.setattr(one.model, "step", fail)
+    for prompt in ("Hello there. " * 300, "Well"):
+        with pytest.raises(Exception, match="The engine failed") as caught:
+            run(one, prompt, max_tokens=100)
+        assert caught.value.status == 500 and "prompt" not in str(caught.value)
+        assert run(one, "Hello")["choices"] == before
+    assert len(calls) > 20
+
+
+# ------------------------------------------------------------------------------ what is kept
+
+
+@pytest.mark.parametrize("n_tokens, undo", [(9, 0), (40, 3), (200, 0), (200, 16), (200, 17),
+                                            (9, 9)])
+def test_a_row_is_put_back_as_it_was(n_tokens, undo):
+    model = random_model()
+    sizes = dict(n_sink=4, window=28, max_chunk=16)
+    ids = torch.randint(64, (n_tokens,), generator=torch.Generator().manual_seed(1)).tolist()
+    cache = KVCache(model.config, 1, **sizes)
+    prefill(model, cache, ids)
+    overhang = cache.overhang[0]
+    kept = take(cache, 0, ids).without(undo)
+    if undo + overhang > 16 or undo >= n_tokens:  # deeper than the ring goes back
+        assert kept is None
+        return
+    other = KVCache(model.config, 3, **sizes)
+    prefill_of_three = torch.randint(64, (3, 16), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        for _ in range(9):
+            model(prefill_of_three, other)  # full of something else
+        put(kept, other, 1)
+        if undo:
+            cache.rollback(undo)
+        following = torch.tensor([[7]])
+        expected = model(following, cache)
+        found = model(following.expand(3, 1), other)[1]
+    assert other.overhang[1] == max(0, kept.overhang - 1)
+    assert torch.allclose(found, expected[0], atol=1e-5) and kept.ids == ids[:n_tokens - undo]
+
+
+def test_what_was_not_used_for_longest_goes_first():
+    def kept(n):
+        return Kept([torch.zeros(n)], [torch.zeros(n)], [], 0, 16)  # 8 bytes an n
+
+    keep = Keep(100)
+    for name in "abc":
+        keep.add(name, kept(4))
+    assert keep.get(["a"])[0] == 0 and keep.get(["x", "b", "y"])[0] == 1
+    keep.add("d", kept(4))  # c was used least recently
+    assert list(keep.entries) == ["a", "b", "d"] and keep.bytes == 96
+    keep.add("e", kept(4), instead_of="b")  # which e goes on from
+    assert list(keep.entries) == ["a", "d", "e"]
+    keep.add("f", kept(13))
+    assert list(keep.entries) == ["a", "d", "e"] and keep.get(["f"]) == (None, None)
+    keep.add("e", kept(12))
+    assert list(keep.entries) == ["e"] and keep.bytes == 96
+
+
+def test_keys_tell_messages_apart():
+    def of(*pairs):
+        return chain("m", [{"role": role, "content": content} for role, content in pairs])
+
+    assert of(("user", "a"), ("assistant", "b"))[0] == of(("user", "a"))[0]
+    keys = [of(("user", "a"), ("user", "b"))[-1], of(("user", "a b"))[-1], of(("user", "ab"))[-1],
+            of(("user", "a user 1 b"))[-1], of(("assistant", "ab"))[-1], of(("user", "ab "))[-1],
+            chain("other", [{"role": "user", "content": "ab"}])[-1]]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_kept_conversation_does_not_change_what_is_said_to_another(engine):
+    """Two that go on from the same answer, at the same time, and in its own row again."""
+    one = engine()
+    first = run(one, "Hello there")["choices"][0]["message"]["content"]
+    alone = [run(one, "Hello there", first, turn) for turn in ("Why?", "Who? " * 50)]
+
+    async def together():
+        return await asyncio.gather(*(ask(one, "Hello there", first, turn)
+                                      for turn in ("Why?", "Who? " * 50)))
+
+    for answers in (alone, asyncio.run(together())):
+        for answer, expected in zip(answers, alone):
+            assert answer["choices"] == expected["choices"]
+            assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+def test_an_answer_that_its_reader_stopped_goes_on_from_where_he_read(engine, loaded):
+    tokenizer = loaded[1]
+    one = engine()
+    whole = run(one, "Hello there", max_tokens=200)["choices"][0]["message"]["content"]
+
+    async def stop(n_events):
+        text = ""
+        body = {"model": "m", "messages": [{"role": "user", "content": "Hello there."}],
+                "temperature": 0, "max_tokens": 200}
+        jobs = one.plan(parse(json.dumps(body).encode(), True, "m", 500), "")
+        async for events in one.submit(jobs):
+            text += "".join(event.text for event in events)
+            n_events -= len(events)
+            if n_events <= 0:
+                break
+        one.leave(jobs)
+        return text
+
+    text = asyncio.run(stop(30))
+    rest(one)
+    assert text and len(text) < len(whole)
+    held = len(tokenizer.first_turn("Hello there."))
+    for read in (text, text[:text.rindex(" ")]):  # the last piece never came
+        usage = run(one, "Hello there.", read, "And?")["usage"]
+        assert usage["prompt_tokens_details"]["cached_tokens"] > held
+        found, n = usage["prompt_tokens_details"]["cached_tokens"], usage["prompt_tokens"]
+        assert tokenizer.decode(tokenizer.encode(read, bos=False)).strip() == read.strip()
+        assert n - found == len(tokenizer.next_turn("And?"))
+    assert not run(one, "Hello there.", text[:-1] + "@", "And?")["usage"][
+        "prompt_tokens_details"]["cached_tokens"]
+
+
+def test_penalties_count_what_was_kept_too(engine, loaded):
+    """The same as when the whole history is read."""
+    one, other = engine(), engine(keep_bytes=0)
+    options = dict(repetition_penalty=1.5, max_tokens=20)
+    first = run(one, "Hello there, cat", **options)["choices"][0]["message"]["content"]
+    turns = ("Hello there, cat", first, "And the cat?")
+    kept, read = run(one, *turns, **options), run(other, *turns, **options)
+    ids = loaded[1].conversation([{"role": r, "content": c} for r, c in zip(
+        ("user", "assistant", "user"), turns)])
+    if kept["usage"]["prompt_tokens"] == len(ids):  # the answer reads back to the same tokens
+        assert kept["choices"] == read["choices"]
+    assert kept["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+def test_without_memory_for_it_nothing_is_kept(engine):
+    one = engine(keep_bytes=0)
+    first = run(one, "Hello there")["choices"][0]["message"]["content"]
+    assert run(one, "Hello there", first, "Why?")["usage"]["prompt_tokens_details"][
+        "cached_tokens"] == 0
+    assert not one.keep.entries
+
+
+def test_make_cache_sizes_are_refused_by_name(loaded):
+    with pytest.raises(ValueError, match="window 999"):
+        Engine(*loaded, window=999)
+    assert make_cache(loaded[0]).window == 252
+
+
+def test_nothing_is_compiled_once_it_is_warm():
+    """Answers alone, side by side, past the window, gone on with, and of many settings."""
+    engine = Engine(*load(TINY, device="cpu", compile=True), batch_size=3, window=60)
+    engine.warm()
+    before = dict(torch._dynamo.utils.counters["stats"])
+    assert before["unique_graphs"] > 0
+    engine.start()
+    first = run(engine, "Hello there", max_tokens=90)["choices"][0]["message"]["content"]
+    run(engine, "Hello there", first, "And? " * 60, n=3, temperature=1.0, top_p=0.9, max_tokens=40)
+
+    async def several():
+        await asyncio.gather(*(ask(engine, f"Cat {n} " * n * 9, max_tokens=10 + 9 * n, min_p=0.1,
+                                   repetition_penalty=1.2, logprobs=True) for n in range(1, 7)))
+
+    asyncio.run(several())
+    assert dict(torch._dynamo.utils.counters["stats"]) == before
+    engine.stop()
