@@ -302,7 +302,7 @@ class Tokenizer:
 
 def any_of(texts) -> re.Pattern:
     """Finds any of these texts, the longest first; in a group, as re.split keeps it."""
-    longest_first = sorted(map(re.escape, texts), key=len, reverse=True)
+    longest_first = sorted(map(re.escape, filter(None, texts)), key=len, reverse=True)
     return re.compile("(" + ("|".join(longest_first) or "(?!)") + ")")
 
 
