@@ -160,7 +160,8 @@ def change_file(rng: random.Random, path: Path) -> None:
     data = path.read_bytes()
     if rng.random() < 0.7:
         # Changed before, it may be no JSON any more, or have another shape.
-        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError,
+                                 RecursionError):
             if path.suffix == ".json":
                 path.write_text(write_json(change_json(rng, json.loads(data))))
                 return

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from helpers import TINY
+from helpers import TINY, run
 
 
 def test_sixty_damaged_checkpoints():
@@ -20,3 +20,9 @@ def test_kill_9_leaves_what_was_there_or_what_comes():
                           cwd=TINY.parent.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(done.stdout.splitlines()) == 4
+
+
+def test_what_a_killed_save_left_is_named(tmp_path):
+    (tmp_path / "s.partial-77").touch()
+    status, _, said = run("chat", "--pin-system", "Be kind.", "--save-session", tmp_path / "s")
+    assert status == 0 and str(tmp_path / "s.partial-77") in said
