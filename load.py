@@ -300,16 +300,20 @@ def compile_step(model: Transformer, device: torch.device, prefill: bool = False
         "guard_filter_fn": needed_guards,
         "triton.cudagraphs": on_gpu, "coordinate_descent_tuning": on_gpu,
         # The graph's own checks of its kernels' shapes, in Python, take a tenth of a small step.
-        "size_asserts": False, "alignment_asserts": False, "scalar_asserts": False,
-        # Else the number of threads is compiled in, unless it is the number of cores.
-        "cpp.dynamic_threads": torch.get_num_threads() != os.cpu_count()})
-    eager = model.step
+        "size_asserts": False, "alignment_asserts": False, "scalar_asserts": False})
+    eager, most, known = model.step, most_threads(), set()
 
     def run(tokens, cache, in_use, last):
         if last is not None and not prefill:
             return eager(tokens, cache, in_use, last)
-        if in_use is not None and not on_gpu:
-            torch._dynamo.decorators.mark_unbacked(in_use, 0)  # one graph for any number of slots
+        if not on_gpu:
+            if in_use is not None:  # one graph for any number of slots
+                torch._dynamo.decorators.mark_unbacked(in_use, 0)
+            # A graph is right for as many threads as it was compiled for, and fewer.
+            kind = tokens.shape, last is None, cache and (cache.n_sink, cache.window, cache.ring)
+            if kind not in known or torch.get_num_threads() > most:
+                torch.set_num_threads(most)
+                known.add(kind)
         logits = graph(tokens, cache, in_use, last)
         return logits.clone() if on_gpu else logits  # a CUDA graph's next replay overwrites it
 
@@ -318,7 +322,7 @@ def compile_step(model: Transformer, device: torch.device, prefill: bool = False
 
 def needed_guards(guards: list) -> list[bool]:
     """Of what a graph checks before every step, what can change. Weights do not (0.7 ms for 22
-    layers), and a graph is right for any number of threads (Threads)."""
+    layers), and a graph needs no other for fewer threads (Threads)."""
     return [kept and guard.guard_type != "GLOBAL_STATE" for kept, guard in
             zip(torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards), guards, strict=True)]
 
@@ -379,12 +383,18 @@ class Threads:
 threads = Threads(torch.get_num_threads())
 
 
+def most_threads() -> int:
+    """How many there may be: PyTorch's number, unless it is one that was found here."""
+    now = torch.get_num_threads()
+    return threads.most if now == threads.now else now
+
+
 def on_free_cores(step: Callable) -> Callable:
-    """The model's step, on as many threads as run undisturbed; torch.set_num_threads says how many
-    there may be at most."""
+    """The model's step, on as many threads as run undisturbed; torch.set_num_threads, before the
+    model is compiled, says how many there may be at most."""
 
     def run(tokens, *rest):
-        if torch.get_num_threads() != threads.now:  # somebody set it
+        if most_threads() != threads.most:  # somebody set it
             threads.__init__(torch.get_num_threads())
         start, cpu_start = time.perf_counter(), time.thread_time()
         logits = step(tokens, *rest)

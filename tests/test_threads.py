@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import load
+from generate import make_cache
+from helpers import TINY
 from load import Threads, on_free_cores
 
 
@@ -88,3 +90,26 @@ def test_a_step_runs_on_what_was_found_and_the_users_own_number_counts(monkeypat
         assert seen == [4, 2, 3] and load.threads.most == 3
     finally:
         torch.set_num_threads(most)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_says_the_same_on_any_number_of_threads():
+    """Also one that was compiled while others had the cores, and on more threads than it was
+    compiled for. (Inductor's own cpp.dynamic_threads, in 2.13, does not.)"""
+    eager, _ = load.load(TINY, device="cpu", dtype=torch.float32)
+    most = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        load.threads.__init__(2)
+        load.threads.now = 1
+        torch.set_num_threads(1)  # as if it had been found
+        model, _ = load.load(TINY, device="cpu", dtype=torch.float32, compile=True)
+        for n in (1, 2, 4, 1):
+            cache, plain = make_cache(model), make_cache(eager)
+            for token in range(40, 60):
+                torch.set_num_threads(n)
+                tokens = torch.tensor([[token]])
+                assert (model(tokens, cache) - eager(tokens, plain)).abs().max() < 1e-4
+    finally:
+        torch.set_num_threads(most)
+        load.threads.__init__(most)
