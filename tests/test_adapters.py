@@ -148,7 +148,8 @@ def test_so_do_the_folders_of_programs(program, where, made, monkeypatch):
     if program == "server":
         pytest.importorskip("fastapi")
     monkeypatch.setattr(f"{where}.load", spy)
-    status, _, err = run(program, "--checkpoint", made / "base", "--adapter", "a/b", "--adapter", "c")
+    status, _, err = run(program, "--checkpoint", made / "base", "--adapter", "a/b",
+                         "--adapter", "c")
     assert status == 2 and "load was given ['a/b', 'c']" in err
 
 
