@@ -266,3 +266,18 @@ def quantized(name: str, plain: nn.Module, kind: dict | list | None, rows: list[
     if N % 16:
         raise ValueError(f"int4 needs outputs in 16s; {name} has {N}; use int8")
     return Int4Linear(K, N, bias, group_size, order)
+
+
+def check_types(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Raises ValueError naming a tensor that holds another kind of numbers than the model's, or an
+    order of columns that is none."""
+    for name, empty in model.state_dict().items():
+        if (tensor := weights.get(name)) is None:
+            continue  # tied
+        whole = not empty.is_floating_point() and not name.endswith(".zero")  # of two widths
+        if tensor.is_floating_point() != empty.is_floating_point() or (
+                whole and tensor.dtype != empty.dtype):
+            raise ValueError(f"tensor {name} holds {tensor.dtype}; it must be {empty.dtype}")
+        if name.endswith(".order") and not torch.equal(
+                tensor.sort().values.cpu(), torch.arange(len(tensor), dtype=tensor.dtype)):
+            raise ValueError(f"tensor {name} is no order of {len(tensor)} columns")

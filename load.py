@@ -21,7 +21,7 @@ from torch import Tensor
 import tp
 from convert_hf import hf_parts, open_file, read_config, stack
 from hub import ADAPTER, find, find_adapter
-from linear import PACKED_BYTES, Int4Linear, Linear
+from linear import PACKED_BYTES, Int4Linear, Linear, check_types
 from model import OBJECT, ModelConfig, Transformer, rope_frequencies
 from published import open_weights, read_quantization
 from quantize import empty_model, quantization_of, store, stored_shapes
@@ -260,21 +260,6 @@ def pack(model: Transformer, compile: bool) -> None:
             if (not tied and module.weight.nbytes >= PACKED_BYTES if compile
                     else module.weight.dtype == torch.bfloat16):
                 module.pack()
-
-
-def check_types(model: Transformer, weights: dict[str, Tensor]) -> None:
-    """Raises ValueError naming a tensor that holds another kind of numbers than the model's, or an
-    order of columns that is none."""
-    for name, empty in model.state_dict().items():
-        if (tensor := weights.get(name)) is None:
-            continue  # tied
-        whole = not empty.is_floating_point() and not name.endswith(".zero")  # of two widths
-        if tensor.is_floating_point() != empty.is_floating_point() or (
-                whole and tensor.dtype != empty.dtype):
-            raise ValueError(f"tensor {name} holds {tensor.dtype}; it must be {empty.dtype}")
-        if name.endswith(".order") and not torch.equal(
-                tensor.sort().values.cpu(), torch.arange(len(tensor), dtype=tensor.dtype)):
-            raise ValueError(f"tensor {name} is no order of {len(tensor)} columns")
 
 
 def check_device(name: str | None) -> torch.device:

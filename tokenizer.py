@@ -85,7 +85,7 @@ class Tokenizer:
         added = self.tokenizers.get_added_tokens_decoder()
         self.specials = {token.content: token_id for token_id, token in added.items()}
         self.ordinary = {token.content for token in added.values() if not token.special}
-        before_text = self.tokenizers.encode("").ids  # what its post-processor adds: BOS or nothing
+        before_text = ids_of(self.tokenizers, "", True)  # what it puts in front: BOS or nothing
         self.bos_id = before_text[0] if before_text else None
         self.eos_id = None
 
@@ -97,7 +97,7 @@ class Tokenizer:
         `bos=False` is for text that goes on."""
         ids, opening = [], bos
         if self.tokenizers and not (rendered and BREAK in text):
-            ids = self.tokenizers.encode(text, add_special_tokens=False).ids
+            ids = ids_of(self.tokenizers, text)
         else:
             for part in self.special_pattern.split(text):
                 if part in self.specials:
@@ -114,7 +114,7 @@ class Tokenizer:
         """Ids of text between special tokens."""
         if self.tokenizers:
             def encode(text: str) -> list[int]:
-                return self._verbatim.encode(text, add_special_tokens=False).ids
+                return ids_of(self._verbatim, text)
         else:
             encode = (self.sentencepiece if opening else self.inner).encode
         if not rendered or BREAK not in part:
@@ -166,7 +166,7 @@ class Tokenizer:
     def _stream_tokenizers(self):
         from tokenizers.decoders import DecodeStream
         # Something must come before, or the first token would lose the space in front of it.
-        before = self.tokenizers.encode("a", add_special_tokens=False).ids
+        before = ids_of(self.tokenizers, "a")
 
         def fresh():
             return DecodeStream(ids=before, skip_special_tokens=True)
@@ -302,7 +302,7 @@ class Tokenizer:
 
 def any_of(texts) -> re.Pattern:
     """Finds any of these texts, the longest first; in a group, as re.split keeps it."""
-    longest_first = sorted(map(re.escape, texts), key=len, reverse=True)
+    longest_first = sorted(map(re.escape, filter(None, texts)), key=len, reverse=True)
     return re.compile("(" + ("|".join(longest_first) or "(?!)") + ")")
 
 
@@ -327,6 +327,14 @@ def stop_at(stops: list[str]):
         return text[:len(text) - keep], False
 
     return add
+
+
+def ids_of(tokenizer, text: str, special: bool = False) -> list[int]:
+    """A text's ids by the package tokenizers, with what its post-processor adds if special."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=special).ids
+    except Exception as error:  # plain, of a vocabulary that lacks what it needs
+        raise ValueError(f"tokenizer.json cannot encode {text[:40]!r}: {error}") from None
 
 
 def strftime_now(form: str) -> str:

@@ -5,7 +5,11 @@
 A rule is one method, `visible`: slots, positions and masks follow from it in every kernel, compiled
 or not. This one sees as far back as the whole window with less than half of its keys (a dilated
 window, as in Longformer, Beltagy et al., 2020). Its perplexity stands beside the stream's, once as
-far and once with as many keys.
+far and once with as many keys. SmolLM2, float32, 5,000 tokens of tests/text.txt:
+
+    4 sinks and the latest 252         perplexity 23.223
+    4 sinks and 108 of the latest 252  perplexity 25.610
+    4 sinks and the latest 108         perplexity 25.462
 """
 
 import argparse

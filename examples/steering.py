@@ -1,10 +1,20 @@
 """Steer what a model says by adding one vector to the activations of one layer.
 
     python -m examples.steering
-    python -m examples.steering --layer 8 --strength 3 --prompt "I went to the sea, and"
+    python -m examples.steering --layer 8 --strength 2 --prompt "I went to the sea, and"
 
 The vector is the difference of the mean activations of two small sets of prompts, at their last
-token (Turner et al., 2023, "Activation addition"). Reading and adding are a forward hook each.
+token (Turner et al., 2023, "Activation addition"). Reading and adding are a forward hook each; with
+`load(..., compile=True)` a hook is compiled in if it is there before the first step.
+
+SmolLM2, greedy, float32; the vector has a norm of 50, an activation there one of 157:
+
+    +0.0  I opened the door and let the sun in. I was so happy to be a part of this [...]
+    +1.0  I opened the door and let the sun shine through. The sound of the car was music to my
+          ears, a sweet aroma that filled the air [...]
+    -1.0  I opened the door and I was left with a broken heart. It's not just about me, [...]
+
+At strength 4 and -4 it says words of that mood, but no sentences any more.
 """
 
 import argparse
@@ -50,9 +60,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--checkpoint", default="smollm2", metavar="NAME")
     parser.add_argument("--layer", type=int, metavar="L", help="default: the middle")
-    parser.add_argument("--strength", type=float, default=2.0, metavar="X")
+    parser.add_argument("--strength", type=float, default=1.0, metavar="X")
     parser.add_argument("--prompt", default="I opened the door and", metavar="TEXT")
-    parser.add_argument("--max-new-tokens", type=int, default=40, metavar="N")
+    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N")
     args = parser.parse_args()
     with user_errors(parser):
         model, tokenizer = load(args.checkpoint, device="cpu", dtype=torch.float32)

@@ -34,7 +34,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from cli import number
 from server.__main__ import arguments, check, make_engine, model_name, read_keys
-from server.app import Settings, failure, make_app, read_body, refusal
+from server.app import Settings, check_host, failure, make_app, read_body, refusal
 from server.forms import event_of
 from server.keep import chain
 from server.protocol import ApiError, text_of
@@ -112,7 +112,7 @@ class Ingress:
 
     def __init__(self, replicas: DeploymentHandle, args: argparse.Namespace):
         self.replicas = replicas.options(method_name="answer", stream=True)
-        self.open = bool(args.no_auth or args.api_key_file)
+        self.settings, self.open = settings_of(args), bool(args.no_auth or args.api_key_file)
 
     async def __call__(self, request: HttpRequest) -> Response:
         try:
@@ -130,7 +130,8 @@ class Ingress:
 
     def check(self, request: HttpRequest) -> None:
         """Raises ApiError for who may not ask. (Serve decides where it listens, so who could reach
-        it is seen here only. Of keys and names, the replicas know.)"""
+        it is seen here only. Keys are looked at by the replicas.)"""
+        check_host(request, self.settings)
         if not (self.open or is_local(request)):
             raise ApiError(403, "This server is for its own machine: start it with api-key-file, "
                                 "or with no-auth if everyone who reaches it may ask.")

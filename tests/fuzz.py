@@ -159,7 +159,8 @@ def change_safetensors(rng: random.Random, data: bytes) -> bytes:
 def change_file(rng: random.Random, path: Path) -> None:
     data = path.read_bytes()
     if rng.random() < 0.7:
-        with contextlib.suppress(ValueError, RecursionError):  # changed before: no JSON any more
+        # Changed before, it may be no JSON any more, or have another shape.
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
             if path.suffix == ".json":
                 path.write_text(write_json(change_json(rng, json.loads(data))))
                 return

@@ -45,7 +45,7 @@ def test_a_batch_adds_one_graph_however_its_rows_are_refilled(compiled):
     model, _ = compiled
     batch = Batch(model, 3, 4, WINDOW)
     graphs = counters["stats"]["unique_graphs"]
-    list(generate_batch(model, [[0]], max_new_tokens=1, batch=batch))
+    list(generate_batch(model, [[0]], max_new_tokens=2, ignore_eos=True, batch=batch))
     assert counters["stats"]["unique_graphs"] == graphs + 1
     prompts = [[7 + n] * n for n in (1, 40, 17, 300, 5, 64, 130)]
     lengths = [30, 5, 40, 12, 1, 25, 9]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -187,6 +188,13 @@ def test_a_broken_tokenizer(broken, name, content):
 def test_added_tokens_without_numbers(broken, content):
     (broken / "added_tokens.json").write_text(content)
     refused("generate", "--checkpoint", broken, naming=[broken, "added tokens"])
+
+
+def test_a_vocabulary_that_lacks_what_its_tokenizer_needs(broken):
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="[UNK]"))
+    made.save(str(broken / "tokenizer.json"))
+    (broken / "tokenizer.model").unlink()
+    refused("generate", "--checkpoint", broken, naming=["tokenizer.json", "[UNK]"])
 
 
 def test_a_missing_optional_package(broken, monkeypatch):

@@ -51,7 +51,7 @@ def test_attention_sinks_prints_and_draws(checkpoint, tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 5000
     sinks = rows[:, 1:5].sum(1)
     if checkpoint == "smollm2":  # the paper's finding
-        assert (sinks[2:] > 0.25).float().mean() > 0.8
+        assert (sinks[12:] > 0.25).all()  # 4 keys of 256
 
 
 def test_weights_equal_transformers(pair):

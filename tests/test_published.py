@@ -318,7 +318,7 @@ def compressed_settings(format="pack-quantized", activations=None, weights=None,
      "quant_method 'bitsandbytes'"),
     ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "quant_method 'fp8'"),
     ({"bits": 4}, "quant_method 'unknown'"),
-    ("gptq", "must be an object"),
+    ("gptq", "it must be an object"),
     (with_settings("gptq-channel", bits=3), "gptq with 3 bits"),
     (with_settings("gptq-channel", bits=2), "gptq with 2 bits"),
     (with_settings("gptq-channel", bits="4"), "gptq with 4 bits"),
@@ -332,6 +332,7 @@ def compressed_settings(format="pack-quantized", activations=None, weights=None,
      "float of 8 bits (float-quantized)"),
     (compressed_settings(activations={"num_bits": 8}), "quantized activations"),
     (compressed_settings(weights={"num_bits": 3}), "with 3 bits"),
+    (compressed_settings(weights={"num_bits": 4.0}), "with 4.0 bits"),
     (compressed_settings(format="marlin-24"), "format 'marlin-24'"),
     (compressed_settings(weights={"strategy": "block"}), "strategy 'block'"),
     (compressed_settings(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
@@ -388,6 +389,15 @@ def test_settings_that_do_not_match_the_tensors(name, changes, naming, tmp_path)
     folder = in_place(tmp_path, name)
     edit(folder, quantization_config=with_settings(name, **changes))
     refused("generate", "--checkpoint", folder, naming=[folder, *naming])
+
+
+def test_an_order_of_columns_that_is_none(tmp_path):
+    run("convert_hf", in_place(tmp_path, "gptq-act-order"), tmp_path / "out")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    name = next(name for name in weights if name.endswith(".order"))
+    weights[name][3] = 10_000
+    save_file(weights, tmp_path / "out" / "model.safetensors")
+    refused("generate", "--checkpoint", tmp_path / "out", naming=[name])
 
 
 def test_gptq_wants_the_original(tmp_path):
