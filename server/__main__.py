@@ -114,7 +114,7 @@ def make_engine(args) -> Engine:
     """Load the model, and run every graph once."""
     say(f"loading {args.checkpoint}")
     model, tokenizer = load(args.checkpoint, args.device, DTYPES.get(args.dtype), args.quantize,
-                            args.compile, args.group_size)
+                            args.compile, args.group_size, adapters=args.adapter)
     sink = args.sink
     if args.pin_system is not None:
         sink = len(tokenizer.system_turn(check_text("--pin-system", args.pin_system)))

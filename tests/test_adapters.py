@@ -139,6 +139,20 @@ def test_the_programs_take_them(made, tmp_path):
         assert len(set(figures)) == 3, argv[0]
 
 
+@pytest.mark.parametrize("program, where", [("server", "server.__main__"),
+                                            ("bench", "bench.models")])
+def test_so_do_the_folders_of_programs(program, where, made, monkeypatch):
+    def spy(*args, adapters=(), **options):
+        raise ValueError(f"load was given {adapters}")
+
+    if program == "server":
+        pytest.importorskip("fastapi")
+    monkeypatch.setattr(f"{where}.load", spy)
+    status, _, err = run(program, "--checkpoint", made / "base", "--adapter", "a/b",
+                         "--adapter", "c")
+    assert status == 2 and "load was given ['a/b', 'c']" in err
+
+
 def test_a_draft_stays_as_it_is(made):
     seen = []
 
