@@ -77,6 +77,7 @@ def test_drawing_beside_a_step(quick, monkeypatch):
         assert out[f"{kind}_share"] == out[f"{kind}_s"] / out["step_s"] > 0
 
 
+@pytest.mark.slow
 def test_decoding_beside_others(quick, monkeypatch):
     monkeypatch.setattr(busy, "TURN", 0.3)
     monkeypatch.setattr(busy, "ROUNDS", 1)

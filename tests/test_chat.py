@@ -27,6 +27,7 @@ def forty(tmp_path_factory):
                    "--temperature", 0, "--dtype", "fp32", program="chat")
 
 
+@pytest.mark.slow
 def test_each_of_forty_turns_prefills_only_its_own_tokens(forty):
     assert [r["turn"] for r in forty] == list(range(40))
     _, tokenizer = load(TINY, device="cpu")

@@ -247,6 +247,7 @@ def test_a_text_that_is_none(tmp_path):
         refused("eval", "--text", tmp_path / name, naming=[tmp_path / name])
 
 
+@pytest.mark.slow
 def test_a_real_process_says_one_line_and_exits_2():
     done = subprocess.run([sys.executable, "generate.py", "--checkpoint", "/no/such"], cwd=ROOT,
                           capture_output=True, text=True)
@@ -261,6 +262,7 @@ def test_what_the_engine_logs_is_said(capsys):
     assert capsys.readouterr().err == "speculation stopped: 3 of 32\n"
 
 
+@pytest.mark.slow
 def test_bytes_that_are_not_utf8_on_the_command_line():
     done = subprocess.run([sys.executable, "generate.py", "--prompt", b"caf\xe9"], cwd=ROOT,
                           capture_output=True)

@@ -4,9 +4,12 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from helpers import TINY, run
 
 
+@pytest.mark.slow
 def test_sixty_damaged_checkpoints():
     done = subprocess.run([sys.executable, "tests/fuzz.py", "--cases", "60", "--seed", "1"],
                           cwd=TINY.parent.parent, capture_output=True, text=True)
@@ -15,6 +18,7 @@ def test_sixty_damaged_checkpoints():
     assert ends["output"] + ends["refused"] == 60 and min(ends.values()) > 10
 
 
+@pytest.mark.slow
 def test_kill_9_leaves_what_was_there_or_what_comes():
     done = subprocess.run([sys.executable, "tests/kills.py", "--kills", "3"],
                           cwd=TINY.parent.parent, capture_output=True, text=True)

@@ -157,6 +157,7 @@ def records(*argv, program="generate", **kwargs):
     return [json.loads(line) for line in out.splitlines()]
 
 
+@pytest.mark.slow
 def test_json_has_the_figures_and_the_seed_decides_the_text():
     first, again = (records("--max-new-tokens", 300, "--window", 60)[0] for _ in range(2))
     assert set(first) == {

@@ -204,6 +204,7 @@ def test_a_layer_is_calibrated_on_what_the_quantized_ones_before_it_say(written,
             assert (ours - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+@pytest.mark.slow
 def test_it_beats_rounding_to_nearest_on_another_text(tmp_path):
     """In nats between the original's predictions and those of the quantized models."""
     text = read_text(str(TEXT))

@@ -57,6 +57,7 @@ def test_edges_of_sinks_and_window(n_sink, before):
         assert largest_difference(logits, expected) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_sink", [0, 1, 4])
 def test_rollbacks_up_to_the_limit_leave_no_trace(n_sink):
     model, tokens = random_model(), tokens_of(400)[0].tolist()
@@ -96,6 +97,7 @@ def test_rollback_deeper_than_the_ring_allows_is_refused_and_changes_nothing():
     assert cache.length.item() == 3
 
 
+@pytest.mark.slow
 def test_rows_of_different_lengths_do_not_touch_each_other():
     """Row 0 runs ahead; row 1 is rolled back after every call, row 2 every second time."""
     model, rows = random_model(), 3
@@ -167,6 +169,7 @@ def test_the_stream_is_as_exact_at_a_far_position(position):
     assert cache.length.item() == position + tokens.shape[1] - 4
 
 
+@pytest.mark.slow
 def test_a_pinned_prompt_is_exact_after_fifty_windows():
     model, pinned = random_model(), 23
     tokens = tokens_of(pinned + 50 * WINDOW)

@@ -86,6 +86,7 @@ def test_a_rollback_stays_as_deep_as_it_was(tmp_path):
     assert torch.equal(feed(resumed, following), feed(kept, following))
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_those_of_the_uninterrupted_stream(tmp_path):
     model, _ = load(TINY, device="cpu", dtype=torch.float32)
     prompt, options = list(range(300, 340)), dict(ignore_eos=True)
@@ -216,6 +217,7 @@ def turns(path, first, last):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("speculation", [(), ("--draft", DRAFT, "--speculate", 3), ("--lookup",)])
 def test_two_halves_are_one_conversation(tmp_path, speculation):
     def chat(first, last, *argv):
