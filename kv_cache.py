@@ -47,7 +47,7 @@ class KVCache:
         # kept as its distance above `length`, on the host, which knows every write and rollback.
         self.overhang = [0] * batch_size
         # CUDA graphs replay on fixed addresses: unmarked, tensors written in place disable them.
-        for tensor in (*self.k, *self.v, self.length):
+        for tensor in (*self.k, *self.v, self.length, self.every_slot):
             torch._dynamo.mark_static_address(tensor, guard=False)
 
     # What a call of the model asks, in this order. Everything but `extend` is traced.

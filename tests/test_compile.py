@@ -120,7 +120,7 @@ def test_two_models_of_one_shape_keep_their_own_graphs():
 def test_operators_are_to_the_compiler_what_they_say():
     """Shapes, strides and dtypes of what they return: graphs take these on trust."""
     from linear import Int4Linear
-    x, weight = torch.randn(3, 64).bfloat16(), torch.randn(96, 64).bfloat16()
+    x, weight = torch.randn(3, 64).bfloat16(), torch.randn(96, 64)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
     int4 = Int4Linear(64, 96, False, 32)
     int4.weight, int4.zero = torch.zeros_like(int4.weight), torch.zeros_like(int4.zero)
@@ -130,5 +130,20 @@ def test_operators_are_to_the_compiler_what_they_say():
     torch.library.opcheck(ops.int4_matmul.default, (x, int4.weight, 32, int4.scales_and_zeros))
     torch.library.opcheck(ops.int8_matmul.default, (
         x, torch.zeros(96, 64, dtype=torch.int8), torch.ones(96).bfloat16()))
-    y = ops.packed_linear(x[None], packed, 96)  # whose weight is no plain tensor
-    assert (y.shape, y.stride(), y.dtype) == ((1, 3, 96), (288, 96, 1), torch.bfloat16)
+    y = ops.packed_linear(x[None].float(), packed, 96)  # whose weight is no plain tensor
+    assert (y.shape, y.stride(), y.dtype) == ((1, 3, 96), (288, 96, 1), torch.float32)
+
+
+def test_a_row_of_a_batch_is_one_graph_wherever_it_lies():
+    """Rows lie at different places in memory; a batch steps the only busy one alone."""
+    torch._dynamo.reset()
+    eager, _ = load(TINY.parent / "tiny-draft", device="cpu", dtype=torch.float32)
+    model, _ = load(TINY.parent / "tiny-draft", device="cpu", dtype=torch.float32, compile=True)
+    cache, plain = make_cache(model, 4, WINDOW, 3), make_cache(eager, 4, WINDOW, 3)
+    for i, row in enumerate((2, 0, 1, 2)):
+        one, other = cache.row(row), plain.row(row)
+        with torch.compiler.set_stance("fail_on_recompile" if i else "default"):
+            for token in range(40, 90):
+                tokens = torch.tensor([[token]])
+                assert (model(tokens, one) - eager(tokens, other)).abs().max() < 1e-4
+    assert all(torch.allclose(ours, k, atol=1e-4) for ours, k in zip(cache.k, plain.k))
