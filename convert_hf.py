@@ -30,7 +30,7 @@ from torch import Tensor
 
 import tp
 from model import ModelConfig
-from tokenizer import eos_ids, read_json
+from tokenizer import read_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FILE_BYTES = 1 << 30  # size of an output file, and so about the memory that converting takes
@@ -62,6 +62,16 @@ def read_config(folder: Path) -> tuple[dict, ModelConfig]:
         raise ValueError(f"{path}: num_hidden_layers is {config.n_layers}; the weights have "
                          f"{layers} layers")
     return raw, config
+
+
+def eos_ids(path: Path) -> list[int]:
+    """The end-of-sequence ids that a JSON file gives. Raises ValueError naming one that is none."""
+    ids = read_json(path).get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if wrong := [i for i in ids if type(i) is not int or not 0 <= i < 2**31]:
+        raise ValueError(f"{path}: eos_token_id is {wrong[0]!r:.80}; it must be a token's number, "
+                         "or a list of them")
+    return ids
 
 
 def open_tensors(folder: Path) -> dict[str, Tensor]:

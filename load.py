@@ -22,10 +22,10 @@ import tp
 from convert_hf import hf_parts, open_file, read_config, stack
 from hub import ADAPTER, find, find_adapter
 from linear import PACKED_BYTES, Int4Linear, Linear, check_types
-from model import OBJECT, ModelConfig, Transformer, rope_frequencies
+from model import OBJECT, ModelConfig, Transformer, check_keys, rope_frequencies
 from published import open_weights, read_quantization
 from quantize import empty_model, quantization_of, store, stored_shapes
-from tokenizer import Tokenizer, check_keys, read_json
+from tokenizer import Tokenizer, read_json
 
 log = logging.getLogger("gpt_stream")
 

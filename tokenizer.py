@@ -14,7 +14,6 @@ import codecs
 import functools
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import sentencepiece
@@ -353,34 +352,6 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a JSON object is needed, not {type(content).__name__}")
     return content
-
-
-def check_keys(raw: dict, kinds: dict[str, tuple], needed: Iterable[str] = ()) -> None:
-    """kinds has a type for each key, and the least and the greatest number, or the kinds of an
-    object's keys; a float may be written as an integer, and None is as if the key were missing.
-    Raises ValueError naming the key, the value, and what would be right."""
-    for key, (kind, low, high) in kinds.items():
-        value = raw.get(key)
-        if value is None and key not in needed:
-            continue
-        fits = type(value) in ((int, float) if kind is float else (kind,))
-        if fits and kind is dict:
-            check_keys(value, low)
-        elif not fits or kind in (int, float) and not low <= value <= high:
-            what = {bool: "true or false", dict: "an object", str: "a text", list: "a list",
-                    int: f"an integer from {low} to {high}",
-                    float: f"a number from {low} to {high}"}[kind]
-            raise ValueError(f"{key} is {value!r:.80}; it must be {what}")
-
-
-def eos_ids(path: Path) -> list[int]:
-    """The end-of-sequence ids that a JSON file gives. Raises ValueError naming one that is none."""
-    ids = read_json(path).get("eos_token_id")
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if wrong := [i for i in ids if type(i) is not int or not 0 <= i < 2**31]:
-        raise ValueError(f"{path}: eos_token_id is {wrong[0]!r:.80}; it must be a token's number, "
-                         "or a list of them")
-    return ids
 
 
 def read_template(folder: Path, settings: dict) -> str:
