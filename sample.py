@@ -23,6 +23,9 @@ from tp import in_step
 
 BLOCK = 64  # tokens that are passed over together before any is looked at
 COLDEST = 1e-30  # as temperature: below, float32 would overflow
+ANY = -math.inf, math.inf
+RANGES = {"temperature": (0, math.inf), "top_k": (0, math.inf), "top_p": (0, 1), "min_p": (0, 1),
+          "repetition_penalty": (1e-3, math.inf), "presence_penalty": ANY, "frequency_penalty": ANY}
 
 
 @dataclass(frozen=True)
@@ -41,22 +44,22 @@ class Sampling:
 
     def __post_init__(self):
         """Raises ValueError naming the setting, its value and what would be right."""
-        for name, low, high in (
-                ("temperature", 0, math.inf), ("top_k", 0, math.inf), ("top_p", 0, 1),
-                ("min_p", 0, 1), ("repetition_penalty", 1e-3, math.inf),
-                ("presence_penalty", -math.inf, math.inf),
-                ("frequency_penalty", -math.inf, math.inf)):
+        for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if value is None:
                 object.__setattr__(self, name, value := getattr(Sampling, name))
-            if not (low <= value <= high and math.isfinite(value)):
-                raise ValueError(f"{name} {value} must be a finite number of at least {low}"
-                                 + f" and at most {high}" * (high < math.inf))
-
+            check_range(name, value, low, high)
 
     @property
     def penalizes(self) -> bool:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raises ValueError unless a setting is a finite number from low to high."""
+    if not (low <= value <= high and math.isfinite(value)):
+        raise ValueError(f"{name} {value} must be a finite number of at least {low}"
+                         + f" and at most {high}" * (high < math.inf))
 
 
 # ------------------------------------------------------------------------------ distributions
@@ -380,9 +383,8 @@ class Rows:
 
     def __init__(self, n_rows: int, vocab_size: int, device="cpu"):
         self.asked = [Sampling()] * n_rows
-        self.settings = {name: torch.full((n_rows,), off, device=device) for name, off in (
-            ("temperature", 0.0), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0),
-            ("repetition_penalty", 1.0), ("presence_penalty", 0.0), ("frequency_penalty", 0.0))}
+        self.settings = {name: torch.full((n_rows,), getattr(Sampling, name), device=device)
+                         for name in RANGES}
         # The keys of the seeds, and how many tokens were drawn: for the host, and for a GPU
         self.key_of, self.n_drawn = [0] * n_rows, [0] * n_rows
         self.keys = torch.zeros(n_rows, dtype=torch.int64, device=device)
@@ -426,8 +428,9 @@ class Rows:
             ids = choose_on_cpu(logits, *([getattr(one, name) for one in asked] for name in (
                 "temperature", "top_k", "top_p", "min_p")), keys)
         else:
-            limits = [self.settings[name][rows] if any(getattr(one, name) != off for one in asked)
-                      else None for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0))]
+            limits = [self.settings[name][rows] if any(
+                getattr(one, name) != getattr(Sampling, name) for one in asked) else None
+                      for name in ("top_k", "top_p", "min_p")]
             ids = choose_on_gpu(logits, self.settings["temperature"][rows], *limits,
                                 mix(self.keys[rows] ^ self.drawn[rows]))
         ids = in_step(ids)[:, None]

@@ -294,7 +294,6 @@ class Engine:
             prompts = [[0] * (LARGE_CHUNK + 1), [0]]  # at the end one is left, which is a graph
             list(generate_batch(self.model, prompts, max_new_tokens=[9, 3], ignore_eos=True,
                                 batch=self.batch))
-        self.batch.steps = self.batch.busy = 0
 
 
 def stopped(key: str) -> str:

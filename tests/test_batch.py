@@ -244,7 +244,8 @@ def test_a_row_that_was_kept_begins_another_prompt():
     for index, token_id in stream:
         said.append(token_id)
         if token_id is None:
-            kept.copy_row(0, batch.cache, batch.row(index))
+            row = batch.rows.index(batch.stream(index))
+            kept.copy_row(0, batch.cache, row)
     assert int(kept.length) == 70
     asked = [Prompt(second, Sampling(1.0, repetition_penalty=1.3, seed=4), 15,
                     begin=lambda staging: staging.copy_row(0, kept), before=first + said[:-1]),
