@@ -37,7 +37,7 @@ from generate import (
 )
 from kv_cache import KVCache
 from model import Transformer
-from sample import Rows, Sampling, check_range, log_probabilities
+from sample import Rows, Sampling, check_range, log_probabilities, new_seed
 from tokenizer import Tokenizer
 from tp import agree
 
@@ -197,11 +197,8 @@ def streams_of(model: Transformer, prompts: Iterable[Sequence[int] | Prompt | No
 def samples_of(model: Transformer, prompt: Prompt,
                generator: torch.Generator | None) -> list[Prompt]:
     """What is asked for of each of a prompt's answers."""
-    seed, stop_ids = prompt.sampling.seed, prompt.stop_ids
-    if seed is None:
-        seed = torch.randint(2**62, (), generator=generator,
-                             device=generator.device if generator else "cpu").item()
-    stop_ids = model.config.eos_ids if stop_ids is None else stop_ids
+    seed = new_seed(generator) if prompt.sampling.seed is None else prompt.sampling.seed
+    stop_ids = model.config.eos_ids if prompt.stop_ids is None else prompt.stop_ids
     return [replace(prompt, sampling=replace(prompt.sampling, seed=seed + i), stop_ids=stop_ids)
             for i in range(prompt.samples)]
 
@@ -355,9 +352,9 @@ def opening(tokenizer: Tokenizer, entry: dict) -> list[int]:
 def ask(prompts: list[list[int]], args) -> list[Prompt]:
     """What the command line wants of the prompts. Every answer has a seed of its own, so it does
     not depend on the batch size or on the other prompts."""
-    how = {**sampling(args), "repetition_penalty": args.repetition_penalty}
-    return [Prompt(ids, Sampling(**how, seed=args.seed + n * args.samples), args.max_new_tokens,
-                   () if args.ignore_eos else None, args.samples) for n, ids in enumerate(prompts)]
+    how, ends = sampling(args), () if args.ignore_eos else None
+    return [Prompt(ids, replace(how, seed=args.seed + n * args.samples), args.max_new_tokens, ends,
+                   args.samples) for n, ids in enumerate(prompts)]
 
 
 def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt], batch: Batch,
@@ -383,6 +380,7 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
                 record = transcript.end(model, length, batch.cache, *batch.staging)
                 of, sample = divmod(index, args.samples)
                 which = {"index": of} if args.samples == 1 else {"index": of, "sample": sample}
+                record["seed"] = stream.prompt.sampling.seed
                 tqdm.write(json.dumps({**which, **record}))  # above the progress bar
                 sys.stdout.flush()
                 done += 1

@@ -193,7 +193,7 @@ def main():
             args.sink = len(tokenizer.system_turn(args.pin_system))
         cache = make_cache(model, args.sink, args.window)
         speculation = open_speculation(model, cache, tokenizer, args)
-        generator = get_ready(model, cache, args, speculation)
+        get_ready(model, cache, args, speculation)
         talk = Conversation(model, tokenizer, cache, speculation, args.pin_system)
         if args.load_session:
             load(args.load_session, talk)
@@ -213,16 +213,17 @@ def main():
                     raise
                 say(str(error).splitlines()[0])  # and the conversation goes on
                 continue
-            record = answer(model, cache, tokenizer, ids, args, generator,
+            record = answer(model, cache, tokenizer, ids, args,
                             (lambda piece: None) if args.json else show, speculation)
             print(json.dumps({"turn": len(records), **record}) if args.json else "", flush=True)
             say(f"turn {len(records)}: {figures(record)}")
             records.append(record)
+            args.seed += 1
             talk.last_id = record["token_ids"][-1]
         if args.save_session:
             save(args.save_session, talk)
     if records:
-        say(f"{totals(records)}, seed {args.seed}")
+        say(f"{totals(records)}, seeds from {records[0]['seed']} on")
 
 
 if __name__ == "__main__":
