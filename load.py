@@ -3,6 +3,7 @@ place, compile."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import os
@@ -77,7 +78,8 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
             for part in [name for name in weights if name.startswith("embed.")]:
                 name = part.replace("embed", "output")
                 weights[name] = tp.own_slice(name, [weights[part]], config, n)
-        model.fingerprint = fingerprint((config, dtype, quantization, *map(digest, lora)), weights)
+        settings = settings_of(config), dtype, quantization, *map(digest, lora)
+        model.fingerprint = fingerprint(settings, weights)
         finish(model, weights, device)
         del weights  # compiling lays them out anew
         if compile:
@@ -116,6 +118,13 @@ def own_parts(name: str, blocks: list[Tensor], config: ModelConfig, n: int, want
         return {part: tp.own_slice(part, [tensor], config, n) for part, tensor in parts.items()}
     tensor = tp.own_slice(name, blocks, config, n).to(device)
     return store(name, tensor, wanted) if wanted else {name: tensor}
+
+
+def settings_of(config: ModelConfig) -> dict:
+    """What a config says beyond the defaults: a field that is new changes no other model's
+    fingerprint."""
+    return {field.name: value for field in dataclasses.fields(config)
+            if (value := getattr(config, field.name)) != field.default}
 
 
 def fingerprint(settings: tuple, weights: dict[str, Tensor]) -> str:

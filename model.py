@@ -255,11 +255,12 @@ class Block(nn.Module):
 class Step:
     """Where a call's T tokens stand: the same for every layer, so made once a call."""
 
-    rope: tuple[Tensor, Tensor]  # angles at the true positions, for keys and the ring's queries
-    sink_rope: tuple[Tensor, Tensor] | None = None  # angles that queries to the sinks are seen at
+    rope: tuple[Tensor, Tensor]  # cosine and sine at the true positions, for keys and ring queries
+    sink_rope: tuple[Tensor, Tensor] | None = None  # the same where the sinks see the queries
     slots: Tensor | None = None  # (B, T): where the new keys and values go
-    mask: Tensor | None = None  # (B, T * G, n) float32, of the n slots in use: 0 where a query sees
-    # them, else -inf; the G queries of a token that share a key-value head have a row each
+    # (B, T * G, n) float32: 0 where a query sees one of the n slots in use, else -inf; the G
+    # queries of a token that share a key-value head have a row each
+    mask: Tensor | None = None
     n_sink: int = 0
     window: int = 0
 
@@ -271,6 +272,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.fingerprint = "random"  # which model it is, for what is saved of it (load.fingerprint)
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -292,6 +294,8 @@ class Transformer(nn.Module):
 
     def step(self, tokens: Tensor, cache: KVCache | None, in_use: Tensor | None,
              last: Tensor | None) -> Tensor:
+        """`forward` as one graph. in_use (n,) int64 are the numbers of the slots to look at
+        (KVCache.in_use); load replaces this function by a compiled one, on a few threads or all."""
         if cache is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
             at = Step(rope(positions, self.frequencies))
