@@ -358,9 +358,9 @@ def ask(prompts: list[list[int]], args) -> list[Prompt]:
 
 
 def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt], batch: Batch,
-                  args) -> bool:
-    """Print every stream's figures, a JSON line, as soon as it ends, and at last those of all.
-    True if Ctrl-C came before: then the step is finished, and what has not ended is dropped."""
+                  args) -> None:
+    """Print every stream's figures, a JSON line, as soon as it ends, and at last those of all. On
+    Ctrl-C the step is finished, what has not ended is dropped, and the program ends."""
     from tqdm import tqdm
     transcripts, done, new_tokens, steps, start = {}, 0, 0, 0, time.perf_counter()
     n_streams, what = len(prompts) * args.samples, "prompts" if args.samples == 1 else "answers"
@@ -394,7 +394,8 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
     say(f"{done} of {n_streams} {what}, {new_tokens} new tokens, "
         f"{new_tokens / (time.perf_counter() - start):.1f} tok/s, {busy()} of {batch.steps} steps, "
         f"compiled in {args.compile_s:.1f} s, seed {args.seed}")
-    return bool(interrupted)
+    if interrupted:
+        sys.exit(128 + interrupted[0])
 
 
 def main():
@@ -418,8 +419,7 @@ def main():
             start = time.perf_counter()
             list(generate_batch(model, [[0]] * 2, max_new_tokens=3, ignore_eos=True, batch=batch))
             args.compile_s += time.perf_counter() - start
-        if write_results(model, tokenizer, ask(prompts, args), batch, args):
-            sys.exit(130)
+        write_results(model, tokenizer, ask(prompts, args), batch, args)
 
 
 if __name__ == "__main__":

@@ -246,7 +246,9 @@ def write_checkpoint(out: Path, source: Path, raw: dict, weights: Iterable[tuple
         for path in (partial, *partial.iterdir()):  # both are made private
             path.chmod(path.stat().st_mode | 0o444 | (0o111 if path.is_dir() else 0))
         os.replace(partial, out)
-    except safetensors.SafetensorError as error:  # a full disk is one
+    except (safetensors.SafetensorError, OSError) as error:  # a full disk is either
+        if getattr(error, "filename", None):
+            raise
         raise OSError(f"{out}: cannot be written: {error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -15,6 +15,7 @@ import lzma
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from convert_hf import DTYPES, progress
 from generate import default_window, load, make_cache
 from kv_cache import KVCache
 from model import Transformer
+from session import check_target, replaced
 
 MODES = ("stream", "window", "recompute", "dense")
 RECOMPUTED_ROWS = 16  # windows read side by side
@@ -117,7 +119,8 @@ def draw(path: str, curves: dict[str, Tensor], marks: dict[str, int], every: int
     axes.set(xlabel="tokens", ylabel=f"perplexity of the latest {SMOOTH} tokens", yscale="log")
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with replaced(Path(path)) as partial:
+        figure.savefig(partial, dpi=110, format=Path(path).suffix[1:] or None)
 
 
 def main():
@@ -133,6 +136,8 @@ def main():
     args = parser.parse_args()
     with user_errors(parser):
         text = read_text(args.text)
+        if args.plot:
+            check_target(args.plot)  # now, and not when everything has been measured
         model, tokenizer = load(args.checkpoint, args.device, DTYPES.get(args.dtype), args.quantize,
                                 group_size=args.group_size, adapters=args.adapter)
         ids = torch.tensor(tokenizer.encode(text)[:args.max_tokens + 1],

@@ -22,6 +22,7 @@ from torch import Tensor
 from cli import (
     add_generation,
     check_text,
+    ending,
     figures,
     hold_interrupt,
     make_parser,
@@ -366,7 +367,7 @@ def main():
             record = record if kept is None else {"index": index, **record}
             print(json.dumps(record) if args.json else "", flush=True)
             say(f"{figures(record)}, compiled in {record['compile_s']:.1f} s, seed {args.seed}")
-            if record["finish_reason"] == "interrupt":
+            if ending or record["finish_reason"] == "interrupt":
                 break
             args.seed += 1
 

@@ -95,7 +95,7 @@ def write_bpe(path: Path, metadata: dict, tokens: list[str], types: list[int],
             single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)])
     bpe.add_tokens([tokenizers.AddedToken(token, special=kind == CONTROL, normalized=False)
                     for token, kind in zip(tokens, types) if kind in (CONTROL, USER_DEFINED)])
-    bpe.save(str(path))
+    path.write_text(bpe.to_str(pretty=True), encoding="utf-8")
 
 
 def sentencepiece_model(tokens: list[str], scores: list[float], types: list[int],

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
-from cli import make_parser, user_errors
+from cli import hold_interrupt, make_parser, user_errors
 from helpers import TINY, run
 from load import check_device
 
@@ -260,6 +261,62 @@ def test_what_the_engine_logs_is_said(capsys):
         logging.getLogger("gpt_stream").info("speculation stopped: %s of 32", 3)
     logging.getLogger("gpt_stream").info("nobody listens any more")
     assert capsys.readouterr().err == "speculation stopped: 3 of 32\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_program_once_and_what_it_does_last_is_done(number):
+    steps = []
+    with pytest.raises(SystemExit) as end, user_errors(make_parser("x")):
+        try:
+            signal.raise_signal(number)
+        finally:
+            signal.raise_signal(signal.SIGTERM)  # another one does not break off cleaning up
+            steps.append("cleaned")
+    assert end.value.code == 128 + number and steps == ["cleaned"]
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_what_was_ignored_stays_so():
+    """As nohup leaves SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with user_errors(make_parser("x")):
+            signal.raise_signal(signal.SIGHUP)
+            with hold_interrupt() as caught:
+                signal.raise_signal(signal.SIGHUP)
+            assert not caught
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_is_held_ends_the_program_later():
+    steps = []
+    with pytest.raises(SystemExit) as end, user_errors(make_parser("x")):
+        with hold_interrupt() as caught:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGTERM)
+            steps.append(list(caught))
+        steps.append("said")
+    assert end.value.code == 143 and steps == [[signal.SIGTERM] * 2, "said"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program, argv", [
+    ("generate", ["--max-new-tokens", "5"]),
+    ("eval", ["--text", "README.md", "--max-tokens", "50"])])  # which leaves it to Python to write
+def test_a_full_disk_behind_the_output_is_one_line(program, argv):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, f"{program}.py", "--device", "cpu", *argv], cwd=ROOT,
+                              stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1] == f"{program}.py: error: stdout: No space left on device"
+
+
+def test_a_plot_that_cannot_be_written_is_known_before_anything_is_measured(tmp_path):
+    argv = ("--text", __file__, "--max-tokens", 9)
+    refused("eval", *argv, "--plot", tmp_path / "none" / "a.png", naming=["a.png", "no folder"])
+    refused("eval", *argv, "--plot", tmp_path, naming=[tmp_path, "not a file"])
 
 
 @pytest.mark.slow
