@@ -1,6 +1,6 @@
 """kill -9 while something is written: what was there is whole, what comes is whole or absent.
 
-    python tests/kills.py --kills 50 [--seed 0]
+    python tests/kills.py --kills 50 --seed 7
 
 Each of convert_hf, convert_gguf, quantize and a session's save is run in a forked process and
 killed at random moments of the time that it takes. Then the folder or file has to be, byte for
@@ -10,7 +10,6 @@ name what the killed one left beside it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import shutil
@@ -70,9 +69,12 @@ def kill(program: str, made: Path, kills: int, rng: random.Random) -> dict[str, 
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--kills", type=int, default=50, metavar="N", help="of each program")
-    parser.add_argument("--seed", type=int, default=0, metavar="S")
+    from cli import plain_parser  # which fuzz has made reachable
+    parser = plain_parser(__doc__)
+    parser.add_argument("--kills", type=int, default=50, metavar="N",
+                        help="how often each program is killed")
+    parser.add_argument("--seed", type=int, default=0, metavar="N",
+                        help="where random numbers begin")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as made:
