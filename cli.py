@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -150,6 +151,8 @@ def user_errors(parser: argparse.ArgumentParser):
 
     handler.emit = once
     log.addHandler(handler)
+    # There is no flag for it: what is asked for in float32 is computed in float32.
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores for float32")
     log.setLevel(logging.INFO)
     try:
         try:
@@ -193,16 +196,18 @@ class Lossy(io.FileIO):
 def open_streams() -> None:
     """Open what a shell closed (`2>&-`), to nowhere: a file opened later would get its number, and
     what is printed. What stderr cannot take is dropped: a full disk, or a terminal that has gone,
-    must not stop the work."""
+    must not stop the work. The Hub's bars take several lines, which need a cursor that moves."""
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(number, True)
     os.close(number)
-    sys.stdin = sys.stdin or open(0, closefd=False)
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
     if sys.stderr is sys.__stderr__:  # and nobody listens in
         sys.stderr = io.TextIOWrapper(
             io.BufferedWriter(Lossy(2, "w", closefd=False)), line_buffering=True,
             encoding=getattr(sys.stderr, "encoding", None), errors="backslashreplace")
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb" or os.environ.get("NO_COLOR"):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def takes_no_more(stream) -> bool:

@@ -158,7 +158,8 @@ def main():
                               nats=nats.mean().item(), perplexity=nats.mean().exp().item(),
                               seconds=time.perf_counter() - start)
                 print(json.dumps(record) if args.json else
-                      f"{name:20} {record['tokens']} tokens  perplexity {record['perplexity']:.3f}")
+                      f"{name:20} {record['tokens']} tokens  perplexity {record['perplexity']:.3f}",
+                      flush=True)
                 if mode != "stream":
                     break  # the number of sinks changes only the stream
         if args.plot:

@@ -229,6 +229,8 @@ def from_hub(name: str, fetch: bool, only: tuple[str, ...] = ()) -> Path:
     """The folder of org/model[@revision] in the Hub's cache, brought up to date first; `only` are
     all its files, where it is no model. Raises ValueError naming it and what to do about it."""
     library = package("huggingface_hub", name)
+    if fetch:
+        log.info("asking the Hugging Face Hub for %s", name)
     repo, revision = HUB_NAME.fullmatch(name).groups()
     try:
         folder = snapshot(library, repo, revision, fetch, only)

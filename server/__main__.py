@@ -48,7 +48,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--keep-gb", type=number(float, 0), default=2.0, metavar="G",
         help="GB of memory for conversations that may go on")
     add("--compile", action="store_true", help="compile the model for this machine first")
-    add("--api-key-file", metavar="FILE", help="who may ask: a key a line; default: whoever is on this machine")
+    add("--api-key-file", metavar="FILE",
+        help="who may ask: a key a line; default: whoever is on this machine")
     add("--no-auth", action="store_true", help="let everyone who reaches another --host ask")
     add("--allow-host", action="append", default=[], metavar="NAME",
         help="a name that this server goes by, beside localhost; may be repeated")
