@@ -401,12 +401,13 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
 def main():
     parser = add_generation(make_parser(__doc__), samples=True)
     parser.add_argument("--prompts", required=True, metavar="FILE",
-                        help="prompts, a JSON object a line; of several turns, only the first")
-    parser.add_argument("--limit", type=number(int, 1), metavar="N", help="first N prompts only")
+                        help="what to say, a JSON object a line; of several turns, only the first")
+    parser.add_argument("--limit", type=number(int, 1), metavar="N",
+                        help="of --prompts, the first N prompts only; default: all")
     parser.add_argument("--batch", type=number(int, 1), default=8, metavar="B",
-                        help="streams side by side; default 8")
-    args = parser.parse_args()
+                        help="streams side by side")
     with user_errors(parser):
+        args = parser.parse_args()
         for flag in ("draft", "lookup", "speculate"):
             if getattr(args, flag):
                 raise ValueError(f"--{flag} works on one stream, and batch.py has many")

@@ -2,8 +2,8 @@
 
     python chat.py --compile
     python chat.py --prompts mt_bench.jsonl --limit 20
-    python chat.py --save-session cats.session                  and another day, to go on:
-    python chat.py --load-session cats.session --save-session cats.session
+    python chat.py --save-session cats.session
+    python chat.py --load-session cats.session      # goes on with it, another day
 
 Typed, or all turns of a file as one conversation, as in SwiftInfer and StreamingLLM. The cache
 keeps the sinks and the latest tokens, so memory and the time to a turn's first token stay constant.
@@ -64,7 +64,7 @@ def typed() -> Iterator[str]:
             yield line
         try:
             line = tell_all(input(prompt).strip() if rank() == 0 else "")
-        except (EOFError, RuntimeError):  # the latter where stdin is closed
+        except EOFError:
             line = tell_all("/quit")
         except KeyboardInterrupt:
             say(f"\n{HELP}")
@@ -194,13 +194,16 @@ def totals(records: list[dict]) -> str:
 
 def main():
     parser = add_generation(make_parser(__doc__, checkpoint="smollm2"))
-    parser.add_argument("--prompts", metavar="FILE", help="turns to say, a JSON object a line")
-    parser.add_argument("--limit", type=number(int, 1), metavar="N", help="first N turns only")
-    parser.add_argument("--pin-system", metavar="TEXT", help="a system turn that is never evicted")
-    parser.add_argument("--save-session", metavar="FILE", help="keep the conversation at its end")
-    parser.add_argument("--load-session", metavar="FILE", help="go on with one that was kept")
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--prompts", metavar="FILE",
+        help="what to say, a JSON object a line; default: what is typed")
+    add("--limit", type=number(int, 1), metavar="N",
+        help="of --prompts, the first N turns only; default: all")
+    add("--pin-system", metavar="TEXT", help="a system turn that is never evicted")
+    add("--save-session", metavar="FILE", help="keep the conversation at its end")
+    add("--load-session", metavar="FILE", help="go on with one that was kept")
     with user_errors(parser):
+        args = parser.parse_args()
         if args.limit and not args.prompts:
             raise ValueError("--limit goes with --prompts")
         if n_ranks() > 1 and (args.save_session or args.load_session):

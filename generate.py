@@ -1,7 +1,7 @@
 """Generate text from a Llama-family checkpoint, as fast as the memory bus allows, without end.
 
     python generate.py --compile
-    python generate.py --checkpoint DIR --prompt "Once upon a time" --max-new-tokens 5000
+    python generate.py --checkpoint smollm2 --prompt "Once upon a time" --max-new-tokens 5000
 
 Read from the top: a cache, prefill, decode, an answer, and last the command line; load.py is before
 all that. Every model call is a token or a chunk of one of a few sizes, so nothing is ever compiled
@@ -351,9 +351,10 @@ def get_ready(model: Transformer, cache: KVCache, args,
 
 def main():
     parser = add_generation(make_parser(__doc__), samples=True)
-    parser.add_argument("--prompt", default=DEFAULT_PROMPT, metavar="TEXT")
-    args = parser.parse_args()
+    parser.add_argument("--prompt", default=DEFAULT_PROMPT, metavar="TEXT",
+                        help="what to go on from")
     with user_errors(parser):
+        args = parser.parse_args()
         prompt = check_text("--prompt", args.prompt)
         model, tokenizer = open_model(args)
         cache = make_cache(model, args.sink, args.window)

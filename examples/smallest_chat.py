@@ -1,15 +1,17 @@
-"""The smallest conversation without end: python -m examples.smallest_chat (Ctrl-D leaves)."""
+"""The smallest conversation without end; Ctrl-D leaves.
 
-import argparse
+    python -m examples.smallest_chat
+"""
+
 import sys
 
-from cli import show, user_errors
+from cli import add_checkpoint, plain_parser, show, user_errors
 from generate import generate, load, make_cache
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", default="smollm2", metavar="NAME")
+    parser = plain_parser(__doc__)
+    add_checkpoint(parser, "smollm2")
     with user_errors(parser):
         model, tokenizer = load(parser.parse_args().checkpoint)
         cache, last_id = make_cache(model), None
