@@ -100,7 +100,7 @@ def user_errors(parser: argparse.ArgumentParser):
     try:
         with end_on_signals():
             yield
-            sys.stdout.flush()
+            show("")
             tp.part()
             if ending:
                 sys.exit(128 + ending[0])
@@ -111,7 +111,7 @@ def user_errors(parser: argparse.ArgumentParser):
         sys.exit(130)
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         if tp.local_rank() == 0 or not isinstance(error, ValueError):  # once a machine
-            fail(parser, unwritten(sys.stdout) or str(error) or type(error).__name__)
+            fail(parser, str(error) or type(error).__name__)
         sys.exit(2)
     except RuntimeError as error:
         if "allocate memory" in str(error):  # of a CPU
@@ -132,15 +132,6 @@ def fail(parser: argparse.ArgumentParser, message: str) -> None:
         sys.stderr.write(f"{parser.prog}: error: {line}\n")
     except OSError:  # nobody can be told
         drop_output(sys.stderr)
-
-
-def unwritten(stream: TextIO) -> str | None:
-    """What keeps the stream from being written, as on a full disk; None where nothing does."""
-    try:
-        stream.flush()
-    except OSError as error:
-        drop_output(stream)
-        return f"{stream.name.strip('<>')}: {error.strerror}"
 
 
 def drop_output(stream: TextIO) -> None:
@@ -252,15 +243,17 @@ def show(text: str) -> None:
 
 
 def put(text: str, stream: TextIO) -> None:
-    """Write at once. To a terminal that has closed, which the SIGHUP that comes of it may tell
-    later than this: what that signal ends, ends."""
+    """Write at once. Raises OSError naming the stream, as on a full disk. A terminal that has
+    closed is told by SIGHUP, and sooner by this."""
     try:
         stream.write(text)
         stream.flush()
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        if error.errno != errno.EIO:
-            raise
         drop_output(stream)
+        if error.errno != errno.EIO:
+            raise OSError(f"{stream.name.strip('<>')}: {error.strerror}") from None
         signal.raise_signal(signal.SIGHUP)
 
 
