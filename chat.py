@@ -2,8 +2,8 @@
 
     python chat.py --compile
     python chat.py --prompts mt_bench.jsonl --limit 20
-    python chat.py --save-session cats.session                  and another day, to go on:
-    python chat.py --load-session cats.session --save-session cats.session
+    python chat.py --save-session cats.session
+    python chat.py --load-session cats.session      # goes on with it, another day
 
 Typed, or all turns of a file as one conversation, as in SwiftInfer and StreamingLLM. The cache
 keeps the sinks and the latest tokens, so memory and the time to a turn's first token stay constant.
@@ -23,8 +23,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from cli import (
     add_generation,
@@ -66,7 +64,7 @@ def typed() -> Iterator[str]:
             yield line
         try:
             line = tell_all(input(prompt).strip() if rank() == 0 else "")
-        except (EOFError, RuntimeError):  # the latter where stdin is closed
+        except EOFError:
             line = tell_all("/quit")
         except KeyboardInterrupt:
             say(f"\n{HELP}")
@@ -159,9 +157,9 @@ def obey(line: str, talk: Conversation) -> None:
         say(str(error).splitlines()[0])
 
 
-def take_turn(talk: Conversation, text: str, raw: bool, args, generator: torch.Generator,
-              records: list[dict]) -> None:
-    """Answer one turn, or do what it says, and note the answer in records."""
+def take_turn(talk: Conversation, text: str, raw: bool, args, records: list[dict]) -> None:
+    """Answer one turn, or do what it says, and note the answer in records. The next turn has the
+    next seed."""
     if args.prompts:
         say(f"\n> {text}")
     elif text == "/reset" or text.split()[0] in ("/save", "/load"):
@@ -173,12 +171,13 @@ def take_turn(talk: Conversation, text: str, raw: bool, args, generator: torch.G
         if args.prompts:
             raise
         return say(str(error).splitlines()[0])  # and the conversation goes on
-    record = answer(talk.model, talk.cache, talk.tokenizer, ids, args, generator,
+    record = answer(talk.model, talk.cache, talk.tokenizer, ids, args,
                     (lambda piece: None) if args.json else show, talk.speculation)
     talk.last_id = record["token_ids"][-1]
     show((json.dumps({"turn": len(records), **record}) if args.json else "") + "\n")
     say(f"turn {len(records)}: {figures(record)}")
     records.append(record)
+    args.seed += 1
 
 
 def totals(records: list[dict]) -> str:
@@ -195,13 +194,16 @@ def totals(records: list[dict]) -> str:
 
 def main():
     parser = add_generation(make_parser(__doc__, checkpoint="smollm2"))
-    parser.add_argument("--prompts", metavar="FILE", help="turns to say, a JSON object a line")
-    parser.add_argument("--limit", type=number(int, 1), metavar="N", help="first N turns only")
-    parser.add_argument("--pin-system", metavar="TEXT", help="a system turn that is never evicted")
-    parser.add_argument("--save-session", metavar="FILE", help="keep the conversation at its end")
-    parser.add_argument("--load-session", metavar="FILE", help="go on with one that was kept")
-    args = parser.parse_args()
+    add = parser.add_argument
+    add("--prompts", metavar="FILE",
+        help="what to say, a JSON object a line; default: what is typed")
+    add("--limit", type=number(int, 1), metavar="N",
+        help="of --prompts, the first N turns only; default: all")
+    add("--pin-system", metavar="TEXT", help="a system turn that is never evicted")
+    add("--save-session", metavar="FILE", help="keep the conversation at its end")
+    add("--load-session", metavar="FILE", help="go on with one that was kept")
     with user_errors(parser):
+        args = parser.parse_args()
         if args.limit and not args.prompts:
             raise ValueError("--limit goes with --prompts")
         if n_ranks() > 1 and (args.save_session or args.load_session):
@@ -219,7 +221,7 @@ def main():
             args.sink = len(tokenizer.system_turn(args.pin_system))
         cache = make_cache(model, args.sink, args.window)
         speculation = open_speculation(model, cache, tokenizer, args)
-        generator = get_ready(model, cache, args, speculation)
+        get_ready(model, cache, args, speculation)
         talk = Conversation(model, tokenizer, cache, speculation, args.pin_system)
         if args.load_session:
             load(args.load_session, talk)
@@ -228,14 +230,14 @@ def main():
         with contextlib.suppress(SystemExit):  # of a signal: what was said is saved before it ends
             for text, raw in turns or ((line, False) for line in typed()):
                 with hold_interrupt():  # in here nothing is whole
-                    take_turn(talk, text, raw, args, generator, records)
+                    take_turn(talk, text, raw, args, records)
                 if ending:
                     break
         if args.save_session:
             with hold_interrupt():
                 save(args.save_session, talk)
     if records:
-        say(f"{totals(records)}, seed {args.seed}")
+        say(f"{totals(records)}, seeds from {records[0]['seed']} on")
 
 
 if __name__ == "__main__":

@@ -6,15 +6,19 @@ import argparse
 import contextlib
 import errno
 import glob
+import io
 import json
 import logging
 import math
 import os
+import re
+import shutil
 import signal
 import sys
+import textwrap
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
 
 import torch
 
@@ -22,6 +26,7 @@ import tp
 from convert_hf import DTYPES
 
 EMBEDDED = Path(__file__).parent / "checkpoints" / "tiny"
+EXAMPLES = "examples:"
 ending: list[int] = []  # the signal that ends the program: at once, or once it is held no more
 
 
@@ -39,23 +44,64 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
     return read
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Says every option's default, keeps examples as they are, and every word whole, however narrow
+    the terminal is. (Methods with an underscore are how argparse's own formatters are made.)"""
+
+    def __init__(self, prog: str, **how):
+        columns = min(shutil.get_terminal_size().columns, 100)  # a longer line is hard to read
+        super().__init__(prog, **{**how, "width": columns - 2})
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help, action.default
+        if action.required or default == argparse.SUPPRESS or "; default" in text:
+            return text
+        if isinstance(default, list):
+            default = " ".join(map(str, default))
+        said = "off" if default is False else "none" if default in (None, "") else str(default)
+        said = (f'"{said}"' if " " in said else said).replace("%", "%%")
+        return f"{text}; default {said}"
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_long_words=False,
+                             break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith(EXAMPLES) else "\n".join(self._split_lines(text, width))
+
+
+def plain_parser(doc: str) -> argparse.ArgumentParser:
+    """A parser that takes its help from a program's docstring: what comes first says what the
+    program does, then come its examples, which also name it."""
+    about, examples = doc.split("\n\n")[:2]
+    name = re.search(r"python (-m )?(\S+)", examples)
+    prog = f"python -m {name[2]}" if name[1] else Path(name[2]).name
+    return argparse.ArgumentParser(prog, description=about, formatter_class=HelpFormatter,
+                                   epilog=f"{EXAMPLES}\n\n{examples.rstrip()}")
+
+
+def add_checkpoint(parser: argparse.ArgumentParser, default: str | Path | None = None) -> None:
+    """--checkpoint, which has to be given where it has no default."""
+    parser.add_argument(
+        "--checkpoint", default=default, required=default is None, metavar="NAME",
+        help="a folder, a .gguf file, smollm2, or org/model[@revision] on the Hugging Face Hub")
+
+
 def make_parser(doc: str, checkpoint: str | Path = EMBEDDED) -> argparse.ArgumentParser:
-    """A parser with what every program takes; doc is the program's docstring, checkpoint its
-    default."""
-    parser = argparse.ArgumentParser(description=doc.split("\n\n")[0])
+    """A parser with what every program takes that runs a model; doc is the program's docstring,
+    checkpoint its default."""
+    parser = plain_parser(doc)
+    add_checkpoint(parser, checkpoint)
     add = parser.add_argument
-    add("--checkpoint", default=checkpoint, metavar="NAME",
-        help="a folder, a .gguf file, smollm2, or org/model[@revision] on the Hugging Face Hub; "
-        "default %(default)s")
     add("--adapter", action="append", default=[], metavar="NAME",
         help="a LoRA adapter to merge in: a folder or org/adapter[@revision]; may be repeated")
     add("--window", type=number(int, 1), metavar="W",
         help="latest tokens seen; default: what the sinks leave of the trained context")
-    add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    add("--dtype", choices=DTYPES, help="type of the numbers; default: the checkpoint's own")
     add("--device", metavar="D", help="cpu, cuda or cuda:N; default: the GPU if there is one")
-    add("--quantize", choices=["int8", "int4"], help="quantize the weights while loading")
+    add("--quantize", choices=["int8", "int4"], help="quantize the weights")
     add("--group-size", type=int, choices=[32, 64, 128], default=32,
-        help="weights that share an int4 scale; default 32")
+        help="columns of a weight that share an int4 scale")
     add("--json", action="store_true", help="JSON on stdout")
     return parser
 
@@ -65,24 +111,28 @@ def add_generation(parser: argparse.ArgumentParser, samples=False) -> argparse.A
     add = parser.add_argument
     if samples:
         add("--samples", type=number(int, 1), default=1, metavar="N",
-            help="answers to a prompt, with seeds that count up; default 1")
-    add("--max-new-tokens", type=number(int, 1), default=512, metavar="N", help="default 512")
+            help="answers to a prompt, with seeds that count up")
+    add("--max-new-tokens", type=number(int, 1), default=512, metavar="N",
+        help="an answer's tokens, at most")
     add("--compile", action="store_true", help="compile the model for this machine first")
     add("--compile-prefill", action="store_true",
         help="compile how prompts are read, too: worth it for long ones")
     add("--temperature", type=number(float, 0), default=0.8, metavar="T",
-        help="0 is greedy; default 0.8")
-    add("--top-k", type=number(int, 1), metavar="K")
-    add("--top-p", type=number(float, 0, 1), default=0.95, metavar="P", help="default 0.95")
+        help="below 1, likely tokens get likelier; 0 takes the likeliest")
+    add("--top-k", type=number(int, 1), metavar="K", help="only the K likeliest tokens")
+    add("--top-p", type=number(float, 0, 1), default=0.95, metavar="P",
+        help="only the likeliest tokens that together reach the probability P")
     add("--min-p", type=number(float, 0, 1), metavar="P",
         help="only tokens at least P times as likely as the likeliest")
     add("--repetition-penalty", type=number(float, 1e-3), default=1.0, metavar="R",
         help="above 1, what the prompt (in chat: the turn) and the answer say is said less again")
-    add("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="default: random, reported")
+    add("--seed", type=number(int, 0, 2**63 - 1), metavar="N",
+        help="where random numbers begin; default: random, reported")
     add("--stop", action="append", default=[], metavar="TEXT", help="end here; may be repeated")
     add("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
     add("--sink", type=number(int, 0), metavar="S", help="first tokens, never evicted; default 4")
-    add("--draft", metavar="NAME", help="a smaller model that proposes tokens")
+    add("--draft", metavar="NAME",
+        help="a smaller model with the same tokenizer, which proposes tokens")
     add("--lookup", action="store_true", help="propose what followed these words before")
     add("--speculate", type=number(int, 1), metavar="K",
         help="tokens proposed a round; default: as many as pay")
@@ -93,25 +143,36 @@ def add_generation(parser: argparse.ArgumentParser, samples=False) -> argparse.A
 def user_errors(parser: argparse.ArgumentParser):
     """End the program with one line and status 2 for what the user gave, and quietly when nobody
     reads its output any more, or on a signal. What the engine logs meanwhile is said."""
-    log, handler = logging.getLogger("gpt_stream"), logging.Handler()
-    handler.emit = lambda record: say(record.getMessage())
+    open_streams()
+    log, handler, said = logging.getLogger("gpt_stream"), logging.Handler(), set()
+
+    def once(record: logging.LogRecord) -> None:  # a draft may be like its model
+        if (line := record.getMessage()) not in said:
+            said.add(line)
+            say(line)
+
+    handler.emit = once
     log.addHandler(handler)
+    # There is no flag for it: what is asked for in float32 is computed in float32.
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores for float32")
     log.setLevel(logging.INFO)
     try:
         with end_on_signals():
-            yield
-            show("")
+            try:
+                yield
+            finally:
+                sys.stdout.flush()  # what fails at this is said here, and not by Python at its end
             tp.part()
             if ending:
                 sys.exit(128 + ending[0])
     except BrokenPipeError:
-        drop_output(sys.stdout)
+        drop_output()
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         if tp.local_rank() == 0 or not isinstance(error, ValueError):  # once a machine
-            fail(parser, str(error) or type(error).__name__)
+            fail(parser, unwritten() or str(error) or type(error).__name__)
         sys.exit(2)
     except RuntimeError as error:
         if "allocate memory" in str(error):  # of a CPU
@@ -125,18 +186,51 @@ def user_errors(parser: argparse.ArgumentParser):
         log.removeHandler(handler)
 
 
+class Lossy(io.FileIO):
+    """A stream that drops what it cannot write."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def open_streams() -> None:
+    """Open what a shell closed (`2>&-`), to nowhere: a file opened later would get its number, and
+    what is printed. What stderr cannot take is dropped: a full disk, or a terminal that has gone,
+    must not stop the work. The Hub's bars take several lines, which need a cursor that moves."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(number, True)
+    os.close(number)
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    if sys.stderr is sys.__stderr__:  # and nobody listens in
+        sys.stderr = io.TextIOWrapper(
+            io.BufferedWriter(Lossy(2, "w", closefd=False)), line_buffering=True,
+            encoding=getattr(sys.stderr, "encoding", None), errors="backslashreplace")
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb" or os.environ.get("NO_COLOR"):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
 def fail(parser: argparse.ArgumentParser, message: str) -> None:
     line = message.splitlines()[0]
     line = line if len(line) <= 600 else f"{line[:450]} ... {line[-100:]}"
+    sys.stderr.write(f"{parser.prog}: error: {line}\n")
+
+
+def unwritten() -> str | None:
+    """What keeps stdout from being written, as a full disk; None where nothing does."""
     try:
-        sys.stderr.write(f"{parser.prog}: error: {line}\n")
-    except OSError:  # nobody can be told
-        drop_output(sys.stderr)
+        sys.stdout.flush()
+    except OSError as error:
+        drop_output()
+        return f"stdout: {error.strerror}"
 
 
-def drop_output(stream: TextIO) -> None:
-    """Or Python would try to write it again when it ends, and say so in its own words."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def drop_output() -> None:
+    """Or Python would try to write to stdout again when it ends, and say so in its own words."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check_text(source: str, text: str) -> str:
@@ -224,7 +318,7 @@ def hold_interrupt():
 
 def say(line: str) -> None:
     if tp.rank() == 0:
-        put(f"{line}\n", sys.stderr)
+        print(line, file=sys.stderr, flush=True)
 
 
 def wrote(path: Path) -> None:
@@ -239,21 +333,18 @@ def name_leftovers(path: Path) -> None:
 
 
 def show(text: str) -> None:
-    put(text, sys.stdout)
-
-
-def put(text: str, stream: TextIO) -> None:
-    """Write at once. Raises OSError naming the stream, as on a full disk. A terminal that has
-    closed is told by SIGHUP, and sooner by this."""
+    """Write to stdout at once. Raises OSError naming it, as on a full disk. When it is a terminal
+    that has closed, the SIGHUP that comes of it may come later than this: what that signal ends,
+    ends."""
     try:
-        stream.write(text)
-        stream.flush()
+        sys.stdout.write(text)
+        sys.stdout.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
-        drop_output(stream)
+        drop_output()
         if error.errno != errno.EIO:
-            raise OSError(f"{stream.name.strip('<>')}: {error.strerror}") from None
+            raise OSError(f"stdout: {error.strerror}") from None
         signal.raise_signal(signal.SIGHUP)
 
 

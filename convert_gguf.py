@@ -1,7 +1,6 @@
 """Convert a GGUF file, which is what llama.cpp runs, into a checkpoint folder of ours.
 
-    python convert_gguf.py FILE.gguf OUT [--dtype bf16|fp16|fp32]
-                           [--quantize int8|int4] [--group-size 32|64|128]
+    python convert_gguf.py model-q4_0.gguf checkpoints/model --quantize int4
 
 The file is metadata (the sizes, the tokenizer, the chat template), the list of the tensors, and the
 tensors, most of them in blocks of a few bits that the package `gguf` turns into numbers again. One
@@ -13,7 +12,6 @@ Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
-import argparse
 import math
 import tempfile
 from collections import Counter
@@ -315,18 +313,18 @@ def convert(source: Path, out: Path, dtype: torch.dtype | None = None,
 
 
 def main():
-    from cli import user_errors, wrote
+    from cli import plain_parser, user_errors, wrote
 
-    parser = argparse.ArgumentParser(description="Convert a GGUF file.")
-    parser.add_argument("source", type=Path, metavar="FILE.gguf")
-    parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--dtype", choices=DTYPES,
-                        help="default: the file's own, or bf16 where that is a quantized type")
+    parser = plain_parser(__doc__)
+    parser.add_argument("source", type=Path, metavar="FILE.gguf", help="a GGUF file")
+    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="folder to write")
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the numbers; default: the "
+                        "checkpoint's own, or bf16 where that is a quantized type")
     parser.add_argument("--quantize", choices=MODES, help="quantize the weights")
     parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=32,
-                        help="columns that share a scale, for int4; default 32")
-    args = parser.parse_args()
+                        help="columns of a weight that share an int4 scale")
     with user_errors(parser):
+        args = parser.parse_args()
         quantization = quantization_of({}, args.quantize, args.group_size, args.source)
         with progress("converting", "tensors") as show:
             convert(args.source, args.out, DTYPES.get(args.dtype), quantization, show)

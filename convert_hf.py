@@ -1,6 +1,6 @@
 """Read checkpoints, and convert a Hugging Face one into ours.
 
-    python convert_hf.py HF_DIR OUT_DIR [--dtype bf16|fp16|fp32]
+    python convert_hf.py path/to/Llama-3.2-1B checkpoints/llama-3.2-1b --dtype bf16
 
 Ours is a folder with config.json (Hugging Face's, and a key "gpt_stream"), safetensors files with
 q/k/v and gate/up stacked into one tensor each, and the tokenizer's files as they were. Rotary
@@ -10,7 +10,6 @@ nothing until it is used, and converting holds about one output file in memory.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -30,7 +29,7 @@ from torch import Tensor
 
 import tp
 from model import ModelConfig
-from tokenizer import eos_ids, read_json
+from tokenizer import read_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FILE_BYTES = 1 << 30  # size of an output file, and so about the memory that converting takes
@@ -62,6 +61,16 @@ def read_config(folder: Path) -> tuple[dict, ModelConfig]:
         raise ValueError(f"{path}: num_hidden_layers is {config.n_layers}; the weights have "
                          f"{layers} layers")
     return raw, config
+
+
+def eos_ids(path: Path) -> list[int]:
+    """The end-of-sequence ids that a JSON file gives. Raises ValueError naming one that is none."""
+    ids = read_json(path).get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if wrong := [i for i in ids if type(i) is not int or not 0 <= i < 2**31]:
+        raise ValueError(f"{path}: eos_token_id is {wrong[0]!r:.80}; it must be a token's number, "
+                         "or a list of them")
+    return ids
 
 
 def open_tensors(folder: Path) -> dict[str, Tensor]:
@@ -249,13 +258,13 @@ def write_checkpoint(out: Path, source: Path, raw: dict, weights: Iterable[tuple
 def progress(doing: str, unit: str) -> Iterator[Callable[..., None]]:
     """How far long work is: yields show(count, total=None, note=""), to be called at each step.
 
-    On a terminal that is one moving line; elsewhere a plain line every ten seconds, and the last.
-    Under torchrun rank 0 shows it for all."""
+    On a terminal that is one moving line; elsewhere, and on a dumb one, a plain line every ten
+    seconds, and the last. Under torchrun rank 0 shows it for all."""
     try:
         from tqdm import tqdm
     except ImportError:
         raise ValueError("a progress bar needs tqdm: pip install tqdm") from None
-    plain, said = not sys.stderr.isatty(), []
+    plain, said = not sys.stderr.isatty() or os.environ.get("TERM") == "dumb", []
 
     def write(text: str) -> None:  # what tqdm would write over and over on one line, a line each
         if (line := text.strip()) and line not in said[-1:]:
@@ -281,13 +290,14 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def main():
-    from cli import user_errors, wrote  # which reads this file
-    parser = argparse.ArgumentParser(description="Convert a Hugging Face checkpoint.")
-    parser.add_argument("source", type=Path, metavar="HF_DIR")
-    parser.add_argument("out", type=Path, metavar="OUT_DIR")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own")
-    args = parser.parse_args()
+    from cli import plain_parser, user_errors, wrote  # which reads this file
+    parser = plain_parser(__doc__)
+    parser.add_argument("source", type=Path, metavar="HF_DIR", help="a Hugging Face folder")
+    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="folder to write")
+    parser.add_argument("--dtype", choices=DTYPES,
+                        help="type of the numbers; default: the checkpoint's own")
     with user_errors(parser):
+        args = parser.parse_args()
         with progress("converting", "tensors") as show:
             convert(args.source, args.out, DTYPES.get(args.dtype), show)
         wrote(args.out)

@@ -1,5 +1,6 @@
 """Perplexity along one long text, in one uninterrupted stream, for each way of keeping the past.
 
+    python eval.py --text tests/text.txt
     python eval.py --text valid.txt.xz --mode stream window recompute dense --plot stream.png
 
     stream     sinks and a window: StreamingLLM, this engine's cache
@@ -127,14 +128,18 @@ def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--text", required=True, metavar="FILE", help="UTF-8 text, plain or .xz")
-    add("--mode", nargs="+", choices=MODES, default=["stream"])
-    add("--sink", nargs="+", type=number(int, 0), default=[4], metavar="S", help="one run for each")
+    add("--mode", nargs="+", choices=MODES, default=["stream"],
+        help="how the past is kept: sinks and a window, the window alone, the latest tokens read "
+        "anew for every token, or all of it")
+    add("--sink", nargs="+", type=number(int, 0), default=[4], metavar="S",
+        help="first tokens, never evicted; a run for each number")
     add("--every", type=number(int, 1), default=1, metavar="N",
-        help="count every N-th token only: recompute takes long; default 1")
-    add("--max-tokens", type=number(int, 2), default=20_000, metavar="N", help="default 20000")
-    add("--plot", metavar="FILE.png")
-    args = parser.parse_args()
+        help="count every N-th token only: recompute takes long")
+    add("--max-tokens", type=number(int, 2), default=20_000, metavar="N",
+        help="first N tokens of the text only")
+    add("--plot", metavar="FILE.png", help="draw it")
     with user_errors(parser):
+        args = parser.parse_args()
         text = read_text(args.text)
         if args.plot:
             check_target(args.plot)  # now, and not when everything has been measured

@@ -1,7 +1,6 @@
 """int4 weights that make up for each other's rounding: GPTQ (Frantar et al., 2022).
 
-    python gptq.py --checkpoint NAME --text FILE --out DIR [--sequences N] [--length L]
-                   [--group-size 32|64|128]
+    python gptq.py --checkpoint smollm2 --text tests/text.txt --out checkpoints/smollm2-gptq
 
 Rounding to nearest treats every weight alike. GPTQ looks at what a layer reads while the model
 reads a text: the columns of a weight are rounded one after the other, and those not rounded yet are
@@ -17,7 +16,6 @@ it loads, runs and is sliced like any int4 checkpoint. Three things differ from 
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +24,7 @@ import torch
 from torch import Tensor
 
 import tp
-from cli import number, user_errors, wrote
+from cli import add_checkpoint, number, plain_parser, user_errors, wrote
 from convert_hf import progress, read_config, read_weights, stack, write_checkpoint
 from eval import read_text
 from hub import find
@@ -275,20 +273,20 @@ def gptq_checkpoint(source: Path, text: str, out: Path, n_sequences: int = 128,
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Quantize a checkpoint to int4 with GPTQ.")
+    parser = plain_parser(__doc__)
+    add_checkpoint(parser)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="NAME",
-        help="a folder, a .gguf file, smollm2, or org/model[@revision]")
-    add("--text", required=True, metavar="FILE", help="to calibrate on: UTF-8 text, plain or .xz")
-    add("--out", type=Path, required=True, metavar="DIR")
-    add("--sequences", type=number(int, 1), default=128, metavar="N", help="default 128")
+    add("--text", required=True, metavar="FILE", help="UTF-8 text, plain or .xz")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    add("--sequences", type=number(int, 1), default=128, metavar="N",
+        help="pieces of the text to calibrate on, at most")
     add("--length", type=number(int, 2), metavar="L",
-        help=f"tokens of each; default {LENGTH}, or the trained context when that is less")
+        help=f"tokens of each; default: {LENGTH}, or the trained context when that is less")
     add("--group-size", type=int, choices=[32, 64, 128], default=32,
-        help="columns that share a scale; default 32")
+        help="columns of a weight that share an int4 scale")
     add("--device", metavar="D", help="cpu, cuda or cuda:N; default: the GPU if there is one")
-    args = parser.parse_args()
     with user_errors(parser):
+        args = parser.parse_args()
         if tp.n_ranks() > 1:
             raise ValueError("gptq.py works without torchrun; what it writes, torchrun can run")
         source, _ = find(args.checkpoint)

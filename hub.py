@@ -1,11 +1,14 @@
-"""A checkpoint's name -> its folder on this disk. A name is, tried in this order,
+"""A checkpoint's name -> its folder on this disk, fetched and converted where it has to be.
+
+    python hub.py smollm2
+    python hub.py org/model@main
+
+This prints the folder. A name is, tried in this order,
 
     checkpoints/tiny          a folder: ours, or a Hugging Face one
     model-q4_0.gguf           a file of llama.cpp, which is converted once
     smollm2                   SmolLM2-135M-Instruct, which is fetched and converted once
     org/model[@revision]      a model on the Hugging Face Hub, kept in the Hub's own cache
-
-    python hub.py NAME        fetches it and prints its folder
 
 What was converted lies in checkpoints/, whole or not at all. No network is asked for anything that
 is there already, except the Hub, for whether it has a newer version; without a network it is as if
@@ -14,7 +17,6 @@ it had none.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import glob
@@ -236,6 +238,8 @@ def from_hub(name: str, fetch: bool, only: tuple[str, ...] = ()) -> Path:
     """The folder of org/model[@revision] in the Hub's cache, brought up to date first; `only` are
     all its files, where it is no model. Raises ValueError naming it and what to do about it."""
     library = package("huggingface_hub", name)
+    if fetch:
+        log.info("asking the Hugging Face Hub for %s", name)
     repo, revision = HUB_NAME.fullmatch(name).groups()
     try:
         folder = snapshot(library, repo, revision, fetch, only)
@@ -319,12 +323,14 @@ def first_line(error: Exception) -> str:
 
 
 def main():
-    from cli import show, user_errors
+    from cli import plain_parser, show, user_errors
 
-    parser = argparse.ArgumentParser(description="Fetch a checkpoint, and print its folder.")
-    parser.add_argument("name", metavar="NAME")
-    args = parser.parse_args()
+    parser = plain_parser(__doc__)
+    parser.add_argument("name", metavar="NAME",
+                        help="a folder, a .gguf file, smollm2, or org/model[@revision] on the "
+                        "Hugging Face Hub")
     with user_errors(parser):
+        args = parser.parse_args()
         show(f"{find(args.name)[0]}\n")
 
 

@@ -1,6 +1,6 @@
 """int8 and int4 weight-only quantization.
 
-    python quantize.py --checkpoint DIR --mode int8|int4 [--group-size 32|64|128] --out DIR
+    python quantize.py --checkpoint smollm2 --quantize int4 --out checkpoints/smollm2-int4
 
 The file is the same for every device and any number of processes: rows in order, nothing packed for
 a kernel. Beside each weight (N, K) of a matrix multiplication lie its scales, in float32:
@@ -23,7 +23,6 @@ What others have quantized (published.py) keeps its integers, so a folder may mi
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -176,17 +175,18 @@ def store(name: str, tensor: Tensor, quantization: dict) -> dict[str, Tensor]:
 
 
 def main():
-    from cli import user_errors, wrote  # which reads this file
+    from cli import plain_parser, user_errors, wrote  # which reads this file
     from hub import find
-    parser = argparse.ArgumentParser(description="Quantize a checkpoint's weights.")
+    parser = plain_parser(__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="NAME",
-                        help="a folder, smollm2, or org/model[@revision]")
-    parser.add_argument("--mode", choices=MODES, required=True)
+                        help="a folder, smollm2, or org/model[@revision] on the Hugging Face Hub")
+    parser.add_argument("--quantize", "--mode", choices=MODES, required=True, dest="mode",
+                        help="quantize the weights")
     parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=32,
-                        help="columns that share a scale, for int4; default 32")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    args = parser.parse_args()
+                        help="columns of a weight that share an int4 scale")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     with user_errors(parser):
+        args = parser.parse_args()
         if args.checkpoint.endswith(".gguf"):  # whose own integers that keeps, where it can
             raise ValueError(f"{args.checkpoint}: use convert_gguf.py --quantize {args.mode}")
         source, _ = find(args.checkpoint)

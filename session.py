@@ -135,10 +135,10 @@ def check_fit(path: Path, facts: dict, tensors: dict[str, Tensor], name: str, mo
         if saved.get(what) != ours:
             raise ValueError(f"{path}: its {what} is {str(saved.get(what))[:80]}; here it is "
                              f"{ours}")
-    for what in ("length", "overhang"):
+    for what, most in (("length", 2**60), ("overhang", cache.max_chunk)):
         rows = saved.get(what)
         if not isinstance(rows, list) or len(rows) != cache.batch_size or not all(
-                type(n) is int and 0 <= n < 2**60 for n in rows):
+                type(n) is int and 0 <= n <= most for n in rows):
             raise ValueError(f"{path}: damaged: {what} is {rows!r:.80}")
     for tensor_name, slots in filled(name, cache, saved["length"]).items():
         tensor = tensors.get(tensor_name)

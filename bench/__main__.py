@@ -1,5 +1,10 @@
 """Speed and memory against the machine's measured limits, and against peers, in one run.
 
+    python -m bench
+    python -m bench --shape 1.1b --quantize int4 --peer transformers
+
+What is measured, with the peer that it can be held against:
+
     python -m bench --shape 1.1b [--peer transformers]           steps: decode and prefill
     python -m bench --shape 1.1b --window 508 --turns mt_bench.jsonl [--peer streaming]
     python -m bench --shape 1.1b --streams 64 [--batch 8] [--peer transformers]
@@ -63,18 +68,21 @@ def check(args) -> None:
 
 def main():
     parser = make_parser(__doc__)
-    parser.prog = "bench"
     add = parser.add_argument
-    add("--sink", type=number(int, 0), metavar="S", help="default 4")
-    add("--shape", choices=SHAPES, help="random weights instead of a checkpoint")
-    add("--batch", type=number(int, 1), metavar="B", help="default 1, with --streams 8")
+    add("--sink", type=number(int, 0), metavar="S", help="first tokens, never evicted; default 4")
+    add("--shape", choices=SHAPES,
+        help="a model of this size with random weights; default: a checkpoint")
+    add("--batch", type=number(int, 1), metavar="B",
+        help="streams side by side; default 1, with --streams 8")
     add("--peer", choices=["transformers", "streaming"], help="time it too, in turns with ours")
     add("--recompute", action="store_true", help="time the sliding window with recomputation too")
     add("--speculate", type=number(int, 1), metavar="K",
         help="time speculation at its best (K proposals, all accepted) and worst")
     add("--turns", metavar="FILE", help="time an endless conversation of a prompts file's turns")
-    add("--limit", type=number(int, 1), metavar="N", help="first N turns only; default 20")
-    add("--max-new-tokens", type=number(int, 2), metavar="M", help="tokens a turn; default 128")
+    add("--limit", type=number(int, 1), metavar="N",
+        help="of --turns, the first N turns only; default 20")
+    add("--max-new-tokens", type=number(int, 2), metavar="N",
+        help="an answer's tokens, at most; default 128")
     add("--streams", type=number(int, 1), metavar="N",
         help="time continuous batching of N synthetic prompts")
     add("--busy", type=number(int, 1), metavar="N",
@@ -82,8 +90,8 @@ def main():
     add("--sampling", action="store_true", help="time how tokens are drawn")
     add("--gpu", choices=["limits", "decode", "peers", "batches"], help="a part of gpu.py's table")
     add("--gpt-fast", metavar="DIR", help="a copy of gpt-fast, for --gpu peers")
-    args = parser.parse_args()
     with user_errors(parser):
+        args = parser.parse_args()
         check(args)
         if args.gpu:
             bench_gpu(args)

@@ -11,7 +11,6 @@ Without sinks that share has to go elsewhere, and perplexity collapses (README.m
 model has no sinks: each gets 0.004 at most.
 """
 
-import argparse
 import math
 from unittest import mock
 
@@ -19,7 +18,7 @@ import torch
 
 import model as engine
 from attention import grouped
-from cli import user_errors
+from cli import add_checkpoint, plain_parser, user_errors
 from eval import read_text
 from generate import load, make_cache
 
@@ -81,12 +80,13 @@ def draw(path, shares):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--checkpoint", default="smollm2", metavar="NAME")
-    parser.add_argument("--text", default="tests/text.txt", metavar="FILE")
-    parser.add_argument("--plot", metavar="FILE.png")
-    args = parser.parse_args()
+    parser = plain_parser(__doc__)
+    add_checkpoint(parser, "smollm2")
+    parser.add_argument("--text", default="tests/text.txt", metavar="FILE",
+                        help="UTF-8 text, plain or .xz")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw it")
     with user_errors(parser):
+        args = parser.parse_args()
         model, tokenizer = load(args.checkpoint, device="cpu", dtype=torch.float32)
         ids = torch.tensor(tokenizer.encode(read_text(args.text))[:2048])
         if len(ids) <= 384:

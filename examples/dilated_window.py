@@ -15,11 +15,10 @@ Prejudice:
 So as many keys are better spent on the latest tokens.
 """
 
-import argparse
 
 import torch
 
-from cli import user_errors
+from cli import add_checkpoint, plain_parser, user_errors
 from eval import read_text, streamed
 from generate import load
 from kv_cache import KVCache
@@ -38,12 +37,14 @@ class DilatedCache(KVCache):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--checkpoint", default="smollm2", metavar="NAME")
-    parser.add_argument("--text", default="tests/text.txt", metavar="FILE")
-    parser.add_argument("--max-tokens", type=int, default=5000, metavar="N")
-    args = parser.parse_args()
+    parser = plain_parser(__doc__)
+    add_checkpoint(parser, "smollm2")
+    parser.add_argument("--text", default="tests/text.txt", metavar="FILE",
+                        help="UTF-8 text, plain or .xz")
+    parser.add_argument("--max-tokens", type=int, default=5000, metavar="N",
+                        help="first N tokens of the text only")
     with user_errors(parser):
+        args = parser.parse_args()
         model, tokenizer = load(args.checkpoint, device="cpu", dtype=torch.float32)
         ids = torch.tensor(tokenizer.encode(read_text(args.text))[:args.max_tokens + 1])
         as_many = NEAR + (W - NEAR) // EVERY

@@ -17,12 +17,11 @@ SmolLM2, greedy, float32; the vector has a norm of 50, an activation there one o
 At strength 4 and -4 it says words of that mood, but no sentences any more.
 """
 
-import argparse
 import contextlib
 
 import torch
 
-from cli import user_errors
+from cli import add_checkpoint, plain_parser, user_errors
 from generate import generate, load, make_cache
 
 TOWARDS = ["I love this so much, it is wonderful", "What a beautiful and happy day",
@@ -57,14 +56,18 @@ def say(model, tokenizer, prompt, n_tokens):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--checkpoint", default="smollm2", metavar="NAME")
-    parser.add_argument("--layer", type=int, metavar="L", help="default: the middle")
-    parser.add_argument("--strength", type=float, default=1.0, metavar="X")
-    parser.add_argument("--prompt", default="I opened the door and", metavar="TEXT")
-    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N")
-    args = parser.parse_args()
+    parser = plain_parser(__doc__)
+    add_checkpoint(parser, "smollm2")
+    parser.add_argument("--layer", type=int, metavar="L",
+                        help="the layer to steer; default: the one in the middle")
+    parser.add_argument("--strength", type=float, default=1.0, metavar="X",
+                        help="how many times the vector is added")
+    parser.add_argument("--prompt", default="I opened the door and", metavar="TEXT",
+                        help="what to go on from")
+    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N",
+                        help="an answer's tokens, at most")
     with user_errors(parser):
+        args = parser.parse_args()
         model, tokenizer = load(args.checkpoint, device="cpu", dtype=torch.float32)
         n = model.config.n_layers
         layer = n // 2 if args.layer is None else args.layer

@@ -33,31 +33,30 @@ from server.engine import Engine
 
 def arguments() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, checkpoint="smollm2")
-    parser.prog = "python -m server"
     add = parser.add_argument
-    add("--host", default="127.0.0.1", metavar="H", help="address to listen on; default 127.0.0.1")
+    add("--host", default="127.0.0.1", metavar="H", help="address to listen on")
     add("--port", type=number(int, 0, 65535), default=8000, metavar="P",
-        help="default 8000; 0 is any that is free")
+        help="port to listen on; 0 is any that is free")
     add("--batch", type=number(int, 1), default=8, metavar="B",
-        help="answers side by side; default 8")
+        help="streams side by side")
     add("--queue", type=number(int, 1), default=64, metavar="N",
-        help="requests that may wait; default 64")
+        help="requests that may wait")
     add("--max-new-tokens", type=number(int, 1), default=512, metavar="N",
-        help="of an answer: the default, and the most that can be asked for; default 512")
-    add("--sink", type=number(int, 0), metavar="S",
-        help="first tokens of every conversation, never evicted; default 4")
-    add("--pin-system", metavar="TEXT", help="a system turn for all, which is never evicted")
+        help="an answer's tokens, at most; a request may ask for fewer")
+    add("--sink", type=number(int, 0), metavar="S", help="first tokens, never evicted; default 4")
+    add("--pin-system", metavar="TEXT", help="a system turn that is never evicted")
     add("--keep-gb", type=number(float, 0), default=2.0, metavar="G",
-        help="memory for conversations that may go on; default 2")
+        help="GB of memory for conversations that may go on")
     add("--compile", action="store_true", help="compile the model for this machine first")
-    add("--api-key-file", metavar="FILE", help="who may ask: a key a line")
+    add("--api-key-file", metavar="FILE",
+        help="who may ask: a key a line; default: whoever is on this machine")
     add("--no-auth", action="store_true", help="let everyone who reaches another --host ask")
     add("--allow-host", action="append", default=[], metavar="NAME",
         help="a name that this server goes by, beside localhost; may be repeated")
     add("--allow-origin", action="append", default=[], metavar="URL",
         help="a site whose pages may ask from browsers (CORS); may be repeated")
     add("--grace", type=number(float, 0), default=30.0, metavar="SECONDS",
-        help="how long running answers may go on after SIGTERM; default 30")
+        help="how long running answers may go on after SIGTERM")
     return parser
 
 
@@ -132,7 +131,7 @@ async def serve(app, sock: socket.socket, engine: Engine, grace: float,
     second signal ends it at once."""
     server = uvicorn.Server(uvicorn.Config(
         app, log_level="warning", access_log=False, lifespan="off", ws="none", proxy_headers=False,
-        server_header=False, timeout_graceful_shutdown=5))
+        server_header=False, timeout_graceful_shutdown=5, use_colors=False))
     serving = asyncio.ensure_future(server.serve([sock]))
     while not (server.started or serving.done()):
         await asyncio.sleep(0.01)
@@ -170,8 +169,8 @@ def serve_beside(app, sock: socket.socket, engine: Engine, grace: float) -> thre
 
 def main():
     parser = arguments()
-    args = parser.parse_args()
     with user_errors(parser):
+        args = parser.parse_args()
         check(args)
         keys = read_keys(args.api_key_file) if args.api_key_file else ()
         sock = listen(args.host, args.port)

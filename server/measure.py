@@ -10,14 +10,13 @@ on the server's machine a slow one would take the server's time; its share of a 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import statistics
 import time
 from urllib.parse import urlsplit
 
-from cli import number, read_prompts, user_errors
+from cli import number, plain_parser, read_prompts, user_errors
 
 
 async def post(url: str, content: dict, key: str = "none"):
@@ -130,21 +129,25 @@ def figures(done: list[dict], seconds: float) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = plain_parser(__doc__)
     add = parser.add_argument
-    add("--url", default="http://127.0.0.1:8000/v1", help="default %(default)s")
-    add("--model", default="smollm2", help="as the server calls it; default %(default)s")
-    add("--prompts", required=True, metavar="FILE", help="of several turns, only the first is said")
-    add("--limit", type=number(int, 1), metavar="N", help="first N prompts only")
-    add("--clients", default="1,8,32", metavar="N,N", help="default %(default)s")
-    add("--max-new-tokens", type=number(int, 1), default=128, metavar="N", help="default 128")
-    add("--temperature", type=number(float, 0), default=0.0, metavar="T", help="default 0")
+    add("--url", default="http://127.0.0.1:8000/v1", help="where the server is")
+    add("--model", default="smollm2", metavar="NAME", help="as the server calls it")
+    add("--prompts", required=True, metavar="FILE",
+        help="what to say, a JSON object a line; of several turns, only the first")
+    add("--limit", type=number(int, 1), metavar="N",
+        help="of --prompts, the first N prompts only; default: all")
+    add("--clients", default="1,8,32", metavar="N,N", help="clients at once; a run for each number")
+    add("--max-new-tokens", type=number(int, 1), default=128, metavar="N",
+        help="an answer's tokens, at most")
+    add("--temperature", type=number(float, 0), default=0.0, metavar="T",
+        help="below 1, likely tokens get likelier; 0 takes the likeliest")
     add("--stream", action="store_true", help="token by token, and not whole")
     add("--beside", type=number(int, 1), metavar="N",
         help="another client meanwhile has histories of about N tokens read")
     add("--turns", type=number(int, 2), metavar="N", help="instead: one conversation of N turns")
-    args = parser.parse_args()
     with user_errors(parser):
+        args = parser.parse_args()
         prompts = [entry.get("prompt") or entry["turns"][0]
                    for entry in read_prompts(args.prompts)[:args.limit]]
         content = {"model": args.model, "max_tokens": args.max_new_tokens, "stream": args.stream,

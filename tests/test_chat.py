@@ -113,7 +113,7 @@ def test_text_and_figures_are_kept_apart(tmp_path):
 
 def test_an_interrupt_keeps_what_was_said_and_the_conversation_goes_on():
     model, tokenizer = load(TINY, device="cpu")
-    parser = add_generation(make_parser("x"))
+    parser = add_generation(make_parser("What it is.\n\n    python x.py"))
     args = parser.parse_args(["--temperature", "0", "--max-new-tokens", "30"])
     args.compile_s, args.seed = 0.0, 0
     cache, pieces = make_cache(model, 4, 60), []
@@ -124,7 +124,7 @@ def test_an_interrupt_keeps_what_was_said_and_the_conversation_goes_on():
             signal.raise_signal(signal.SIGINT)
 
     ids = tokenizer.first_turn("Hello.")
-    record = answer(model, cache, tokenizer, ids, args, None, emit)
+    record = answer(model, cache, tokenizer, ids, args, emit)
     assert record["finish_reason"] == "interrupt"
     assert record["new_tokens"] == 5 and record["text"] == "".join(pieces)
     assert cache.length.item() == len(ids) + 5

@@ -25,7 +25,7 @@ def refused(program, *argv, naming, **kwargs):
     last = err.strip().splitlines()[-1]
     assert status == 2, err
     assert out == "" and "Traceback" not in err
-    assert last.startswith((f"{program}.py: error: ", f"{program}: error: "))
+    assert last.startswith((f"{program}.py: error: ", f"python -m {program}: error: "))
     for name in naming:
         assert str(name) in last, last
     return last
@@ -256,11 +256,13 @@ def test_a_real_process_says_one_line_and_exits_2():
     assert done.stderr.splitlines()[-1] == "generate.py: error: /no/such: no such checkpoint folder"
 
 
-def test_what_the_engine_logs_is_said(capsys):
-    with user_errors(make_parser("x")):
-        logging.getLogger("gpt_stream").info("speculation stopped: %s of 32", 3)
+def test_what_the_engine_logs_is_said_once(capsys):
+    with user_errors(make_parser("What it is.\n\n    python x.py")):
+        for accepted in (3, 3, 4):
+            logging.getLogger("gpt_stream").info("speculation stopped: %s of 32", accepted)
     logging.getLogger("gpt_stream").info("nobody listens any more")
-    assert capsys.readouterr().err == "speculation stopped: 3 of 32\n"
+    assert capsys.readouterr().err == (
+        "speculation stopped: 3 of 32\nspeculation stopped: 4 of 32\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
