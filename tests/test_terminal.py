@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from helpers import TINY
 from model import ModelConfig
 from quantize import empty_model, stored_shapes
+from session import read_session
 from tokenizer import Tokenizer
 
 pexpect = pytest.importorskip("pexpect")
@@ -147,3 +149,27 @@ def test_a_template_a_session_and_the_end_of_input(tmp_path):
     assert (again["token_ids"], again["evicted"]) == (then["token_ids"], then["evicted"])
     status, last_words = leave(child)
     assert status == 0 and "4 turns, " in last_words and "new tokens, decode" in last_words
+
+
+@pytest.mark.parametrize("way, status", [("SIGTERM at the prompt", 143), ("SIGTERM", 143),
+                                         ("the terminal closes", 129)])
+def test_what_was_said_is_saved_before_a_signal_ends_the_program(tmp_path, way, status):
+    child = spawn("--max-new-tokens", 10**9, "--ignore-eos", "--save-session", tmp_path / "s")
+    child.sendline("Who are you?")
+    child.expect(r"(\w+\s+){9}")  # in the middle of the answer
+    if "prompt" in way:
+        interrupt(child)
+    if "closes" in way:
+        os.close(child.child_fd)
+        _, ended = os.waitpid(child.pid, 0)
+        assert os.waitstatus_to_exitcode(ended) == status
+        child.closed, child.terminated = True, True
+    else:
+        child.kill(signal.SIGTERM)
+        child.expect(pexpect.EOF)
+        child.close()
+        assert child.exitstatus == status and f"saved {tmp_path / 's'}: " in child.before
+        assert "Traceback" not in child.before
+    assert os.listdir(tmp_path) == ["s"]
+    facts, _ = read_session(tmp_path / "s")
+    assert facts["model"]["length"][0] > 20 and facts["last_id"] is not None
