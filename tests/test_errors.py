@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import tokenizers
@@ -262,6 +263,21 @@ def test_what_the_engine_logs_is_said_once(capsys):
     logging.getLogger("gpt_stream").info("nobody listens any more")
     assert capsys.readouterr().err == (
         "speculation stopped: 3 of 32\nspeculation stopped: 4 of 32\n")
+
+
+@pytest.mark.slow
+def test_advice_on_faster_but_other_numbers_is_not_passed_on(monkeypatch):
+    """What PyTorch says on a GPU that could compute float32 in fewer bits; no flag of ours does."""
+    from torch._inductor.compile_fx import _warn_tf32_disabled
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    with pytest.warns(UserWarning, match="TensorFloat32"):
+        _warn_tf32_disabled.__wrapped__()
+    with warnings.catch_warnings(record=True) as passed_on, \
+            user_errors(make_parser("What it is.\n\n    python x.py")):
+        warnings.warn("something else", stacklevel=1)
+        _warn_tf32_disabled.__wrapped__()
+    assert [str(warning.message) for warning in passed_on] == ["something else"]
 
 
 @pytest.mark.slow
