@@ -20,7 +20,8 @@ from linear import in_memory
 
 def attend(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, at) -> Tensor:
     """q_sink and q_recent are one query (B, T, heads, D), rotated for the sinks and for the ring; k
-    and v (B, kv_heads, S + R, D); at is the model's Step. -> (B, T, heads, D)"""
+    and v (B, kv_heads, S + R, D); at is the model's Step, of which the mask, n_sink and window
+    count here. -> (B, T, heads, D)"""
     if k.is_cuda:
         return attend_all(q_sink, q_recent, k, v, at.mask, at.n_sink)
     if q_recent.shape[1] == 1 and torch.compiler.is_compiling():
@@ -56,7 +57,7 @@ def ungrouped(y: Tensor, T: int) -> Tensor:
 
 def attend_all(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, mask: Tensor,
                n_sink: int) -> Tensor:
-    """Over all the slots that are given, n, as it is written down; mask (B, T * G, n)."""
+    """softmax(q k^T / sqrt(D)) v over the n slots that are given; mask (B, T * G, n)."""
     T, scale = q_recent.shape[1], 1 / math.sqrt(q_recent.shape[-1])
     # All slots, then the sinks again: a matmul over a part of k would first copy that part.
     scores = products(grouped(q_recent * scale, k.shape[1]), k)
@@ -82,7 +83,7 @@ def attend_in_sums(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, mask:
     writes loops up to whatever n is, in 7 us where the operator below takes 49 (32 slots), and in
     26 of 49 (508)."""
     (B, n_kv_heads, _, D), n, dtype = k.shape, mask.shape[-1], v.dtype
-    # A slice would ask whether n is all of them, which would make that a graph of its own.
+    # Of a slice, the compiler would note whether n is all of them: two graphs instead of one.
     k = k.as_strided((B, n_kv_heads, n, D), k.stride())[:, :, None].float()
     v = v.as_strided((B, n_kv_heads, n, D), v.stride())[:, :, None].float()
     q_sink = in_memory(q_sink.float().view(B, n_kv_heads, -1, 1, D))  # (B, kv_heads, G, 1, D)
@@ -93,7 +94,7 @@ def attend_in_sums(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, mask:
     return (weights[..., None] * v).sum(-2).reshape(B, 1, -1, D).to(dtype)
 
 
-FEW = 1024  # slots; to more of them one token attends sooner as it is written down
+FEW = 1024  # slots; for one token over more of them attend_all is faster than the flash kernel
 
 torch.library.define("gpt_stream::attend_held", "(Tensor q_sink, Tensor q_recent, Tensor k, "
                      "Tensor v, Tensor mask, int n_sink, int window) -> Tensor")

@@ -37,7 +37,7 @@ from generate import (
 )
 from kv_cache import KVCache
 from model import Transformer
-from sample import Rows, Sampling, log_probabilities
+from sample import Rows, Sampling, check_range, log_probabilities, new_seed
 from tokenizer import Tokenizer
 from tp import agree
 
@@ -65,12 +65,10 @@ class Prompt:
 
     def __post_init__(self):
         """Raises ValueError naming the number, its value and what would be right."""
-        for name, low, high in (("max_new_tokens", 1, math.inf), ("samples", 1, math.inf),
-                                ("logprobs", 0, TOP_LOGPROBS)):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"{name} {value} must be at least {low}"
-                                 + f" and at most {high}" * (high < math.inf))
+        check_range("max_new_tokens", self.max_new_tokens, 1, math.inf)
+        check_range("samples", self.samples, 1, math.inf)
+        if self.logprobs is not None:
+            check_range("logprobs", self.logprobs, 0, TOP_LOGPROBS)
 
 
 @dataclass
@@ -103,9 +101,9 @@ class Batch:
 
     A server goes on from here: its prompts are an iterator that waits for requests, but yields None
     while others are answered (see `idle`). More staging rows take turns, a chunk each, so that
-    short prompts overtake a long one. When (index, None) is told, `cache` still holds, in
-    `row(index)`, the prompt and exactly the tokens told, for the `begin` of another Prompt; then
-    they are overwritten with zeros, and no other stream could see them before."""
+    short prompts overtake a long one. When (index, None) is told, `cache` still holds, in the row
+    of `stream(index)`, the prompt and exactly the tokens told, for the `begin` of another Prompt;
+    then they are overwritten with zeros, and no other stream could see them before."""
 
     def __init__(self, model: Transformer, batch_size: int = 8, n_sink: int | None = None,
                  window: int | None = None, n_staging: int = 1, n_chunks: int | None = None):
@@ -114,7 +112,6 @@ class Batch:
         self.n_chunks = n_chunks or 1 + batch_size
         self.cache = make_cache(model, n_sink, window, batch_size)
         self.staging = [make_cache(model, n_sink, window) for _ in range(n_staging)]
-        self.steps = self.busy = 0  # decode steps, and rows that were busy, counted at each
         self.rows, self.reading = [], []
         self.clear(model.config.vocab_size)
 
@@ -127,12 +124,12 @@ class Batch:
         size, device = self.cache.batch_size, self.cache.length.device
         self.sampler = Rows(size, vocab_size, device)
         self.tokens = torch.zeros(size, 1, dtype=torch.int64, device=device)  # not in the cache yet
-        self.logprobs = (torch.zeros(size, 1 + TOP_LOGPROBS, device=device),
-                         torch.zeros(size, 1 + TOP_LOGPROBS, dtype=torch.int64, device=device))
+        self.noted = {}  # of rows that ask for it: log_probabilities of their tokens
         self.rows: list[Stream | None] = [None] * size
         self.live = torch.zeros(size, dtype=torch.int64, device=device)  # 1 where a stream is
         self.reading: list[Reading] = []
         self.owed = 0.0  # seconds of steps that long prompts may take as many of
+        self.steps = self.busy = 0  # decode steps, and rows that were busy, counted at each
 
     @property
     def idle(self) -> bool:
@@ -144,9 +141,6 @@ class Batch:
         happens as a token of it is told, and else with the next one."""
         streams = [*self.rows, *(stream for reading in self.reading for stream in reading.streams)]
         return next(stream for stream in streams if stream and stream.index == index)
-
-    def row(self, index: int) -> int:
-        return self.rows.index(self.stream(index))
 
 
 @torch.no_grad()
@@ -203,11 +197,8 @@ def streams_of(model: Transformer, prompts: Iterable[Sequence[int] | Prompt | No
 def samples_of(model: Transformer, prompt: Prompt,
                generator: torch.Generator | None) -> list[Prompt]:
     """What is asked for of each of a prompt's answers."""
-    seed, stop_ids = prompt.sampling.seed, prompt.stop_ids
-    if seed is None:
-        seed = torch.randint(2**62, (), generator=generator,
-                             device=generator.device if generator else "cpu").item()
-    stop_ids = model.config.eos_ids if stop_ids is None else stop_ids
+    seed = new_seed(generator) if prompt.sampling.seed is None else prompt.sampling.seed
+    stop_ids = model.config.eos_ids if prompt.stop_ids is None else prompt.stop_ids
     return [replace(prompt, sampling=replace(prompt.sampling, seed=seed + i), stop_ids=stop_ids)
             for i in range(prompt.samples)]
 
@@ -283,7 +274,8 @@ def begin(batch: Batch, row: int, stream: Stream, logits: Tensor) -> None:
     prompt, batch.rows[row], batch.live[row] = stream.prompt, stream, 1
     batch.sampler.begin(row, prompt.sampling, [*prompt.before, *prompt.ids])
     batch.tokens[row:row + 1] = batch.sampler.sample(logits, slice(row, row + 1))
-    note_logprobs(batch, [row], logits)
+    if prompt.logprobs is not None:
+        note_logprobs(batch, [row], logits)
 
 
 def step(model: Transformer, batch: Batch) -> Iterator[tuple[int, int | None]]:
@@ -291,10 +283,8 @@ def step(model: Transformer, batch: Batch) -> Iterator[tuple[int, int | None]]:
 
     As in generate.decode, a GPU is at the next step already while those are read. Idle rows step
     along, unread and always from position 0, and so does, once, a row that ends here."""
-    noting = [row for row, stream in enumerate(batch.rows)
-              if stream and stream.prompt.logprobs is not None]
     read = start_reading(batch.tokens)
-    noted = [start_reading(values) for values in batch.logprobs] if noting else []
+    noted = {row: [start_reading(x) for x in pair] for row, pair in batch.noted.items()}
     busy = len(batch.rows) - batch.rows.count(None)
     if busy < len(batch.rows):
         batch.cache.length.mul_(batch.live)
@@ -304,10 +294,11 @@ def step(model: Transformer, batch: Batch) -> Iterator[tuple[int, int | None]]:
         logits = model(batch.tokens, batch.cache)
         batch.tokens = batch.sampler.sample(logits)  # (B, 1)
     batch.steps, batch.busy = batch.steps + 1, batch.busy + busy
-    ids, noted = read(), [values() for values in noted]
-    for row in noting:
-        hear(batch.rows[row], row, *noted)
-    note_logprobs(batch, noting, logits)
+    ids = read()
+    for row, (values, tokens) in noted.items():
+        (own, *others), (_, *likeliest) = values(), tokens()
+        batch.rows[row].logprobs.append((own, dict(zip(likeliest, others, strict=True))))
+    note_logprobs(batch, list(noted), logits)
     yield from tell(batch, ids)
 
 
@@ -328,18 +319,8 @@ def note_logprobs(batch: Batch, rows: list[int], logits: Tensor) -> None:
     """Keep what is to be known of the rows' latest tokens, where logits (B, 1, V), or (1, 1, V) for
     one row, are what those were drawn from."""
     for row in rows:
-        if batch.rows[row].prompt.logprobs is not None:
-            raw = logits[row if len(logits) > 1 else 0]
-            noted = log_probabilities(raw, batch.tokens[row:row + 1], TOP_LOGPROBS)
-            for kept, values in zip(batch.logprobs, noted, strict=True):
-                kept[row] = values[0]
-
-
-def hear(stream: Stream, row: int, values: list[float], ids: list[int]) -> None:
-    """Note the log-probabilities of a row's token, read from all rows' of 1 + TOP_LOGPROBS each."""
-    at = row * (1 + TOP_LOGPROBS)
-    some = slice(at + 1, at + 1 + stream.prompt.logprobs)
-    stream.logprobs.append((values[at], dict(zip(ids[some], values[some], strict=True))))
+        raw, n = logits[row if len(logits) > 1 else 0], batch.rows[row].prompt.logprobs
+        batch.noted[row] = log_probabilities(raw, batch.tokens[row:row + 1], n)
 
 
 def tell(batch: Batch, ids: list[int]) -> Iterator[tuple[int, int | None]]:
@@ -355,6 +336,7 @@ def tell(batch: Batch, ids: list[int]) -> Iterator[tuple[int, int | None]]:
             batch.sampler.end(row)
             batch.cache.clear_row(row, stream.length)
             batch.rows[row], batch.live[row] = None, 0
+            batch.noted.pop(row, None)
 
 
 # ------------------------------------------------------------------------------ command line
@@ -370,15 +352,15 @@ def opening(tokenizer: Tokenizer, entry: dict) -> list[int]:
 def ask(prompts: list[list[int]], args) -> list[Prompt]:
     """What the command line wants of the prompts. Every answer has a seed of its own, so it does
     not depend on the batch size or on the other prompts."""
-    how = {**sampling(args), "repetition_penalty": args.repetition_penalty}
-    return [Prompt(ids, Sampling(**how, seed=args.seed + n * args.samples), args.max_new_tokens,
-                   () if args.ignore_eos else None, args.samples) for n, ids in enumerate(prompts)]
+    how, ends = sampling(args), () if args.ignore_eos else None
+    return [Prompt(ids, replace(how, seed=args.seed + n * args.samples), args.max_new_tokens, ends,
+                   args.samples) for n, ids in enumerate(prompts)]
 
 
 def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt], batch: Batch,
-                  args) -> bool:
-    """Print every stream's figures, a JSON line, as soon as it ends, and at last those of all.
-    True if Ctrl-C came before: then the step is finished, and what has not ended is dropped."""
+                  args) -> None:
+    """Print every stream's figures, a JSON line, as soon as it ends, and at last those of all. On
+    Ctrl-C the step is finished, what has not ended is dropped, and the program ends."""
     from tqdm import tqdm
     transcripts, done, new_tokens, steps, start = {}, 0, 0, 0, time.perf_counter()
     n_streams, what = len(prompts) * args.samples, "prompts" if args.samples == 1 else "answers"
@@ -398,6 +380,7 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
                 record = transcript.end(model, length, batch.cache, *batch.staging)
                 of, sample = divmod(index, args.samples)
                 which = {"index": of} if args.samples == 1 else {"index": of, "sample": sample}
+                record["seed"] = stream.prompt.sampling.seed
                 tqdm.write(json.dumps({**which, **record}))  # above the progress bar
                 sys.stdout.flush()
                 done += 1
@@ -411,7 +394,8 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
     say(f"{done} of {n_streams} {what}, {new_tokens} new tokens, "
         f"{new_tokens / (time.perf_counter() - start):.1f} tok/s, {busy()} of {batch.steps} steps, "
         f"compiled in {args.compile_s:.1f} s, seed {args.seed}")
-    return bool(interrupted)
+    if interrupted:
+        sys.exit(128 + interrupted[0])
 
 
 def main():
@@ -436,9 +420,7 @@ def main():
             start = time.perf_counter()
             list(generate_batch(model, [[0]] * 2, max_new_tokens=3, ignore_eos=True, batch=batch))
             args.compile_s += time.perf_counter() - start
-            batch.steps = batch.busy = 0
-        if write_results(model, tokenizer, ask(prompts, args), batch, args):
-            sys.exit(130)
+        write_results(model, tokenizer, ask(prompts, args), batch, args)
 
 
 if __name__ == "__main__":

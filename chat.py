@@ -27,7 +27,9 @@ from pathlib import Path
 from cli import (
     add_generation,
     check_text,
+    ending,
     figures,
+    hold_interrupt,
     make_parser,
     name_leftovers,
     number,
@@ -155,6 +157,29 @@ def obey(line: str, talk: Conversation) -> None:
         say(str(error).splitlines()[0])
 
 
+def take_turn(talk: Conversation, text: str, raw: bool, args, records: list[dict]) -> None:
+    """Answer one turn, or do what it says, and note the answer in records. The next turn has the
+    next seed."""
+    if args.prompts:
+        say(f"\n> {text}")
+    elif text == "/reset" or text.split()[0] in ("/save", "/load"):
+        return obey(text, talk)
+    try:
+        ids = turn_ids(talk, check_text("the turn", text), raw)
+        check_ids(talk.model, ids)
+    except ValueError as error:
+        if args.prompts:
+            raise
+        return say(str(error).splitlines()[0])  # and the conversation goes on
+    record = answer(talk.model, talk.cache, talk.tokenizer, ids, args,
+                    (lambda piece: None) if args.json else show, talk.speculation)
+    talk.last_id = record["token_ids"][-1]
+    show((json.dumps({"turn": len(records), **record}) if args.json else "") + "\n")
+    say(f"turn {len(records)}: {figures(record)}")
+    records.append(record)
+    args.seed += 1
+
+
 def totals(records: list[dict]) -> str:
     """One line about a whole conversation."""
     waits = sorted(record["ttft_s"] for record in records)
@@ -196,36 +221,23 @@ def main():
             args.sink = len(tokenizer.system_turn(args.pin_system))
         cache = make_cache(model, args.sink, args.window)
         speculation = open_speculation(model, cache, tokenizer, args)
-        generator = get_ready(model, cache, args, speculation)
+        get_ready(model, cache, args, speculation)
         talk = Conversation(model, tokenizer, cache, speculation, args.pin_system)
         if args.load_session:
             load(args.load_session, talk)
 
         records = []
-        for text, raw in turns or ((line, False) for line in typed()):
-            if turns is None and (text == "/reset" or text.split()[0] in ("/save", "/load")):
-                obey(text, talk)
-                continue
-            if turns:
-                say(f"\n> {text}")
-            try:
-                ids = turn_ids(talk, check_text("the turn", text), raw)
-                check_ids(model, ids)
-            except ValueError as error:
-                if turns:
-                    raise
-                say(str(error).splitlines()[0])  # and the conversation goes on
-                continue
-            record = answer(model, cache, tokenizer, ids, args, generator,
-                            (lambda piece: None) if args.json else show, speculation)
-            print(json.dumps({"turn": len(records), **record}) if args.json else "", flush=True)
-            say(f"turn {len(records)}: {figures(record)}")
-            records.append(record)
-            talk.last_id = record["token_ids"][-1]
+        with contextlib.suppress(SystemExit):  # of a signal: what was said is saved before it ends
+            for text, raw in turns or ((line, False) for line in typed()):
+                with hold_interrupt():  # in here nothing is whole
+                    take_turn(talk, text, raw, args, records)
+                if ending:
+                    break
         if args.save_session:
-            save(args.save_session, talk)
+            with hold_interrupt():
+                save(args.save_session, talk)
     if records:
-        say(f"{totals(records)}, seed {args.seed}")
+        say(f"{totals(records)}, seeds from {records[0]['seed']} on")
 
 
 if __name__ == "__main__":

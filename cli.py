@@ -1,9 +1,10 @@
-"""What the programs' command lines share: arguments, one-line errors, prompt files, Ctrl-C."""
+"""What the programs' command lines share: arguments, one-line errors, prompt files, signals."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import glob
 import io
 import json
@@ -26,6 +27,7 @@ from convert_hf import DTYPES
 
 EMBEDDED = Path(__file__).parent / "checkpoints" / "tiny"
 EXAMPLES = "examples:"
+ending: list[int] = []  # the signal that ends the program: at once, or once it is held no more
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -140,7 +142,7 @@ def add_generation(parser: argparse.ArgumentParser, samples=False) -> argparse.A
 @contextlib.contextmanager
 def user_errors(parser: argparse.ArgumentParser):
     """End the program with one line and status 2 for what the user gave, and quietly when nobody
-    reads its output any more. What the engine logs meanwhile is said."""
+    reads its output any more, or on a signal. What the engine logs meanwhile is said."""
     open_streams()
     log, handler, said = logging.getLogger("gpt_stream"), logging.Handler(), set()
 
@@ -155,21 +157,22 @@ def user_errors(parser: argparse.ArgumentParser):
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores for float32")
     log.setLevel(logging.INFO)
     try:
-        try:
-            yield
+        with end_on_signals():
+            try:
+                yield
+            finally:
+                sys.stdout.flush()  # what fails at this is said here, and not by Python at its end
             tp.part()
-        finally:
-            sys.stdout.flush()  # what fails at this is said here, and not by Python at its end
+            if ending:
+                sys.exit(128 + ending[0])
     except BrokenPipeError:
-        takes_no_more(sys.stdout)
+        drop_output()
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        if isinstance(error, OSError) and takes_no_more(sys.stdout):
-            error = f"stdout: {error}"
         if tp.local_rank() == 0 or not isinstance(error, ValueError):  # once a machine
-            fail(parser, str(error) or type(error).__name__)
+            fail(parser, unwritten() or str(error) or type(error).__name__)
         sys.exit(2)
     except RuntimeError as error:
         if "allocate memory" in str(error):  # of a CPU
@@ -210,20 +213,24 @@ def open_streams() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-def takes_no_more(stream) -> bool:
-    """Whether a stream cannot write what it holds; that is dropped then."""
-    try:
-        stream.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return True
-    return False
-
-
 def fail(parser: argparse.ArgumentParser, message: str) -> None:
     line = message.splitlines()[0]
     line = line if len(line) <= 600 else f"{line[:450]} ... {line[-100:]}"
     sys.stderr.write(f"{parser.prog}: error: {line}\n")
+
+
+def unwritten() -> str | None:
+    """What keeps stdout from being written, as a full disk; None where nothing does."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        drop_output()
+        return f"stdout: {error.strerror}"
+
+
+def drop_output() -> None:
+    """Or Python would try to write to stdout again when it ends, and say so in its own words."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check_text(source: str, text: str) -> str:
@@ -263,26 +270,50 @@ def read_prompts(path: str) -> list[dict]:
     return entries
 
 
+def ending_signals() -> list[int]:
+    """What asks a program to end: SIGTERM, and the SIGHUP of a terminal that closes. One that was
+    ignored when the program began, as under nohup, stays so."""
+    kinds = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))  # one is not Windows'
+    return [kind for kind in kinds if kind and signal.getsignal(kind) != signal.SIG_IGN]
+
+
+def on_signals(kinds: list[int], handler: Callable) -> contextlib.ExitStack:
+    """A context in which these signals have a handler. Under torchrun they have none, since a rank
+    that waits for another could not run it: there they end every process (see tp.start)."""
+    stack = contextlib.ExitStack()
+    for kind in kinds if tp.n_ranks() == 1 else ():
+        stack.callback(signal.signal, kind, signal.signal(kind, handler))
+    return stack
+
+
+def end_on_signals() -> contextlib.ExitStack:
+    """SIGTERM and SIGHUP raise SystemExit in this context, and so leave nothing half-written. Once:
+    what they interrupt may be cleaning up already."""
+    def end(signal_number, frame):
+        ending.append(signal_number)
+        if len(ending) == 1:
+            sys.exit(128 + signal_number)
+
+    ending.clear()
+    return on_signals(ending_signals(), end)
+
+
 @contextlib.contextmanager
 def hold_interrupt():
     """Collect Ctrl-C in the list that this yields instead of raising it: half a step would leave
-    the cache's length and its slots apart. A second one is raised as usual. (Under torchrun it ends
-    every process, and torchrun: see tp.start.)"""
+    the cache's length and its slots apart. A second one is raised as usual. What ends the program
+    is collected too, and in `ending`."""
     caught = []
-    if tp.n_ranks() > 1:
-        yield caught
-        return
 
     def note(signal_number, frame):
-        if caught:
+        if signal_number != signal.SIGINT:
+            ending.append(signal_number)
+        elif caught:
             raise KeyboardInterrupt
         caught.append(signal_number)
 
-    before = signal.signal(signal.SIGINT, note)
-    try:
+    with on_signals([signal.SIGINT, *ending_signals()], note):
         yield caught
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def say(line: str) -> None:
@@ -302,7 +333,16 @@ def name_leftovers(path: Path) -> None:
 
 
 def show(text: str) -> None:
-    print(text, end="", flush=True)
+    """Write to stdout at once. When that is a terminal that has closed, the SIGHUP that comes of it
+    may come later than this: what that signal ends, ends."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        drop_output()
+        signal.raise_signal(signal.SIGHUP)
 
 
 def figures(record: dict) -> str:

@@ -294,7 +294,10 @@ def convert(source: Path, out: Path, dtype: torch.dtype | None = None,
             raw, config = read_settings(metadata, tensors)
             parts = find_parts(config, tensors, interleaved=raw["model_type"] == "llama")
             shapes = stored_shapes(empty_model(config, quantization))  # refuses what cannot be
-            write_tokenizer(Path(made), metadata)
+            try:
+                write_tokenizer(Path(made), metadata)
+            except OSError as error:  # the system's temporary files may lie on another, fuller disk
+                raise OSError(f"{made}: cannot be written: {error}") from None
             Tokenizer(made)
             # Vectors are in float32 whatever the file.
             kinds = Counter(t.kind.name for t in tensors.values() if len(t.shape) > 1)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import tp
 from model import ModelConfig
-from tokenizer import eos_ids, read_json
+from tokenizer import read_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FILE_BYTES = 1 << 30  # size of an output file, and so about the memory that converting takes
@@ -61,6 +61,16 @@ def read_config(folder: Path) -> tuple[dict, ModelConfig]:
         raise ValueError(f"{path}: num_hidden_layers is {config.n_layers}; the weights have "
                          f"{layers} layers")
     return raw, config
+
+
+def eos_ids(path: Path) -> list[int]:
+    """The end-of-sequence ids that a JSON file gives. Raises ValueError naming one that is none."""
+    ids = read_json(path).get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if wrong := [i for i in ids if type(i) is not int or not 0 <= i < 2**31]:
+        raise ValueError(f"{path}: eos_token_id is {wrong[0]!r:.80}; it must be a token's number, "
+                         "or a list of them")
+    return ids
 
 
 def open_tensors(folder: Path) -> dict[str, Tensor]:
@@ -235,7 +245,9 @@ def write_checkpoint(out: Path, source: Path, raw: dict, weights: Iterable[tuple
         for path in (partial, *partial.iterdir()):  # both are made private
             path.chmod(path.stat().st_mode | 0o444 | (0o111 if path.is_dir() else 0))
         os.replace(partial, out)
-    except safetensors.SafetensorError as error:  # a full disk is one
+    except (safetensors.SafetensorError, OSError) as error:  # a full disk is either
+        if getattr(error, "filename", None):
+            raise
         raise OSError(f"{out}: cannot be written: {error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)

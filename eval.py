@@ -16,6 +16,7 @@ import lzma
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from convert_hf import DTYPES, progress
 from generate import default_window, load, make_cache
 from kv_cache import KVCache
 from model import Transformer
+from session import check_target, replaced
 
 MODES = ("stream", "window", "recompute", "dense")
 RECOMPUTED_ROWS = 16  # windows read side by side
@@ -72,14 +74,16 @@ def recomputed(model: Transformer, ids: Tensor, context: int, every: int) -> Ite
 def measure(model: Transformer, ids: Tensor, mode: str, n_sink: int, window: int,
             every: int = 1) -> Tensor:
     """Nats (N,) of the tokens of ids (N + 1,) but the first, with a progress bar; of `every` = n
-    each n-th, (N // n,)."""
+    each n-th, (N // n,). Modes without sinks see no further than the model's sliding window."""
+    longest = model.config.sliding_window or math.inf
+    size = min(n_sink + window, longest)
     if mode == "dense":
-        ids = ids[:min(model.config.max_seq_len, model.config.sliding_window or math.inf) + 1]
+        ids = ids[:min(model.config.max_seq_len, longest) + 1]
         parts = streamed(model, ids, make_cache(model, 0, len(ids) - 1))
     elif mode == "recompute":
-        parts = recomputed(model, ids, n_sink + window, every)
+        parts = recomputed(model, ids, size, every)
     elif mode == "window":
-        parts = streamed(model, ids, make_cache(model, 0, n_sink + window))
+        parts = streamed(model, ids, make_cache(model, 0, size))
     else:
         parts = streamed(model, ids, make_cache(model, n_sink, window))
     done, count, total = [], 0, 0.0
@@ -118,7 +122,8 @@ def draw(path: str, curves: dict[str, Tensor], marks: dict[str, int], every: int
     axes.set(xlabel="tokens", ylabel=f"perplexity of the latest {SMOOTH} tokens", yscale="log")
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with replaced(Path(path)) as partial:
+        figure.savefig(partial, dpi=110, format=Path(path).suffix[1:] or None)
 
 
 def main():
@@ -138,6 +143,8 @@ def main():
     with user_errors(parser):
         args = parser.parse_args()
         text = read_text(args.text)
+        if args.plot:
+            check_target(args.plot)  # now, and not when everything has been measured
         model, tokenizer = load(args.checkpoint, args.device, DTYPES.get(args.dtype), args.quantize,
                                 group_size=args.group_size, adapters=args.adapter)
         ids = torch.tensor(tokenizer.encode(text)[:args.max_tokens + 1],

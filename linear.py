@@ -1,10 +1,15 @@
 """y = x W^T + b, with W in floating point, int8 or int4, as each device reads it fastest.
 
 One token at a time, a model is as fast as its weights are read, so this is what there is to be fast
-at. A GPU's libraries and compiler do it by themselves; most of this file is about CPUs.
+at. A GPU's libraries and compiler do it by themselves; most of this file is about CPUs, and the
+last part about how many threads to run on when other programs want the cores, too.
 """
 
 from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +112,11 @@ class Linear(nn.Linear):
                 dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
             packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data, None)
             self.weight, self.packed = nn.Parameter(packed, requires_grad=False), True
+
+    def unpack(self) -> None:
+        """Lay W out in rows again."""
+        if self.packed:
+            self.weight, self.packed = nn.Parameter(self.weight.to_dense(), False), False
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed:
@@ -281,3 +291,84 @@ def check_types(model: nn.Module, weights: dict[str, Tensor]) -> None:
         if name.endswith(".order") and not torch.equal(
                 tensor.sort().values.cpu(), torch.arange(len(tensor), dtype=tensor.dtype)):
             raise ValueError(f"tensor {name} is no order of {len(tensor)} columns")
+
+
+# ------------------------------------------------------------------------------ a busy CPU
+
+
+class Threads:
+    """How many threads this process's steps run on: all, or fewer while others want their cores.
+
+    The threads of a step wait for each other 200 times. When one of them has to share its core, all
+    wait for the scheduler every time: beside one other program SmolLM2 says 1 to 14 words a second
+    on two cores, and with one thread 65. So when steps get less than their core, half the threads
+    are tried for a few steps, and kept if they are faster; more are tried again from time to time,
+    the more rarely the longer that is in vain. Where nothing else runs, nothing is tried."""
+
+    def __init__(self, n: int):
+        self.most = self.now = n
+        self.seconds: dict = {}  # kind of step -> those of the latest few, with `now` threads
+        self.trial_of = None  # while `now` is on trial: threads before, and a kind's seconds then
+        self.crowded = self.calm = 0  # steps in a row with less than their core, and with all of it
+        self.wait, self.rest = 0.0, 0.5  # seconds to the next trial, and between two
+
+    def note(self, kind, seconds: float, cpu_seconds: float) -> None:
+        """Take note of a step: how long it was and how much of that this thread ran. Steps of one
+        kind are compared. May change `now`, for the steps to come."""
+        self.seconds[kind] = latest = [*self.seconds.get(kind, ())[-4:], seconds]
+        if self.trial_of:
+            self.judge(*self.trial_of)
+            return
+        free = cpu_seconds > 0.8 * seconds
+        self.crowded, self.calm = (0, self.calm + 1) if free else (self.crowded + 1, 0)
+        self.wait = min(self.wait, 0.5) if self.calm == 10 else self.wait  # somebody may have gone
+        self.wait -= seconds
+        if self.wait > 0 or len(latest) < 3:
+            return
+        if self.now > 1 and self.crowded >= 3:
+            self.try_out(self.now // 2, kind)
+        elif self.now < self.most:
+            self.try_out(min(2 * self.now, self.most), kind)
+
+    def try_out(self, n: int, kind) -> None:
+        self.trial_of = self.now, kind, median(self.seconds[kind])
+        self.now, self.seconds = n, {}
+
+    def judge(self, before: int, kind, seconds_before: float) -> None:
+        """Three steps decide, or one that is very slow."""
+        seconds = self.seconds.get(kind, [])
+        if len(seconds) < 3 and max(seconds, default=0) < 3 * seconds_before:
+            return
+        better = median(seconds) < 0.95 * seconds_before
+        self.rest = 0.5 if better else min(2 * self.rest, 4.0)
+        self.wait = max(self.rest, 10 * sum(seconds))  # a trial in vain costs a tenth at most
+        self.now = self.now if better else before
+        self.trial_of, self.seconds = None, {}
+
+
+threads = Threads(torch.get_num_threads())
+
+
+def most_threads() -> int:
+    """How many there may be: PyTorch's number, unless it is one that was found here."""
+    now = torch.get_num_threads()
+    return threads.most if now == threads.now else now
+
+
+def on_free_cores(step: Callable) -> Callable:
+    """The model's step, on as many threads as run undisturbed; torch.set_num_threads, before the
+    model is compiled, says how many there may be at most."""
+
+    def run(tokens, *rest):
+        global threads
+        if most_threads() != threads.most:  # somebody set it
+            threads = Threads(torch.get_num_threads())
+        start, cpu_start = time.perf_counter(), time.thread_time()
+        logits = step(tokens, *rest)
+        if threads.most > 1:
+            threads.note((id(step), tokens.shape), time.perf_counter() - start,
+                         time.thread_time() - cpu_start)
+            torch.set_num_threads(threads.now)
+        return logits
+
+    return run

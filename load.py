@@ -3,17 +3,16 @@ place, compile."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import os
 import re
 import shutil
 import sys
-import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -21,11 +20,18 @@ from torch import Tensor
 import tp
 from convert_hf import hf_parts, open_file, read_config, stack
 from hub import ADAPTER, find, find_adapter
-from linear import PACKED_BYTES, Int4Linear, Linear, check_types
-from model import OBJECT, ModelConfig, Transformer, rope_frequencies
+from linear import (
+    PACKED_BYTES,
+    Int4Linear,
+    Linear,
+    check_types,
+    most_threads,
+    on_free_cores,
+)
+from model import OBJECT, ModelConfig, Transformer, check_keys, rope_frequencies
 from published import open_weights, read_quantization
 from quantize import empty_model, quantization_of, store, stored_shapes
-from tokenizer import Tokenizer, check_keys, read_json
+from tokenizer import Tokenizer, read_json
 
 log = logging.getLogger("gpt_stream")
 
@@ -72,7 +78,8 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
             for part in [name for name in weights if name.startswith("embed.")]:
                 name = part.replace("embed", "output")
                 weights[name] = tp.own_slice(name, [weights[part]], config, n)
-        model.fingerprint = fingerprint((config, dtype, quantization, *map(digest, lora)), weights)
+        settings = settings_of(config), dtype, quantization, *map(digest, lora)
+        model.fingerprint = fingerprint(settings, weights)
         finish(model, weights, device)
         del weights  # compiling lays them out anew
         if compile:
@@ -111,6 +118,13 @@ def own_parts(name: str, blocks: list[Tensor], config: ModelConfig, n: int, want
         return {part: tp.own_slice(part, [tensor], config, n) for part, tensor in parts.items()}
     tensor = tp.own_slice(name, blocks, config, n).to(device)
     return store(name, tensor, wanted) if wanted else {name: tensor}
+
+
+def settings_of(config: ModelConfig) -> dict:
+    """What a config says beyond the defaults: a field that is new changes no other model's
+    fingerprint."""
+    return {field.name: value for field in dataclasses.fields(config)
+            if (value := getattr(config, field.name)) != field.default}
 
 
 def fingerprint(settings: tuple, weights: dict[str, Tensor]) -> str:
@@ -252,14 +266,20 @@ def finish(model: Transformer, weights: dict[str, Tensor], device: torch.device)
 
 
 def pack(model: Transformer, compile: bool) -> None:
-    """Lay weights out as a CPU's library reads them fastest: all in bf16, which it reads half as
-    fast in rows, for a token; or if compiled, those that a graph is not to read by itself."""
+    """Lay weights out as a CPU reads them fastest: through its library, or if the model is about to
+    be compiled, in rows where a graph's own loop reads them as fast (linear.py)."""
+    output, embed = model.output, model.embed
+    tied = model.config.tied_embeddings and model.config.n_ranks == 1
     for module in model.modules():
         if isinstance(module, Linear):
-            tied = module.weight is model.embed.weight  # in a graph, one tensor serves both
-            if (not tied and module.weight.nbytes >= PACKED_BYTES if compile
+            large = module.weight.element_size() * module.weight.numel() >= PACKED_BYTES
+            if (large and not (tied and module is output) if compile
                     else module.weight.dtype == torch.bfloat16):
                 module.pack()
+            else:
+                module.unpack()
+    if tied and isinstance(output, Linear) and not output.packed:
+        output.weight = embed.weight  # in a graph, one tensor serves both
 
 
 def check_device(name: str | None) -> torch.device:
@@ -326,83 +346,3 @@ def needed_guards(guards: list) -> list[bool]:
     layers), and a graph needs no other for fewer threads (Threads)."""
     return [kept and guard.guard_type != "GLOBAL_STATE" for kept, guard in
             zip(torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards), guards, strict=True)]
-
-
-# ------------------------------------------------------------------------------ a busy CPU
-
-
-class Threads:
-    """How many threads this process's steps run on: all, or fewer while others want their cores.
-
-    The threads of a step wait for each other 200 times. When one of them has to share its core, all
-    wait for the scheduler every time: beside one other program SmolLM2 says 1 to 14 words a second
-    on two cores, and with one thread 65. So when steps get less than their core, half the threads
-    are tried for a few steps, and kept if they are faster; more are tried again from time to time,
-    the more rarely the longer that is in vain. Where nothing else runs, nothing is tried."""
-
-    def __init__(self, n: int):
-        self.most = self.now = n
-        self.seconds: dict = {}  # kind of step -> those of the latest few, with `now` threads
-        self.trial_of = None  # while `now` is on trial: threads before, and a kind's seconds then
-        self.crowded = self.calm = 0  # steps in a row with less than their core, and with all of it
-        self.wait, self.rest = 0.0, 0.5  # seconds to the next trial, and between two
-
-    def note(self, kind, seconds: float, cpu_seconds: float) -> None:
-        """Take note of a step: how long it was and how much of that this thread ran. Steps of one
-        kind are compared. May change `now`, for the steps to come."""
-        self.seconds[kind] = latest = [*self.seconds.get(kind, ())[-4:], seconds]
-        if self.trial_of:
-            self.judge(*self.trial_of)
-            return
-        free = cpu_seconds > 0.8 * seconds
-        self.crowded, self.calm = (0, self.calm + 1) if free else (self.crowded + 1, 0)
-        self.wait = min(self.wait, 0.5) if self.calm == 10 else self.wait  # somebody may have gone
-        self.wait -= seconds
-        if self.wait > 0 or len(latest) < 3:
-            return
-        if self.now > 1 and self.crowded >= 3:
-            self.try_out(self.now // 2, kind)
-        elif self.now < self.most:
-            self.try_out(min(2 * self.now, self.most), kind)
-
-    def try_out(self, n: int, kind) -> None:
-        self.trial_of = self.now, kind, median(self.seconds[kind])
-        self.now, self.seconds = n, {}
-
-    def judge(self, before: int, kind, seconds_before: float) -> None:
-        """Three steps decide, or one that is very slow."""
-        seconds = self.seconds.get(kind, [])
-        if len(seconds) < 3 and max(seconds, default=0) < 3 * seconds_before:
-            return
-        better = median(seconds) < 0.95 * seconds_before
-        self.rest = 0.5 if better else min(2 * self.rest, 4.0)
-        self.wait = max(self.rest, 10 * sum(seconds))  # a trial in vain costs a tenth at most
-        self.now = self.now if better else before
-        self.trial_of, self.seconds = None, {}
-
-
-threads = Threads(torch.get_num_threads())
-
-
-def most_threads() -> int:
-    """How many there may be: PyTorch's number, unless it is one that was found here."""
-    now = torch.get_num_threads()
-    return threads.most if now == threads.now else now
-
-
-def on_free_cores(step: Callable) -> Callable:
-    """The model's step, on as many threads as run undisturbed; torch.set_num_threads, before the
-    model is compiled, says how many there may be at most."""
-
-    def run(tokens, *rest):
-        if most_threads() != threads.most:  # somebody set it
-            threads.__init__(torch.get_num_threads())
-        start, cpu_start = time.perf_counter(), time.thread_time()
-        logits = step(tokens, *rest)
-        if threads.most > 1:
-            threads.note((step, tokens.shape), time.perf_counter() - start,
-                         time.thread_time() - cpu_start)
-            torch.set_num_threads(threads.now)
-        return logits
-
-    return run

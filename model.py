@@ -10,6 +10,7 @@ D head_dim, G query heads that share one key-value head.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +20,11 @@ from torch import Tensor, nn
 from attention import attend, attend_causal
 from kv_cache import KVCache, write
 from linear import Linear, in_memory
-from tokenizer import check_keys
 from tp import all_gather, all_reduce
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPE_TYPES = ("default", "linear", "llama3")
-# What is read of a config.json: kind, least and greatest value (tokenizer.check_keys). The sizes'
+# What is read of a config.json: kind, least and greatest value (check_keys). The sizes'
 # bounds keep their products within 64 bits; what a size has to be, the weights say.
 COUNT, SIZE, POSITIVE = (int, 1, 2**16), (int, 1, 2**20), (float, 1e-6, 1e18)
 SWITCH, OBJECT = (bool, 0, 1), (dict, {}, None)
@@ -118,6 +118,24 @@ def read_rope(hf: dict) -> tuple[float, dict | None]:
     if needed[1:] and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise ValueError(f"low_freq_factor {rope['low_freq_factor']} is not below high_freq_factor")
     return float(rope.get("rope_theta") or 10000.0), scaling if needed else None
+
+
+def check_keys(raw: dict, kinds: dict[str, tuple], needed: Iterable[str] = ()) -> None:
+    """kinds has a type for each key, and the least and the greatest number, or the kinds of an
+    object's keys; a float may be written as an integer, and None is as if the key were missing.
+    Raises ValueError naming the key, the value, and what would be right."""
+    for key, (kind, low, high) in kinds.items():
+        value = raw.get(key)
+        if value is None and key not in needed:
+            continue
+        fits = type(value) in ((int, float) if kind is float else (kind,))
+        if fits and kind is dict:
+            check_keys(value, low)
+        elif not fits or kind in (int, float) and not low <= value <= high:
+            what = {bool: "true or false", dict: "an object", str: "a text", list: "a list",
+                    int: f"an integer from {low} to {high}",
+                    float: f"a number from {low} to {high}"}[kind]
+            raise ValueError(f"{key} is {value!r:.80}; it must be {what}")
 
 
 # ------------------------------------------------------------------------------ rotary positions
@@ -237,11 +255,12 @@ class Block(nn.Module):
 class Step:
     """Where a call's T tokens stand: the same for every layer, so made once a call."""
 
-    rope: tuple[Tensor, Tensor]  # angles at the true positions, for keys and the ring's queries
-    sink_rope: tuple[Tensor, Tensor] | None = None  # angles that queries to the sinks are seen at
+    rope: tuple[Tensor, Tensor]  # cosine and sine at the true positions, for keys and ring queries
+    sink_rope: tuple[Tensor, Tensor] | None = None  # the same where the sinks see the queries
     slots: Tensor | None = None  # (B, T): where the new keys and values go
-    mask: Tensor | None = None  # (B, T * G, n) float32, of the n slots in use: 0 where a query sees
-    # them, else -inf; the G queries of a token that share a key-value head have a row each
+    # (B, T * G, n) float32: 0 where a query sees one of the n slots in use, else -inf; the G
+    # queries of a token that share a key-value head have a row each
+    mask: Tensor | None = None
     n_sink: int = 0
     window: int = 0
 
@@ -253,6 +272,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.fingerprint = "random"  # which model it is, for what is saved of it (load.fingerprint)
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -267,13 +287,19 @@ class Transformer(nn.Module):
 
         With a cache the tokens continue its rows and each row's length grows by T; without one
         they are whole sequences from position 0. `last` (B,) int64 asks for the logits of one
-        index of each row only: (B, 1, vocab_size). Raises ValueError when T is over max_chunk."""
+        index of each row only: (B, 1, vocab_size). Raises ValueError when T is over max_chunk, or
+        without a cache over the sliding window."""
         if cache is not None:
             cache.extend(*tokens.shape)
+        elif tokens.shape[1] > (self.config.sliding_window or math.inf):
+            raise ValueError(f"{tokens.shape[1]} tokens without a cache are above the model's "
+                             f"sliding window of {self.config.sliding_window}")
         return self.step(tokens, cache, cache and cache.in_use(tokens.shape[1]), last)
 
     def step(self, tokens: Tensor, cache: KVCache | None, in_use: Tensor | None,
              last: Tensor | None) -> Tensor:
+        """`forward` as one graph. in_use (n,) int64 are the numbers of the slots to look at
+        (KVCache.in_use); load replaces this function by a compiled one, on a few threads or all."""
         if cache is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
             at = Step(rope(positions, self.frequencies))

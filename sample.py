@@ -1,10 +1,9 @@
 """From logits to a token. Everything is done in float32, and in this order, which is Hugging Face's
 (vLLM takes min-p before top-k and top-p): penalties, temperature, top-k, top-p, min-p.
 
-Every setting is a number, or a tensor (B,) with one for each of B rows of logits (B, ..., V).
-What a row draws depends on its own logits, settings and key alone, so a seed says the same whatever
-runs beside it. Nothing here waits for a GPU, or has a shape that depends on what a tensor there
-holds.
+What a row draws depends on its own logits, settings and key alone, and its n-th token's key on its
+seed and n: so a seed says the same in every program, whatever runs beside it. Nothing here waits
+for a GPU, or has a shape that depends on what a tensor there holds.
 """
 
 from __future__ import annotations
@@ -23,6 +22,9 @@ from tp import in_step
 
 BLOCK = 64  # tokens that are passed over together before any is looked at
 COLDEST = 1e-30  # as temperature: below, float32 would overflow
+ANY = -math.inf, math.inf
+RANGES = {"temperature": (0, math.inf), "top_k": (0, math.inf), "top_p": (0, 1), "min_p": (0, 1),
+          "repetition_penalty": (1e-3, math.inf), "presence_penalty": ANY, "frequency_penalty": ANY}
 
 
 @dataclass(frozen=True)
@@ -41,22 +43,24 @@ class Sampling:
 
     def __post_init__(self):
         """Raises ValueError naming the setting, its value and what would be right."""
-        for name, low, high in (
-                ("temperature", 0, math.inf), ("top_k", 0, math.inf), ("top_p", 0, 1),
-                ("min_p", 0, 1), ("repetition_penalty", 1e-3, math.inf),
-                ("presence_penalty", -math.inf, math.inf),
-                ("frequency_penalty", -math.inf, math.inf)):
+        for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if value is None:
                 object.__setattr__(self, name, value := getattr(Sampling, name))
-            if not (low <= value <= high and math.isfinite(value)):
-                raise ValueError(f"{name} {value} must be a finite number of at least {low}"
-                                 + f" and at most {high}" * (high < math.inf))
-
+            check_range(name, value, low, high)
+        if self.top_k != int(self.top_k):
+            raise ValueError(f"top_k {self.top_k} must be a whole number")
 
     @property
     def penalizes(self) -> bool:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raises ValueError unless a setting is a finite number from low to high."""
+    if not (low <= value <= high and math.isfinite(value)):
+        raise ValueError(f"{name} {value} must be a finite number of at least {low}"
+                         + f" and at most {high}" * (high < math.inf))
 
 
 # ------------------------------------------------------------------------------ distributions
@@ -65,7 +69,8 @@ class Sampling:
 def probabilities(logits: Tensor, temperature: float | Tensor, top_k: int | Tensor | None = None,
                   top_p: float | Tensor | None = None,
                   min_p: float | Tensor | None = None) -> Tensor:
-    """(..., V) float32 probabilities that a token is drawn with: temperature, which is not 0, then
+    """(..., V) float32 probabilities that a token is drawn with, of logits (..., V) and numbers, or
+    of logits (B, V) and tensors (B,), a setting for each row: temperature, which is not 0, then
     exactly the top_k most likely, then the fewest of those whose mass reaches top_p, and of those
     the ones at least min_p times as likely as the likeliest. None (and 0, 1, 0) is off."""
     scores = scale(logits, temperature)
@@ -98,6 +103,7 @@ def scale(logits: Tensor, temperature: float | Tensor) -> Tensor:
     logits = logits.float()
     if isinstance(temperature, Tensor):
         temperature = per_row(torch.where(temperature == 0, 1, temperature), logits)
+    temperature = torch.as_tensor(temperature).clamp(min=COLDEST)
     return (logits - logits.amax(-1, keepdim=True)).div_(temperature)
 
 
@@ -168,14 +174,6 @@ def seen_in(ids: list[int], vocab_size: int, device="cpu") -> Tensor:
     return seen.to(device)
 
 
-def penalty(logits: Tensor, prompt_ids: list[int], repetition_penalty: float) -> dict:
-    """What `sample` takes for the repetition penalty of one row, if there is one."""
-    if repetition_penalty == 1:
-        return {}
-    return dict(repetition_penalty=repetition_penalty,
-                seen=seen_in(prompt_ids, logits.shape[-1], logits.device))
-
-
 def log_probabilities(logits: Tensor, ids: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Logarithms of the probabilities of ids (B, 1) in logits (B, V) as they are, and then of the n
     likeliest, (B, 1 + n), and which tokens those are, (B, 1 + n)."""
@@ -206,6 +204,11 @@ def uniform(keys: int | Tensor, again: int = 0) -> float | Tensor:
     return (number.double() if isinstance(number, Tensor) else number) / 2**32
 
 
+def new_seed(generator: torch.Generator | None = None) -> int:
+    return torch.randint(2**62, (), generator=generator,
+                         device=generator.device if generator else "cpu").item()
+
+
 def random_keys(n: int, device, generator: torch.Generator | None = None) -> Tensor:
     return torch.randint(2**32, (n,), device=device, generator=generator)
 
@@ -216,9 +219,9 @@ def block_heights(weights: Tensor) -> Tensor:
     return weights.unflatten(-1, (-1, size)).sum(-1).cumsum(-1, dtype=torch.float64)
 
 
-def pick(weights: Tensor, u: Tensor) -> Tensor:
-    """Ids (B,) drawn in proportion to weights (B, V) by inverse CDF: the first token at which the
-    mass passes the share u (B,) of it. Never one of weight 0.
+def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
+    """Ids (B,) drawn in proportion to weights (B, V): the first token at which the mass passes the
+    share u (B,) of it. Never one of weight 0.
 
     Whole blocks are passed over first, so that only one block a row needs more than a sum."""
     heights = block_heights(weights)
@@ -233,8 +236,8 @@ def pick(weights: Tensor, u: Tensor) -> Tensor:
     return (block * blocks.shape[-1] + inner)[:, 0]
 
 
-def pick_one(weights: Tensor, heights: Tensor, u: float) -> int:
-    """`pick` of one row (V,), whose block_heights these are, on a CPU."""
+def inverse_cdf_one(weights: Tensor, heights: Tensor, u: float) -> int:
+    """`inverse_cdf` of one row (V,), whose block_heights these are, on a CPU."""
     target, blocks = u * heights[-1].item(), weights.view(len(heights), -1)
     block = min(torch.searchsorted(heights, target, right=True).item(), len(blocks) - 1)
     target -= heights[block - 1].item() if block else 0
@@ -250,30 +253,25 @@ def draw(weights: Tensor, temperature: float, generator: torch.Generator | None 
         return weights.argmax(-1)
     flat = weights.reshape(-1, weights.shape[-1])
     keys = random_keys(len(flat), weights.device, generator)
-    return pick(flat, uniform(keys)).view(weights.shape[:-1])
+    return inverse_cdf(flat, uniform(keys)).view(weights.shape[:-1])
 
 
-def sample(logits: Tensor, temperature: float | Tensor = 0.0, top_k: int | Tensor | None = None,
-           top_p: float | Tensor | None = None, generator: torch.Generator | None = None,
-           min_p: float | Tensor | None = None, repetition_penalty: float | Tensor = 1.0,
-           seen: Tensor | None = None) -> Tensor:
-    """Token ids (...) int64 for logits (..., V); the likeliest at temperature 0.
-
-    The repetition penalty is for the tokens in seen (rows, V), bool, where what is drawn is noted
-    too."""
+def sample(logits: Tensor, temperature: float = 0.0, top_k: int | None = None,
+           top_p: float | None = None, generator: torch.Generator | None = None,
+           min_p: float | None = None) -> Tensor:
+    """Token ids (...) int64 for logits (..., V); the likeliest at temperature 0."""
     rows = logits.reshape(-1, logits.shape[-1])
-    if seen is not None:
-        rows = penalize(rows, seen, repetition=repetition_penalty)
-    if not isinstance(temperature, Tensor) and temperature == 0:
+    if temperature == 0:
         ids = rows.argmax(-1)
     else:
-        keys = random_keys(len(rows), rows.device, generator)
-        choose = choose_on_cpu if on_cpu(rows) else choose_on_gpu
-        ids = choose(rows, temperature, top_k, top_p, min_p, keys)
-    ids = in_step(ids)
-    if seen is not None:
-        seen.scatter_(-1, ids[:, None], True)
-    return ids.view(logits.shape[:-1])
+        settings, keys = (temperature, top_k, top_p, min_p), random_keys(
+            len(rows), rows.device, generator)
+        if on_cpu(rows):
+            ids = choose_on_cpu(rows, *([setting] * len(rows) for setting in settings),
+                                keys.tolist())
+        else:
+            ids = choose_on_gpu(rows, *settings, keys)
+    return in_step(ids).view(logits.shape[:-1])
 
 
 def on_cpu(logits: Tensor) -> bool:
@@ -285,40 +283,39 @@ def choose_on_gpu(logits: Tensor, temperature: float | Tensor, top_k: int | Tens
                   top_p: float | Tensor | None, min_p: float | Tensor | None,
                   keys: Tensor) -> Tensor:
     """Ids (B,) of rows (B, V), whatever is in the tensors."""
-    ids = pick(probabilities(logits, temperature, top_k, top_p, min_p), uniform(keys))
+    ids = inverse_cdf(probabilities(logits, temperature, top_k, top_p, min_p), uniform(keys))
     if not isinstance(temperature, Tensor):
         return ids
     return torch.where(temperature == 0, logits.argmax(-1), ids)
 
 
-def choose_on_cpu(logits: Tensor, *settings: float | Tensor | None) -> Tensor:
-    """The same, of settings in the same order, sorting as little as can be: greedy rows take the
-    likeliest, rows with top-k look at no more than that many, and others sort nothing.
+def choose_on_cpu(logits: Tensor, *settings: list) -> Tensor:
+    """The same, of settings in the same order, a list of each row's, sorting as little as can be:
+    greedy rows take the likeliest, rows with top-k look at no more than that many, and others sort
+    nothing.
 
     After a step of the model the first call of every operator costs 15 to 30 us, since its code has
     left the processor's caches: so few kinds of them are used, and plain numbers."""
     n_rows, size = logits.shape
-    listed = zip(*(setting if isinstance(setting, list) else setting.tolist()
-                   if isinstance(setting, Tensor) else [setting] * n_rows
-                   for setting in settings), strict=True)
-    rows = [(heat, k if k and k < size else 0, 1 if p is None else p, low or 0, key)
-            for heat, k, p, low, key in listed]
+    rows = [(temperature, k if k and k < size else 0, 1 if top_p is None else top_p, min_p or 0,
+             key) for temperature, k, top_p, min_p, key in zip(*settings, strict=True)]
     ids = [0] * n_rows
-    for row, (heat, k, top_p, min_p, key) in enumerate(rows):
-        if not heat:
+    for row, (temperature, k, top_p, min_p, key) in enumerate(rows):
+        if not temperature:
             ids[row] = logits[row].argmax().item()
         elif k:
             likely, at = top(logits[row], k)
-            ids[row] = at[among(likely.tolist(), heat, top_p, min_p, uniform(key))].item()
-    many = [row for row, (heat, k, *_) in enumerate(rows) if heat and not k]
+            ids[row] = at[draw_in_order(likely.tolist(), temperature, top_p, min_p,
+                                        uniform(key))].item()
+    many = [row for row, (temperature, k, *_) in enumerate(rows) if temperature and not k]
     if many:
         probs = logits if len(many) == n_rows else logits[many]  # (n, V)
-        heats = [[max(rows[row][0], COLDEST)] for row in many]
-        same = all(heat == heats[0] for heat in heats)
-        probs = (probs / (heats[0][0] if same else torch.tensor(heats))).softmax(-1)
+        temperatures = [[max(rows[row][0], COLDEST)] for row in many]
+        same = all(one == temperatures[0] for one in temperatures)
+        probs = (probs / (temperatures[0][0] if same else torch.tensor(temperatures))).softmax(-1)
         heights = block_heights(probs)
         for at, row in enumerate(many):
-            ids[row] = settle(probs[at], heights[at], *rows[row][2:])
+            ids[row] = draw_by_rejection(probs[at], heights[at], *rows[row][2:])
     return torch.tensor(ids)
 
 
@@ -334,8 +331,9 @@ def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return likely, of[at // size] * size + at % size
 
 
-def among(likely: list[float], temperature: float, top_p: float, min_p: float, u: float) -> int:
-    """Which of the likeliest logits, in order, is drawn."""
+def draw_in_order(likely: list[float], temperature: float, top_p: float, min_p: float,
+                  u: float) -> int:
+    """Which of the likeliest logits, the likeliest first, is drawn."""
     weights = [math.exp((logit - likely[0]) / temperature) for logit in likely]
     mass = list(accumulate(weights))
     n = bisect_left(mass, top_p * mass[-1]) if top_p < 1 else len(mass) - 1  # the last one kept
@@ -343,14 +341,14 @@ def among(likely: list[float], temperature: float, top_p: float, min_p: float, u
     return bisect_right(mass, u * mass[n], hi=n)
 
 
-def settle(probs: Tensor, heights: Tensor, top_p: float, min_p: float, key: int) -> int:
+def draw_by_rejection(probs: Tensor, heights: Tensor, top_p: float, min_p: float, key: int) -> int:
     """Draw from probabilities (V,) until a token is one that top-p and min-p keep.
 
     What comes out has the distribution that sorting would give: in the order of likelihood (of
     equals, of ids), a token is kept when less than top_p comes before it, and after one that is not
     kept, none is. So the next draw is from those before it. One draw in twenty is repeated at
     top-p 0.95, and three passes over the vocabulary cost a hundredth of sorting it."""
-    token = pick_one(probs, heights, uniform(key))
+    token = inverse_cdf_one(probs, heights, uniform(key))
     least = min_p * probs.max().item() if min_p else 0
     again = 0
     while top_p < 1 or least:
@@ -362,10 +360,11 @@ def settle(probs: Tensor, heights: Tensor, top_p: float, min_p: float, key: int)
         before = F.threshold(probs, p, 0)
         before[:token] += p * (probs[:token] == p)
         mass = before.sum().item()
-        if not mass or not (p < least or mass >= top_p < 1):  # as it stands, it ends where p is NaN
-            break  # the likeliest always stays
+        dropped = p < least or top_p < 1 and mass >= top_p  # not where p is NaN
+        if not dropped or not mass:  # the likeliest always stays
+            break
         again += 1
-        token = pick_one(before, block_heights(before), uniform(key, again))
+        token = inverse_cdf_one(before, block_heights(before), uniform(key, again))
     return token
 
 
@@ -373,44 +372,46 @@ def settle(probs: Tensor, heights: Tensor, top_p: float, min_p: float, key: int)
 
 
 class Rows:
-    """The Sampling of each of B rows as tensors (B,), and what the rows have said.
+    """The Sampling of each of B rows, and what the rows have said.
 
-    A row is begun when its prompt is read, and ended to be greedy and cheap. What no row asks for
-    is known on the host, and not computed."""
+    A row is begun when its prompt is read, and ended to be greedy and cheap. The host knows all of
+    it, and computes what some row asks for; a GPU finds it in tensors, too."""
 
     def __init__(self, n_rows: int, vocab_size: int, device="cpu"):
         self.asked = [Sampling()] * n_rows
-        self.settings = {name: torch.full((n_rows,), off, device=device) for name, off in (
-            ("temperature", 0.0), ("top_k", 0), ("top_p", 1.0), ("min_p", 0.0),
-            ("repetition_penalty", 1.0), ("presence_penalty", 0.0), ("frequency_penalty", 0.0))}
-        # The keys of the seeds, and how many tokens were drawn: for the host, and for a GPU
-        self.key_of, self.n_drawn = [0] * n_rows, [0] * n_rows
-        self.keys = torch.zeros(n_rows, dtype=torch.int64, device=device)
-        self.drawn = torch.zeros_like(self.keys)
+        self.keys, self.drawn = [0] * n_rows, [0] * n_rows  # the seeds' keys; tokens drawn so far
+        self.on_gpu = {}  # all of these as tensors (B,), by name
         # In the prompt or the answer (B, V), and how often in the answer: from the first penalty on
         self.seen = self.counts = None
-        self.vocab_size = vocab_size
+        self.vocab_size, self.device = vocab_size, device
 
     def begin(self, row: int, sampling: Sampling, prompt_ids: list[int]) -> None:
         """Draw as asked for in a row from now on, whose prompt this is. A seed has to be given
         unless the row is greedy."""
-        self.asked[row] = sampling
-        for name, setting in self.settings.items():
-            setting[row] = getattr(sampling, name)
-        self.key_of[row] = self.keys[row] = seed_key(sampling.seed or 0)
-        self.n_drawn[row] = self.drawn[row] = 0
+        self.asked[row], self.on_gpu = sampling, {}
+        self.keys[row], self.drawn[row] = seed_key(sampling.seed or 0), 0
         if not sampling.penalizes:
             return
         if self.seen is None:
-            shape, device = (len(self.asked), self.vocab_size), self.keys.device
-            self.seen = torch.zeros(shape, dtype=torch.bool, device=device)
-            self.counts = torch.zeros(shape, device=device)
+            shape = len(self.asked), self.vocab_size
+            self.seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
+            self.counts = torch.zeros(shape, device=self.device)
         self.counts[row] = 0
-        self.seen[row] = seen_in(prompt_ids, self.vocab_size, self.seen.device)[0]
+        self.seen[row] = seen_in(prompt_ids, self.vocab_size, self.device)[0]
 
     def end(self, row: int) -> None:
-        self.asked[row] = Sampling()
-        self.settings["temperature"][row] = 0
+        self.asked[row], self.on_gpu = Sampling(), {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is asked for, for a GPU; copied there when a row has begun or ended."""
+        if not self.on_gpu:
+            columns = [[getattr(one, name) for one in self.asked] for name in RANGES]
+            table = torch.tensor([*columns, self.keys, self.drawn], dtype=torch.float64,
+                                 device=self.device)
+            self.on_gpu = {
+                name: column.long() if name in ("top_k", "key", "drawn") else column.float()
+                for name, column in zip((*RANGES, "key", "drawn"), table, strict=True)}
+        return self.on_gpu
 
     def sample(self, logits: Tensor, rows: slice = slice(None)) -> Tensor:
         """The next token (B, 1) of the rows, or of some, whose logits (B, 1, V) these are."""
@@ -421,19 +422,19 @@ class Rows:
         if not any(one.temperature for one in asked):
             ids = logits.argmax(-1)
         elif on_cpu(logits):
-            keys = [mix(key ^ n) for key, n in zip(self.key_of[rows], self.n_drawn[rows],
-                                                   strict=True)]
+            keys = [mix(key ^ n) for key, n in zip(self.keys[rows], self.drawn[rows], strict=True)]
             ids = choose_on_cpu(logits, *([getattr(one, name) for one in asked] for name in (
                 "temperature", "top_k", "top_p", "min_p")), keys)
         else:
-            limits = [self.settings[name][rows] if any(getattr(one, name) != off for one in asked)
-                      else None for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0))]
-            ids = choose_on_gpu(logits, self.settings["temperature"][rows], *limits,
-                                mix(self.keys[rows] ^ self.drawn[rows]))
+            on = {name: column[rows] for name, column in self.tensors().items()}
+            limits = [on[name] if any(getattr(one, name) != getattr(Sampling, name)
+                                      for one in asked) else None
+                      for name in ("top_k", "top_p", "min_p")]
+            ids = choose_on_gpu(logits, on["temperature"], *limits, mix(on["key"] ^ on["drawn"]))
         ids = in_step(ids)[:, None]
-        self.n_drawn[rows] = [n + 1 for n in self.n_drawn[rows]]
-        if not on_cpu(logits):
-            self.drawn[rows].add_(1)
+        self.drawn[rows] = [n + 1 for n in self.drawn[rows]]
+        if self.on_gpu:
+            self.on_gpu["drawn"][rows].add_(1)
         if penalized:
             self.seen[rows].scatter_(-1, ids, True)
             self.counts[rows].scatter_add_(-1, ids, torch.ones_like(ids).float())
@@ -443,13 +444,12 @@ class Rows:
         """The logits (B, V) of the rows, of which some ask for it. A CPU looks which tokens were
         seen, and computes those only."""
         seen, counts = self.seen[rows], self.counts[rows]
-        use = [self.settings[f"{name}_penalty"][rows] for name in (
-            "repetition", "presence", "frequency")]
+        names = "repetition_penalty", "presence_penalty", "frequency_penalty"
         if not on_cpu(logits):
-            return penalize(logits, seen, counts, *use)
+            return penalize(logits, seen, counts, *(self.tensors()[name][rows] for name in names))
         logits = logits.clone()
         for row in penalized:
             at = seen[row].nonzero()[:, 0]
             logits[row, at] = penalize(logits[row, at], seen[row, at], counts[row, at],
-                                       *(setting[row] for setting in use))
+                                       *(getattr(self.asked[rows][row], name) for name in names))
         return logits

@@ -5,8 +5,10 @@ The tensors are the slots that hold something; everything else is JSON in the fi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors
@@ -31,12 +33,20 @@ def save_session(path: str | Path, caches: dict[str, tuple], **facts) -> None:
         facts[name] = {**traits(model, cache), "length": cache.length.tolist(),
                        "overhang": cache.overhang}
         tensors.update(filled(name, cache, facts[name]["length"]))
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
+    with replaced(path) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial,
                   metadata={SESSION: json.dumps(facts)})
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write, which then takes its place: whole or not at all. Raises
+    OSError naming the path."""
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        yield partial
         os.replace(partial, path)
-    except safetensors.SafetensorError as error:  # a full disk is one
+    except (safetensors.SafetensorError, OSError) as error:  # a full disk is either
         raise OSError(f"{path}: cannot be written: {error}") from None
     finally:
         partial.unlink(missing_ok=True)
@@ -70,7 +80,7 @@ def load_session(path: str | Path, caches: dict[str, tuple], **expected) -> dict
 
 
 def check_target(path: str | Path) -> Path:
-    """The path itself. Raises ValueError when no session can be written there."""
+    """The path itself. Raises ValueError when no file can be written there."""
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}")
@@ -122,10 +132,10 @@ def check_fit(path: Path, facts: dict, tensors: dict[str, Tensor], name: str, mo
         if saved.get(what) != ours:
             raise ValueError(f"{path}: its {what} is {str(saved.get(what))[:80]}; here it is "
                              f"{ours}")
-    for what in ("length", "overhang"):
+    for what, most in (("length", 2**60), ("overhang", cache.max_chunk)):
         rows = saved.get(what)
         if not isinstance(rows, list) or len(rows) != cache.batch_size or not all(
-                type(n) is int and 0 <= n < 2**60 for n in rows):
+                type(n) is int and 0 <= n <= most for n in rows):
             raise ValueError(f"{path}: damaged: {what} is {rows!r:.80}")
     for tensor_name, slots in filled(name, cache, saved["length"]).items():
         tensor = tensors.get(tensor_name)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kv_cache import KVCache
 from model import Transformer
-from sample import distribution, draw, sample
+from sample import Sampling, distribution, draw, sample
 from tp import in_step
 
 log = logging.getLogger("gpt_stream")
@@ -70,8 +70,8 @@ class Speculation:
         self.trial = [self.trial[0] + proposed, self.trial[1] + accepted]
         if self.fixed or self.trial[0] < TRIAL:
             return
-        share = self.trial[1] / self.trial[0]
-        self.size = 5 if share >= 0.6 else 2 if share >= 0.33 else 0
+        share, (small, large) = self.trial[1] / self.trial[0], SIZES
+        self.size = large if share >= 0.6 else small if share >= 0.33 else 0
         self.trial = [0, 0]
         if not self.size:
             log.info("speculation stopped: %s of %s proposals accepted", self.accepted,
@@ -79,7 +79,7 @@ class Speculation:
 
 
 def propose(speculation: Speculation, token: Tensor, size: int, vocab_size: int,
-            temperature: float, generator=None, **sampling) -> tuple[Tensor, Tensor] | None:
+            temperature: float, generator=None, **limits) -> tuple[Tensor, Tensor] | None:
     """Proposals (1, K) that follow token (1, 1), and the distributions (K, V) they were drawn from;
     None where a lookup finds nothing."""
     if speculation.draft is None:
@@ -94,7 +94,7 @@ def propose(speculation: Speculation, token: Tensor, size: int, vocab_size: int,
     tokens, distributions = [], []
     for _ in range(size):
         logits = speculation.draft(reads, speculation.cache)[:, -1]  # (1, V)
-        distributions.append(distribution(logits, temperature, **sampling))
+        distributions.append(distribution(logits, temperature, **limits))
         reads = draw(distributions[-1], temperature, generator)[None]
         tokens.append(reads)
     return in_step(torch.cat(tokens, dim=1)), torch.cat(distributions)
@@ -142,25 +142,27 @@ def forget(cache: KVCache, speculation: Speculation, n: int) -> None:
 
 @torch.no_grad()
 def speculate(model: Transformer, cache: KVCache, token: Tensor, max_new_tokens: int,
-              ignore_eos: bool, speculation: Speculation, temperature: float = 0.0, generator=None,
-              **sampling) -> Iterator[int]:
+              ignore_eos: bool, speculation: Speculation, sampling: Sampling) -> Iterator[int]:
     """Yield `token` (1, 1), sampled but not in a cache yet, and what follows it, as long as
     speculating pays. Returns what is left to do without: (token, how many more). Once this is
     closed, at whichever yield, the cache holds everything up to the token yielded, and no more; the
     draft's all but that token."""
     eos_ids = () if ignore_eos else model.config.eos_ids
+    generator = torch.Generator(token.device).manual_seed(sampling.seed or 0)
+    temperature = sampling.temperature
+    limits = dict(top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
     while max_new_tokens > 0 and (size := speculation.size):
         token_id = token.item()
         speculation.history.append(token_id)
         proposed = propose(speculation, token, size, model.config.vocab_size, temperature,
-                           generator, **sampling)
+                           generator, **limits)
         if proposed is None:
-            following = sample(model(token, cache), temperature, generator=generator, **sampling)
+            following = sample(model(token, cache), temperature, generator=generator, **limits)
             run, token = [token_id], following
         else:
             proposals, q = proposed
             logits = model(torch.cat([token, proposals], dim=1), cache)[0]  # (K + 1, V)
-            p = distribution(logits, temperature, **sampling)
+            p = distribution(logits, temperature, **limits)
             n, following = verify(p, q, proposals[0], temperature, generator)
             decided = in_step(torch.cat([n, following, proposals[0]]))
             following = decided[1:2]

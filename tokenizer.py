@@ -14,7 +14,6 @@ import codecs
 import functools
 import json
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import sentencepiece
@@ -41,8 +40,8 @@ class Tokenizer:
         folder = Path(folder)
         settings = read_json(folder / "tokenizer_config.json")
         self.template = read_template(folder, settings)
-        self.specials = read_specials(folder, settings)  # text -> id of every special token
-        self.ordinary = set()  # of these, what was added to the vocabulary as a word like others
+        # Text -> id of every special token, and of words that were added to the vocabulary
+        self.specials, self.ordinary = read_specials(folder, settings)  # and which are such words
         self.sentencepiece = self.tokenizers = None
         if (folder / "tokenizer.model").exists():
             self._open_sentencepiece(folder / "tokenizer.model", settings)
@@ -149,11 +148,14 @@ class Tokenizer:
 
     def _stream_sentencepiece(self):
         utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        words = {self.specials[word]: word.encode(errors="replace") for word in self.ordinary}
         special_ids, sp = set(self.specials.values()), self.sentencepiece
 
         def add(token_id: int | None) -> str:
             if token_id is None:
                 return utf8.decode(b"", final=True)
+            if token_id in words and token_id not in (self.bos_id, self.eos_id):
+                return utf8.decode(words[token_id])
             if token_id in special_ids or token_id >= sp.get_piece_size():
                 return ""
             piece = sp.id_to_piece(token_id)
@@ -355,34 +357,6 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def check_keys(raw: dict, kinds: dict[str, tuple], needed: Iterable[str] = ()) -> None:
-    """kinds has a type for each key, and the least and the greatest number, or the kinds of an
-    object's keys; a float may be written as an integer, and None is as if the key were missing.
-    Raises ValueError naming the key, the value, and what would be right."""
-    for key, (kind, low, high) in kinds.items():
-        value = raw.get(key)
-        if value is None and key not in needed:
-            continue
-        fits = type(value) in ((int, float) if kind is float else (kind,))
-        if fits and kind is dict:
-            check_keys(value, low)
-        elif not fits or kind in (int, float) and not low <= value <= high:
-            what = {bool: "true or false", dict: "an object", str: "a text", list: "a list",
-                    int: f"an integer from {low} to {high}",
-                    float: f"a number from {low} to {high}"}[kind]
-            raise ValueError(f"{key} is {value!r:.80}; it must be {what}")
-
-
-def eos_ids(path: Path) -> list[int]:
-    """The end-of-sequence ids that a JSON file gives. Raises ValueError naming one that is none."""
-    ids = read_json(path).get("eos_token_id")
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if wrong := [i for i in ids if type(i) is not int or not 0 <= i < 2**31]:
-        raise ValueError(f"{path}: eos_token_id is {wrong[0]!r:.80}; it must be a token's number, "
-                         "or a list of them")
-    return ids
-
-
 def read_template(folder: Path, settings: dict) -> str:
     if (folder / "chat_template.jinja").exists():
         try:
@@ -398,8 +372,9 @@ def read_template(folder: Path, settings: dict) -> str:
     return template
 
 
-def read_specials(folder: Path, settings: dict) -> dict[str, int]:
-    """Tokens that were added beside a sentencepiece model, by their text."""
+def read_specials(folder: Path, settings: dict) -> tuple[dict[str, int], set[str]]:
+    """Tokens that were added beside a sentencepiece model, by their text, and which of them are
+    words like others (special: false)."""
     added = settings.get("added_tokens_decoder") or {}
     simple = read_json(folder / "added_tokens.json")
     try:
@@ -407,7 +382,8 @@ def read_specials(folder: Path, settings: dict) -> dict[str, int]:
             *simple.items(), *((token["content"], token_id) for token_id, token in added.items())]}
         if specials and not 0 <= min(specials.values()) <= max(specials.values()) < 2**31:
             raise ValueError
-        return specials
+        return specials, {str.__str__(token["content"]) for token in added.values()
+                          if token.get("special") is False}
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
         raise ValueError(f"{folder}: its added tokens are not a table of ids and texts") from None
 

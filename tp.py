@@ -21,6 +21,8 @@ import functools
 import json
 import os
 import signal
+import threading
+import time
 
 import torch
 import torch.distributed as dist
@@ -67,9 +69,17 @@ def start(device: str | None) -> str | None:
         if not on_gpu:  # NCCL would wait for the CUDA graphs that hold its calls to go first
             atexit.register(dist.destroy_process_group)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # torchrun ends then, and with it every rank
+        threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
         if rank():
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # rank 0 speaks for all
     return device or "cpu"
+
+
+def end_with(parent: int) -> None:
+    """End this rank when torchrun has gone without ending it, as kill -9 does."""
+    while os.getppid() == parent:
+        time.sleep(0.3)
+    os._exit(1)
 
 
 @functools.cache

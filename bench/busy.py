@@ -15,7 +15,7 @@ from bench.clocks import compile_all, step
 from cli import say
 from generate import make_cache
 from kv_cache import KVCache
-from load import on_free_cores
+from linear import on_free_cores
 from model import Transformer
 
 TURN, ROUNDS = 10.0, 3  # seconds

@@ -27,12 +27,12 @@ from kv_cache import KVCache
 from load import compile_step, load
 from model import ModelConfig, Transformer
 from quantize import stored_shapes
-from sample import sample
+from sample import Rows, Sampling, sample
 from speculate import Speculation
 
 COPIED, SQUARE, REPEATS = 1 << 32, 8192, 8  # bytes of a copy, a matmul's side, of each in a go
 TOKENS, PROMPTS, ROWS = 200, (128, 2048), (8, 32, 64)
-SAMPLING = dict(temperature=0.8, top_p=0.95)  # what the programs do unless asked
+SAMPLING = Sampling(0.8, top_p=0.95, seed=1)  # what the programs do unless asked
 
 
 # ------------------------------------------------------------------------------ limits
@@ -90,11 +90,12 @@ def compile_decode(model: Transformer, cache: KVCache) -> None:
         step(model, cache)
 
 
-def decode_seconds(model: Transformer, cache: KVCache, position: int, **sampling) -> float:
+def decode_seconds(model: Transformer, cache: KVCache, position: int,
+                   draw: Callable = sample) -> float:
     """Of TOKENS tokens from a position on, the first few aside."""
     cache.length.fill_(position)
     token = torch.zeros(1, 1, dtype=torch.int64, device=cache.length.device)
-    stream = decode(model, cache, token, TOKENS + 4, ignore_eos=True, **sampling)
+    stream = decode(model, cache, token, TOKENS + 4, ignore_eos=True, draw=draw)
     for _ in range(4):
         next(stream)
     return seconds(lambda: (list(stream), wait(cache.length.device)))
@@ -104,13 +105,15 @@ def decode_figures(args) -> Iterator[dict]:
     model, cache, compile_s = open_compiled(args)
     full, device = cache.n_sink + cache.window, cache.length.device
     times, far, sampled, copies, products = ([] for _ in range(5))
+    row = Rows(1, model.config.vocab_size, device)
+    row.begin(0, SAMPLING, [])
     limits = make_limits(device)
     for _ in rounds():
         for measured, figure in zip((copies, products), limits()):
             measured.append(figure)
         times.append(decode_seconds(model, cache, full))
         far.append(decode_seconds(model, cache, 10 * full))
-        sampled.append(decode_seconds(model, cache, full, **SAMPLING))
+        sampled.append(decode_seconds(model, cache, full, row.sample))
     read = bytes_a_step(model, cache)
     yield dict(
         decode_tok_s=TOKENS / statistics.median(times),

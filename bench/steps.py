@@ -123,7 +123,8 @@ def measure(args, model: Transformer, cache: KVCache) -> dict[str, list[float]]:
 
 def bytes_a_step(model: Transformer, cache: KVCache) -> int:
     """What a step has to read: of an embedding table of its own, a row is nothing."""
-    table = 0 if model.config.tied_embeddings else model.embed.weight.nbytes
+    shared = model.config.tied_embeddings and not getattr(model.output, "packed", False)
+    table = 0 if shared else model.embed.weight.nbytes
     return weight_bytes(model) - table + cache.nbytes()
 
 

@@ -38,7 +38,6 @@ def bench_streams(args, model: Transformer) -> dict:
     say("compiling")
     compile_s = compile_all(model, batch.staging[0], batch.cache)
     list(generate_batch(model, [[0]] * 2, max_new_tokens=3, ignore_eos=True, batch=batch))
-    batch.steps = batch.busy = 0
     events = generate_batch(model, prompts, max_new_tokens=wanted, ignore_eos=True, batch=batch)
     ours, theirs = [], []
     with (beside(args, peers.static_batches, *peer_settings(args)) as peer,

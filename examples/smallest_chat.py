@@ -17,7 +17,10 @@ def main():
         cache, last_id = make_cache(model), None
         show("> ")
         for line in sys.stdin:
-            ids = tokenizer.next_turn(line, last_id) if last_id else tokenizer.first_turn(line)
+            if last_id is None:
+                ids = tokenizer.first_turn(line.strip())
+            else:
+                ids = tokenizer.next_turn(line.strip(), last_id)
             text = tokenizer.stream()
             for last_id in generate(model, cache, ids, 256, temperature=0.7, top_p=0.9):
                 show(text(last_id))

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import uvicorn
 
-from cli import check_text, make_parser, number, say, user_errors
+from cli import check_text, ending_signals, make_parser, number, say, user_errors
 from convert_hf import DTYPES
 from load import load
 from server.app import Settings, make_app
@@ -153,7 +153,7 @@ async def serve(app, sock: socket.socket, engine: Engine, grace: float,
 def serve_beside(app, sock: socket.socket, engine: Engine, grace: float) -> threading.Thread:
     """Serve in a thread, and end the engine with it. Signals reach it through the main thread."""
     signals = queue.SimpleQueue()
-    for kind in (signal.SIGTERM, signal.SIGINT):
+    for kind in (signal.SIGINT, *ending_signals()):
         signal.signal(kind, lambda kind, frame: signals.put(kind))
 
     def run() -> None:

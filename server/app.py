@@ -26,6 +26,7 @@ from fastapi import Request as HttpRequest
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from server.answers import Job
 from server.engine import Engine
@@ -68,6 +69,8 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
                     response = await handle(request)
                 except ApiError as error:
                     response = refusal(error)
+                except ClientDisconnect:
+                    response = refusal(gone())
                 except Exception as error:
                     response = refusal(failure(error))
                 metrics.count(path, response.status_code)
@@ -162,6 +165,11 @@ def refusal(error: ApiError, headers: dict | None = None) -> Response:
     return reply(error.body, error.status, headers)
 
 
+def gone() -> ApiError:
+    """What a client is told that has left: nobody reads it, but it is counted."""
+    return ApiError(499, "The client went away.")
+
+
 def failure(error: Exception) -> ApiError:
     """What a client hears of a fault of ours. Logged is where it was, and not its message, which
     may quote a prompt."""
@@ -199,7 +207,8 @@ def check_host(request: HttpRequest, settings: Settings) -> None:
     with contextlib.suppress(ValueError):
         ipaddress.ip_address(name)
         return
-    if not settings.keys and name.lower() not in ("localhost", *settings.hosts):
+    known = {"localhost", *map(str.lower, settings.hosts)}
+    if not settings.keys and name.lower() not in known:
         raise ApiError(421, f"This server does not go by the name {name[:200]!r}; --allow-host "
                             "NAME adds one.")
 
@@ -254,7 +263,7 @@ async def whole(request: HttpRequest, events: AsyncIterator, jobs: list[Job],
     try:
         await asyncio.wait({collecting, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not collecting.done():
-            raise ApiError(499, "The client went away.")  # nobody reads this
+            raise gone()
         await collecting
         return reply(form.whole(jobs))
     finally:

@@ -34,7 +34,7 @@ class Engine:
                  max_queue: int = 64, pin_system: str | None = None):
         self.model, self.tokenizer, self.max_queue = model, tokenizer, max_queue
         self.pinned = [{"role": "system", "content": pin_system}] if pin_system else []
-        self.fingerprint = getattr(model, "fingerprint", "random")
+        self.fingerprint = model.fingerprint
         self.names = {token_id: text for text, token_id in tokenizer.specials.items()}
         self.batch = Batch(model, batch_size, n_sink, window, n_staging=2, n_chunks=4)
         self.n_streams = 0  # that the batch has been asked for
@@ -65,9 +65,12 @@ class Engine:
         return len(self.waiting)
 
     def check_room(self, n: int = 1) -> None:
-        """Raises ApiError when n more requests cannot wait."""
+        """Raises ApiError when n more prompts cannot wait."""
         if self.state() != "ok":
             raise ApiError(503, f"The server is {self.state()}.", retry_after=5)
+        if n > self.max_queue:
+            raise ApiError(400, f"{n} prompts in one request; this server lets {self.max_queue} "
+                                "wait (--queue).", "prompt", "invalid_value")
         if len(self.waiting) + n > self.max_queue:
             raise ApiError(429, f"{len(self.waiting)} requests are waiting already (--queue "
                                 f"{self.max_queue}); try again.", code="queue_full", retry_after=1)
@@ -214,6 +217,7 @@ class Engine:
                     self.wake.wait()
                 if self.closed:
                     return
+                self.end_reading()  # of those that left while they were taken
                 # One staging row stays free of long prompts, so that short ones overtake them.
                 busy = any(len(stream.prompt.ids) > LONG for reading in self.batch.reading
                            for stream in reading.streams)
@@ -294,7 +298,6 @@ class Engine:
             prompts = [[0] * (LARGE_CHUNK + 1), [0]]  # at the end one is left, which is a graph
             list(generate_batch(self.model, prompts, max_new_tokens=[9, 3], ignore_eos=True,
                                 batch=self.batch))
-        self.batch.steps = self.batch.busy = 0
 
 
 def stopped(key: str) -> str:

@@ -214,10 +214,10 @@ def run_case(kind: str, made: Path, seed: str, changed: bool = True,
         return end, f"{kind} {'+'.join(names)}: {program} {' '.join(argv)}\n{said}"
 
 
-def in_a_fork(temporary: Path, program: str, argv: list[str],
-              seconds: float | None = None) -> tuple[int, str]:
-    """(wait status, stderr) of a program's main in a child of this process, which may be killed
-    after some seconds."""
+def in_a_fork(temporary: Path, program: str, argv: list[str], seconds: float | None = None,
+              by: int = signal.SIGKILL, prepare=lambda: None) -> tuple[int, str]:
+    """(wait status, stderr) of a program's main in a child of this process, prepared there, which
+    may be killed after some seconds."""
     errors = temporary / "stderr"
     errors.write_text("")
     sys.stdout.flush()
@@ -230,6 +230,7 @@ def in_a_fork(temporary: Path, program: str, argv: list[str],
             os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             limit(temporary)
+            prepare()
             sys.argv = [f"{program}.py", *argv]
             importlib.import_module(program).main()
             status = 0
@@ -243,7 +244,7 @@ def in_a_fork(temporary: Path, program: str, argv: list[str],
             os._exit(status)
     if seconds is not None:
         time.sleep(seconds)
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, by)
     status = os.waitpid(pid, 0)[1]
     return status, errors.read_text(errors="replace")
 

@@ -244,7 +244,8 @@ def test_a_row_that_was_kept_begins_another_prompt():
     for index, token_id in stream:
         said.append(token_id)
         if token_id is None:
-            kept.copy_row(0, batch.cache, batch.row(index))
+            row = batch.rows.index(batch.stream(index))
+            kept.copy_row(0, batch.cache, row)
     assert int(kept.length) == 70
     asked = [Prompt(second, Sampling(1.0, repetition_penalty=1.3, seed=4), 15,
                     begin=lambda staging: staging.copy_row(0, kept), before=first + said[:-1]),
@@ -464,6 +465,10 @@ def test_answers_have_the_seeds_of_their_place_whatever_the_batch_size(prompts):
     found = [records(*argv, "--batch", n, program="batch") for n in (1, 4)]
     texts = [{(r["index"], r["sample"]): r["text"] for r in some} for some in found]
     assert texts[0] == texts[1] and len(set(texts[0].values())) == len(texts[0]) == 6
+    [second] = [r for r in found[0] if (r["index"], r["sample"]) == (0, 1)]
+    _, out, _ = run("generate", "--json", "--prompt", "The cat", "--seed", second["seed"],
+                    *argv[6:])  # and one sample
+    assert second["seed"] == 5 + 1 and json.loads(out)["token_ids"] == second["token_ids"]
 
 
 @pytest.mark.parametrize("argv, naming", [

@@ -121,7 +121,7 @@ def test_an_interrupt_keeps_what_was_said_and_the_conversation_goes_on():
             signal.raise_signal(signal.SIGINT)
 
     ids = tokenizer.first_turn("Hello.")
-    record = answer(model, cache, tokenizer, ids, args, None, emit)
+    record = answer(model, cache, tokenizer, ids, args, emit)
     assert record["finish_reason"] == "interrupt"
     assert record["new_tokens"] == 5 and record["text"] == "".join(pieces)
     assert cache.length.item() == len(ids) + 5

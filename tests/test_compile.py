@@ -89,6 +89,20 @@ def test_packed_weights_say_the_same(monkeypatch):
         assert (packed(tokens, cache) - eager(tokens, plain)).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_compiling_later_lays_weights_out_as_compiling_at_once(dtype):
+    """In rows, where an eager model had packed them, and the tied table is one tensor again."""
+    at_once, later = (load(TINY, device="cpu", dtype=dtype, compile=c)[0] for c in (True, False))
+    plain = {name: weight.to_dense() for name, weight in later.state_dict().items()}
+    compile_step(later, torch.device("cpu"))
+    for (name, module), other in zip(later.named_modules(), at_once.modules(), strict=True):
+        if hasattr(module, "packed"):
+            assert module.packed == other.packed, name
+            assert torch.equal(module.weight.to_dense(), plain[name + ".weight"])
+    assert later.output.weight is later.embed.weight
+    assert weight_bytes(later) == weight_bytes(at_once)
+
+
 def test_a_rollback_between_compiled_calls(compiled):
     model, cache = compiled
     cache.reset()

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -13,9 +14,11 @@ import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
-from cli import make_parser, user_errors
+from cli import hold_interrupt, make_parser, user_errors
 from helpers import TINY, run
 from load import check_device
+
+DOC = "What it is.\n\n    python x.py"
 
 ROOT = TINY.parent.parent
 
@@ -257,12 +260,68 @@ def test_a_real_process_says_one_line_and_exits_2():
 
 
 def test_what_the_engine_logs_is_said_once(capsys):
-    with user_errors(make_parser("What it is.\n\n    python x.py")):
+    with user_errors(make_parser(DOC)):
         for accepted in (3, 3, 4):
             logging.getLogger("gpt_stream").info("speculation stopped: %s of 32", accepted)
     logging.getLogger("gpt_stream").info("nobody listens any more")
     assert capsys.readouterr().err == (
         "speculation stopped: 3 of 32\nspeculation stopped: 4 of 32\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_program_once_and_what_it_does_last_is_done(number):
+    steps = []
+    with pytest.raises(SystemExit) as end, user_errors(make_parser(DOC)):
+        try:
+            signal.raise_signal(number)
+        finally:
+            signal.raise_signal(signal.SIGTERM)  # another one does not break off cleaning up
+            steps.append("cleaned")
+    assert end.value.code == 128 + number and steps == ["cleaned"]
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_what_was_ignored_stays_so():
+    """As nohup leaves SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with user_errors(make_parser(DOC)):
+            signal.raise_signal(signal.SIGHUP)
+            with hold_interrupt() as caught:
+                signal.raise_signal(signal.SIGHUP)
+            assert not caught
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_is_held_ends_the_program_later():
+    steps = []
+    with pytest.raises(SystemExit) as end, user_errors(make_parser(DOC)):
+        with hold_interrupt() as caught:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGTERM)
+            steps.append(list(caught))
+        steps.append("said")
+    assert end.value.code == 143 and steps == [[signal.SIGTERM] * 2, "said"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program, argv", [
+    ("generate", ["--max-new-tokens", "5"]),
+    ("eval", ["--text", "README.md", "--max-tokens", "50"])])  # which leaves it to Python to write
+def test_a_full_disk_behind_the_output_is_one_line(program, argv):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, f"{program}.py", "--device", "cpu", *argv], cwd=ROOT,
+                              stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1] == f"{program}.py: error: stdout: No space left on device"
+
+
+def test_a_plot_that_cannot_be_written_is_known_before_anything_is_measured(tmp_path):
+    argv = ("--text", __file__, "--max-tokens", 9)
+    refused("eval", *argv, "--plot", tmp_path / "none" / "a.png", naming=["a.png", "no folder"])
+    refused("eval", *argv, "--plot", tmp_path, naming=[tmp_path, "not a file"])
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import torch
 from generate import decode, generate, load, make_cache, prefill
 from helpers import TINY, as_on_a_gpu, random_model, run
 from kv_cache import KVCache
-from sample import probabilities, sample
+from sample import Rows, Sampling, probabilities, sample
 
 # ------------------------------------------------------------------------------ sampling
 
@@ -140,11 +140,14 @@ def test_the_decode_loop_reads_the_device_once_a_token(monkeypatch):
     step, tolist = model.step, torch.Tensor.tolist
     monkeypatch.setattr(model, "step", lambda *a: events.append("step") or step(*a))
     as_on_a_gpu(monkeypatch)
+    row = Rows(1, 64)
+    row.begin(0, Sampling(0.7, top_p=0.9, seed=1), [])
+    token = row.sample(logits)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: events.append("read") or tolist(t))
     for name in ("item", "__bool__", "__int__", "__float__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, lambda *a, name=name: pytest.fail(
             f"{name} in decode"))
-    list(decode(model, cache, sample(logits, 0.7), 5, ignore_eos=True, temperature=0.7))
+    list(decode(model, cache, token, 5, ignore_eos=True, draw=row.sample))
     assert events == ["step", "read"] * 5
 
 

@@ -463,7 +463,7 @@ def spm(small):
                  "tokenizer.ggml.tokens": [sp.id_to_piece(i) for i in range(n)],
                  "tokenizer.ggml.scores": [sp.get_score(i) for i in range(n)],
                  "tokenizer.ggml.token_type": kinds}
-    tensors |= {name: np.resize(tensors[name], (n + 2, 64))
+    tensors |= {name: np.resize(tensors[name], (n + 3, 64))
                 for name in ("token_embd.weight", "output.weight")}
     return metadata, tensors
 
@@ -483,14 +483,14 @@ def test_a_sentencepiece_model_is_written_again(spm, tmp_path):
 def test_a_file_may_put_no_space_in_front_and_add_tokens_of_its_own(spm, tmp_path):
     metadata, tensors = spm
     metadata |= {"tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_bos_token": False}
-    for key, values in {"tokens": ["<|im_end|>", "<tool>"], "scores": [-1000.0, 0.0],
-                        "token_type": [4, 4]}.items():
+    for key, values in {"tokens": ["<|im_end|>", "<tool>", "<think>"],
+                        "scores": [-1e3, 0.0, -1e3], "token_type": [4, 4, 4]}.items():
         metadata[f"tokenizer.ggml.{key}"] = metadata[f"tokenizer.ggml.{key}"] + values
     convert(write(tmp_path / "a.gguf", metadata, tensors), tmp_path / "out")
     ours, theirs = Tokenizer(tmp_path / "out"), Tokenizer(TINY)
     assert ours.encode("the cat<|im_end|>the<tool>") == [
         *theirs.inner.encode("the cat"), 4096, *theirs.inner.encode("the"), 4097]
-    assert ours.decode([4096]) == "" and ours.decode([4097]) == "<tool>"  # one was the model's own
+    assert [ours.decode([i]) for i in (4096, 4097, 4098)] == ["", "<tool>", "<think>"]
 
 
 # ------------------------------------------------------------------------------ what is refused

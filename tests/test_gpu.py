@@ -18,6 +18,7 @@ from linear import Int4Linear, Int8Linear
 from load import compile_step
 from oracle import Stream
 from quantize import dequantize, quantize_int4, quantize_int8
+from sample import Rows, Sampling, sample
 from session import load_session, save_session
 from speculate import Speculation
 from test_errors import refused
@@ -174,13 +175,15 @@ def test_a_decode_step_never_waits_for_the_device(compiled, monkeypatch):
     cache, token = make_cache(compiled, 4, WINDOW), torch.tensor([[7]], device=DEVICE)
     warm(compiled, cache)
     monkeypatch.setattr(generate_module, "start_reading", start_reading)
-    generator = torch.Generator(DEVICE).manual_seed(0)
+    row = Rows(1, compiled.config.vocab_size, DEVICE)
+    row.begin(0, Sampling(0.8, 20, 0.95, seed=0), [])
+    row.sample(compiled(token, cache))  # as generate does: then the settings are on the GPU
     try:
-        for sampling in (dict(), dict(temperature=0.8, top_k=20, top_p=0.95, generator=generator)):
+        for draw in (sample, row.sample):
             torch.cuda.set_sync_debug_mode("error")
             with pytest.raises(RuntimeError, match="synchroniz"):
                 token.item()
-            assert len(list(decode(compiled, cache, token, 30, True, **sampling))) == 30
+            assert len(list(decode(compiled, cache, token, 30, True, draw))) == 30
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

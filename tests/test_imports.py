@@ -12,7 +12,7 @@ from helpers import TINY
 
 ROOT = TINY.parent.parent
 # A file imports only what stands before it. The engine ends where the command line begins.
-ORDER = ["tp", "kv_cache", "linear", "attention", "tokenizer", "model", "sample", "convert_hf",
+ORDER = ["tp", "kv_cache", "linear", "attention", "model", "tokenizer", "sample", "convert_hf",
          "quantize", "gguf_tokenizer", "convert_gguf", "published", "hub", "load", "speculate",
          "session", "cli", "generate", "chat", "batch", "eval", "gptq"]
 

@@ -88,8 +88,9 @@ def test_rollback_deeper_than_the_ring_allows_is_refused_and_changes_nothing():
         cache.rollback(7)
     cache.rollback(6)
     assert cache.length.item() == 64 - 15 + 5 - 6
-    with pytest.raises(ValueError):
-        cache.rollback(-1)
+    for wrong in (-1, [1, 1], [], [-2]):
+        with pytest.raises(ValueError, match="one for each of 1 rows, and none negative"):
+            cache.rollback(wrong)
     cache.reset()
     model(tokens_of(3), cache)
     with pytest.raises(ValueError, match="holds"):

@@ -14,11 +14,11 @@ from sample import (
     Rows,
     Sampling,
     block_heights,
+    inverse_cdf,
+    inverse_cdf_one,
     log_probabilities,
     mix,
     penalize,
-    pick,
-    pick_one,
     probabilities,
     sample,
     seed_key,
@@ -132,7 +132,8 @@ def test_log_probabilities_are_those_of_the_logits():
 @pytest.mark.parametrize("changes, word", [
     (dict(temperature=-1), "temperature -1"), (dict(top_p=1.5), "top_p 1.5"),
     (dict(min_p=math.nan), "min_p nan"), (dict(repetition_penalty=0), "repetition_penalty 0"),
-    (dict(presence_penalty=math.inf), "presence_penalty inf"), (dict(top_k=-3), "top_k -3")])
+    (dict(presence_penalty=math.inf), "presence_penalty inf"), (dict(top_k=-3), "top_k -3"),
+    (dict(top_k=2.5), "top_k 2.5 must be a whole")])
 def test_settings_that_cannot_be_are_refused(changes, word):
     with pytest.raises(ValueError, match=word):
         Sampling(**changes)
@@ -188,13 +189,24 @@ def test_picking_is_inverse_cdf_and_takes_nothing_of_weight_zero():
     weights[0, :-1] = 0
     weights[0, -1] = 1e-30
     for u in (0.0, 1e-9, 0.1, 0.5, 0.99, 1 - 2**-32):
-        ids = pick(weights, torch.full((40,), u, dtype=torch.float64))
+        ids = inverse_cdf(weights, torch.full((40,), u, dtype=torch.float64))
         assert (weights.gather(1, ids[:, None]) > 0).all()
         mass = weights.double().cumsum(-1)
         exact = (mass <= u * mass[:, -1:]).sum(-1)
         assert (ids - exact).count_nonzero() <= 1  # a sum in float32 may differ at a border
         for row in range(40):
-            assert ids[row] == pick_one(weights[row], block_heights(weights[row]), u)
+            assert ids[row] == inverse_cdf_one(weights[row], block_heights(weights[row]), u)
+
+
+def test_however_cold_the_likeliest_is_drawn(way):
+    logits = some_logits(20, 5 * BLOCK)
+    for temperature in (1e-20, 1e-46, 1e-300):
+        assert torch.equal(sample(logits, temperature), logits.argmax(-1))
+        assert torch.equal(probabilities(logits, temperature).argmax(-1), logits.argmax(-1))
+        rows = Rows(20, 5 * BLOCK)
+        for row in range(20):
+            rows.begin(row, Sampling(temperature, seed=row), [])
+        assert torch.equal(rows.sample(logits[:, None])[:, 0], logits.argmax(-1))
 
 
 def test_nothing_hangs_or_fails_on_logits_that_are_not_numbers(way):
@@ -278,8 +290,7 @@ def test_sampling_leaves_the_logits_as_they_are(way):
     for row, one in enumerate(MIXED):
         rows.begin(row, Sampling(**{**one.__dict__, "frequency_penalty": 0.1}), [1])
     rows.sample(logits[:, None])
-    sample(logits, 0.8, top_p=0.9, seen=seen_in([3], 5 * BLOCK).repeat(8, 1),
-           repetition_penalty=2.0)
+    sample(logits, 0.8, top_p=0.9)
     assert torch.equal(logits, before)
 
 

@@ -17,9 +17,12 @@ import time
 import openai
 import pytest
 import torch
+from starlette.requests import Request
 
 from generate import generate, load, make_cache
 from helpers import TINY, run
+from server.app import Settings, check_host
+from server.protocol import ApiError
 
 ROOT = TINY.parent.parent
 WINDOW = 200
@@ -490,6 +493,22 @@ def test_a_thousand_random_bodies_are_answered_or_refused(server):
     server.until("rows_busy", 0)
 
 
+def test_a_client_that_leaves_while_it_sends_is_no_fault_of_the_server(server):
+    def refused():
+        _, _, text = server.http("GET", "/metrics")
+        return {line.rsplit(" ", 1)[0] for line in text.decode().splitlines() if '"499"' in line}
+
+    before = len(server.said)
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+                           b"application/json\r\nContent-Length: 1000\r\n\r\n{")
+    deadline = time.time() + 20
+    while not refused():
+        assert time.time() < deadline
+        time.sleep(0.01)
+    assert len(server.said) == before
+
+
 def test_no_word_of_what_is_said_is_told(server):
     server.chat("Abracadabra, my secret!", max_tokens=5)
     server.post({**BASE, "messages": [{"role": "user", "content": ["Abracadabra"]}]})
@@ -499,6 +518,13 @@ def test_no_word_of_what_is_said_is_told(server):
 
 
 # ------------------------------------------------------------------------------ who may ask
+
+
+def test_an_allowed_name_is_one_in_any_case():
+    request = Request({"type": "http", "headers": [(b"host", b"gpu-box.LOCAL:80")]})
+    check_host(request, Settings("tiny", hosts=("GPU-Box.local",)))
+    with pytest.raises(ApiError):
+        check_host(request, Settings("tiny", hosts=("gpu-box",)))
 
 
 @pytest.mark.parametrize("host, status", [
@@ -594,6 +620,9 @@ def test_a_port_that_is_taken_is_one_line(server):
 def test_when_the_queue_is_full_clients_are_asked_to_come_again():
     server = Server("--queue", 2, sizes=("--batch", 1, "--window", WINDOW))
     try:
+        error = error_of(server.post({"model": "tiny", "prompt": ["a", "b", "c"]},
+                                     "/v1/completions"), 400)
+        assert "3 prompts" in error["message"] and "--queue" in error["message"]  # for good
         streams = [server.chat("Sing.", stream=True, max_tokens=500) for _ in range(2)]
         next(iter(streams[0]))
         pool = concurrent.futures.ThreadPoolExecutor(12)

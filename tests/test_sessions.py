@@ -145,7 +145,8 @@ def rewrite(path, change_tensors=None, change_facts=None):
     lambda path: rewrite(path, lambda t: t.update({"model.v.0": t["model.v.0"][:, :, 1:].clone()})),
     lambda path: rewrite(path, lambda t: t.update({"model.v.1": t["model.v.1"].half()})),
     *[lambda path, bad=bad: rewrite(path, None, lambda f: f["model"].update(bad)) for bad in (
-        {"length": None}, {"length": [-1]}, {"length": 40}, {"overhang": []}, {"overhang": ["1"]})],
+        {"length": None}, {"length": [-1]}, {"length": 40}, {"overhang": []}, {"overhang": ["1"]},
+        {"overhang": [10**6]})],
     lambda path: rewrite(path, None, lambda f: f.update(model=[])),
     *[lambda path, bad=bad: rewrite(path, None, lambda f: f.update(bad)) for bad in (
         {"last_id": "7"}, {"last_id": 64}, {"unread": 5}, {"unread": [-1]}, {"unread": [1, 2]})],

@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from generate import generate, load, make_cache, warm
+from cli import add_generation, make_parser
+from generate import answer, generate, load, make_cache, warm
 from helpers import TINY, random_model, run
 from kv_cache import KVCache
 from load import compile_step
 from quantize import quantize_checkpoint
 from sample import distribution
 from speculate import Speculation, look_up, verify
+from tokenizer import Tokenizer
 
 DRAFT = TINY.parent / "tiny-draft"
 WINDOW = 28
@@ -203,6 +205,24 @@ def test_the_programs_speculate_and_refuse_what_cannot_be(tmp_path):
                          (["--lookup", "--speculate", 0], "must be at least 1")):
         status, _, err = run("generate", *shared, *flags)
         assert status == 2 and words in err.splitlines()[-1]
+
+
+def test_the_rate_counts_every_round(monkeypatch):
+    """By a clock that ticks once a call of the model."""
+    model, calls, tokenizer = random_model(), [], Tokenizer(TINY)
+    step = model.step
+    model.step = lambda *args: calls.append(1) or step(*args)
+    monkeypatch.setattr("generate.time.perf_counter", lambda: float(len(calls)))
+    args = add_generation(make_parser("What it is.\n\n    python x.py")).parse_args(
+        ["--temperature", "0", "--max-new-tokens", "12", "--ignore-eos"])
+    args.compile_s, args.seed = 0.0, 0
+    for speculation in (None, Speculation(fixed=3)):
+        calls.clear()
+        record = answer(model, make_cache(model, 4, 60), tokenizer, [1, 2] * 5, args,
+                        lambda text: None, speculation)
+        steps = len(calls) - 1  # without the prefill
+        assert record["decode_tok_s"] == 11 / (steps if speculation else steps - 1)
+        assert steps == 12 if speculation is None else steps < 12
 
 
 @pytest.mark.slow

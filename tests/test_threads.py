@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-import load
+import linear
 from generate import make_cache
 from helpers import TINY
-from load import Threads, on_free_cores
+from linear import Threads, on_free_cores
+from load import load
 
 
 class Machine:
@@ -80,14 +81,14 @@ def test_a_step_runs_on_what_was_found_and_the_users_own_number_counts(monkeypat
     try:
         torch.set_num_threads(4)
         step(torch.zeros(1, 1))
-        assert seen == [4] and load.threads.most == 4
-        monkeypatch.setattr(load.threads, "now", 2)
+        assert seen == [4] and linear.threads.most == 4
+        monkeypatch.setattr(linear.threads, "now", 2)
         torch.set_num_threads(2)
         step(torch.zeros(1, 1))
-        assert seen == [4, 2] and load.threads.most == 4
+        assert seen == [4, 2] and linear.threads.most == 4
         torch.set_num_threads(3)
         step(torch.zeros(1, 1))
-        assert seen == [4, 2, 3] and load.threads.most == 3
+        assert seen == [4, 2, 3] and linear.threads.most == 3
     finally:
         torch.set_num_threads(most)
 
@@ -96,14 +97,14 @@ def test_a_step_runs_on_what_was_found_and_the_users_own_number_counts(monkeypat
 def test_a_compiled_step_says_the_same_on_any_number_of_threads():
     """Also one that was compiled while others had the cores, and on more threads than it was
     compiled for. (Inductor's own cpp.dynamic_threads, in 2.13, does not.)"""
-    eager, _ = load.load(TINY, device="cpu", dtype=torch.float32)
+    eager, _ = load(TINY, device="cpu", dtype=torch.float32)
     most = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        load.threads.__init__(2)
-        load.threads.now = 1
+        linear.threads = Threads(2)
+        linear.threads.now = 1
         torch.set_num_threads(1)  # as if it had been found
-        model, _ = load.load(TINY, device="cpu", dtype=torch.float32, compile=True)
+        model, _ = load(TINY, device="cpu", dtype=torch.float32, compile=True)
         for n in (1, 2, 4, 1):
             cache, plain = make_cache(model), make_cache(eager)
             for token in range(40, 60):
@@ -112,4 +113,4 @@ def test_a_compiled_step_says_the_same_on_any_number_of_threads():
                 assert (model(tokens, cache) - eager(tokens, plain)).abs().max() < 1e-4
     finally:
         torch.set_num_threads(most)
-        load.threads.__init__(most)
+        linear.threads = Threads(most)

@@ -147,6 +147,20 @@ def test_added_tokens_stand_beside_a_sentencepiece_model(tmp_path):
     assert tokenizer.decode([4096]) == ""
 
 
+def test_an_added_word_that_is_not_special_is_shown_and_may_be_typed(tmp_path):
+    """As Qwen's or DeepSeek's <think>, which answers show."""
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {
+        "4096": {"content": "<think>", "special": False},
+        "4097": {"content": "<|im_end|>", "special": True}}}))
+    tokenizer = Tokenizer(tmp_path)
+    ids = tokenizer.encode("A <think>cat<|im_end|>")
+    assert ids.count(4096) == ids.count(4097) == 1
+    assert tokenizer.decode(ids[1:]) == " A <think> cat"  # sentencepiece's space after a token
+    turn = tokenizer.first_turn("<think> <|im_end|>")
+    assert 4096 in turn and 4097 not in turn
+
+
 # ------------------------------------------------------------------------------ conversations
 
 TURNS = ["Hi there, cat.", "Is it <late>?\n", "So  long"]
