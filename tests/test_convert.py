@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import cli
 import convert_hf
 from convert_hf import convert, hf_parts, read_config
 from generate import load
@@ -67,15 +68,15 @@ def test_rows_are_stacked_in_order_and_files_come_along(hf_folder, tmp_path):
 def test_in_a_log_and_on_a_dumb_terminal_progress_is_few_plain_lines(terminal, capsys, monkeypatch):
     monkeypatch.setenv("TERM", terminal or "xterm")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: bool(terminal))
-    with convert_hf.progress("reading", "books") as show:
+    with cli.progress("reading", "books") as show:
         for n in range(1, 48):
             show(n, 47, f"page {n}")
     assert capsys.readouterr().err == "reading: 47 of 47 books, 00:00 passed, page 47\n"
-    with pytest.raises(KeyError), convert_hf.progress("reading a{x}.txt", "books") as show:
+    with pytest.raises(KeyError), cli.progress("reading a{x}.txt", "books") as show:
         show(3, 47)
         raise KeyError
     assert capsys.readouterr().err == "reading a{x}.txt: 3 of 47 books, 00:00 passed\n"
-    with pytest.raises(KeyError), convert_hf.progress("reading", "books"):
+    with pytest.raises(KeyError), cli.progress("reading", "books"):
         raise KeyError
     assert capsys.readouterr().err == ""
 
