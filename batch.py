@@ -23,7 +23,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from cli import add_generation, hold_interrupt, make_parser, number, read_prompts, say, user_errors
+from cli import (
+    add_generation,
+    hold_interrupt,
+    make_parser,
+    number,
+    read_prompts,
+    say,
+    show,
+    user_errors,
+)
 from convert_hf import progress
 from generate import (
     Transcript,
@@ -368,7 +377,7 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
     def busy() -> str:
         return f"rows busy {batch.busy / max(1, batch.steps * args.batch):.0%}"
 
-    with hold_interrupt() as interrupted, progress("generating", "tokens") as show:
+    with hold_interrupt() as interrupted, progress("generating", "tokens") as advance:
         for index, token_id in generate_batch(model, prompts, batch=batch):
             if interrupted and batch.steps > steps:
                 break
@@ -381,8 +390,8 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
                 of, sample = divmod(index, args.samples)
                 which = {"index": of} if args.samples == 1 else {"index": of, "sample": sample}
                 record["seed"] = stream.prompt.sampling.seed
-                tqdm.write(json.dumps({**which, **record}))  # above the progress bar
-                sys.stdout.flush()
+                with tqdm.external_write_mode():  # above the progress bar
+                    show(json.dumps({**which, **record}) + "\n")
                 done += 1
             else:
                 new_tokens += 1
@@ -390,7 +399,7 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
                     transcripts[index] = Transcript(tokenizer, len(stream.prompt.ids), args)
                 if transcripts[index].add(token_id):
                     stream.left = 0
-            show(new_tokens, note=f"{done} of {n_streams} {what}, {busy()}")
+            advance(new_tokens, note=f"{done} of {n_streams} {what}, {busy()}")
     say(f"{done} of {n_streams} {what}, {new_tokens} new tokens, "
         f"{new_tokens / (time.perf_counter() - start):.1f} tok/s, {busy()} of {batch.steps} steps, "
         f"compiled in {args.compile_s:.1f} s, seed {args.seed}")

@@ -333,15 +333,18 @@ def name_leftovers(path: Path) -> None:
 
 
 def show(text: str) -> None:
-    """Write to stdout at once. When that is a terminal that has closed, the SIGHUP that comes of it
-    may come later than this: what that signal ends, ends."""
+    """Write to stdout at once. Raises OSError naming it, as on a full disk. When it is a terminal
+    that has closed, the SIGHUP that comes of it may come later than this: what that signal ends,
+    ends."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        if error.errno != errno.EIO:
-            raise
         drop_output()
+        if error.errno != errno.EIO:
+            raise OSError(f"stdout: {error.strerror}") from None
         signal.raise_signal(signal.SIGHUP)
 
 

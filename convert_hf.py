@@ -15,9 +15,9 @@ import json
 import os
 import pickle
 import re
+import secrets
 import shutil
 import sys
-import tempfile
 import types
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -222,8 +222,9 @@ def write_checkpoint(out: Path, source: Path, raw: dict, weights: Iterable[tuple
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: exists already and is not an empty folder")
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=out.name + ".partial-"))
-    try:
+    partial = out.with_name(f"{out.name}.partial-{secrets.token_hex(4)}")
+    try:  # a signal may come in any line
+        partial.mkdir(0o700)
         files, waiting = {}, {}  # file name -> its tensors' names; tensors not yet written
         for count, (name, tensor) in enumerate(weights, 1):
             waiting[name] = tensor.contiguous()

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cli import make_parser, number, user_errors
+from cli import make_parser, number, show, user_errors
 from convert_hf import DTYPES, progress
 from generate import default_window, load, make_cache
 from kv_cache import KVCache
@@ -87,12 +87,12 @@ def measure(model: Transformer, ids: Tensor, mode: str, n_sink: int, window: int
     else:
         parts = streamed(model, ids, make_cache(model, n_sink, window))
     done, count, total = [], 0, 0.0
-    with progress(mode, "tokens") as show:
+    with progress(mode, "tokens") as advance:
         for part in parts:
             done.append(part)
             count, total = count + len(part), total + part.sum().item()
-            show(count, (len(ids) - 1) // (every if mode == "recompute" else 1),
-                 f"perplexity {math.exp(total / max(count, 1)):.3f}")
+            advance(count, (len(ids) - 1) // (every if mode == "recompute" else 1),
+                    f"perplexity {math.exp(total / max(count, 1)):.3f}")
     nats = torch.cat(done)
     return nats if mode == "recompute" else nats[every - 1::every]
 
@@ -164,9 +164,8 @@ def main():
                 record = dict(mode=mode, sink=n_sink, window=window, tokens=len(nats),
                               nats=nats.mean().item(), perplexity=nats.mean().exp().item(),
                               seconds=time.perf_counter() - start)
-                print(json.dumps(record) if args.json else
-                      f"{name:20} {record['tokens']} tokens  perplexity {record['perplexity']:.3f}",
-                      flush=True)
+                show((json.dumps(record) if args.json else f"{name:20} {record['tokens']} tokens  "
+                      f"perplexity {record['perplexity']:.3f}") + "\n")
                 if mode != "stream":
                     break  # the number of sinks changes only the stream
         if args.plot:

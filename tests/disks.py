@@ -47,7 +47,9 @@ def fill(program: str, made: Path, sizes: int, rng: random.Random, limit: bool) 
     for number in range(sizes):
         # On every second disk, only the last of its files find no place.
         room = rng.randrange(1, need) if number % 2 else need - rng.randrange(1, min(4, need))
-        most = rng.randrange(max(map(len, after.values()))) if limit else resource.RLIM_INFINITY
+        # A file that was refused may be the largest, or one of those that are temporary.
+        most = PAGE if number % 2 else rng.randrange(PAGE, max(map(len, after.values())))
+        most = most if limit else resource.RLIM_INFINITY
         with workplace(program, made, None if limit else (used + room) * PAGE) as folder:
             status, said = start(program, made, folder, prepare=partial(
                 resource.setrlimit, resource.RLIMIT_FSIZE, (most, most)))

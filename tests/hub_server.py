@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import threading
+import time
 import zipfile
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -32,6 +33,7 @@ class Hub(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.repos, self.gated, self.private, self.broken = {}, set(), set(), set()
+        self.stuck = set()  # files of which half goes out, and then nothing for 20 s
         self.asked, self.served = [], []  # paths of the API; files that went out whole
         threading.Thread(target=self.serve_forever, args=[0.05], daemon=True).start()
 
@@ -44,6 +46,8 @@ class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         hub, path = self.server, urlsplit(self.path).path.strip("/")
         is_api, path = path.startswith("api/models/"), path.removeprefix("api/models/")
+        if path.count("/") < 3:
+            return self.answer(404)
         org, model, verb, revision, *file = map(unquote, path.split("/"))
         repo, file = f"{org}/{model}", "/".join(file)
         by_commit = {commit(repo, r): files for r, files in hub.repos.get(repo, {}).items()}
@@ -86,6 +90,10 @@ class Answer(http.server.BaseHTTPRequestHandler):
             "Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"})
         if self.command == "GET" and file in self.server.broken:
             self.wfile.write(part[:len(part) // 2 if start == 0 else 0])  # and it closes
+        elif self.command == "GET" and file in self.server.stuck:
+            self.wfile.write(part[:len(part) // 2])
+            self.server.asked.append(file)
+            time.sleep(20)
         elif self.command == "GET":
             self.wfile.write(part)
             self.server.served.append(file)

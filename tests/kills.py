@@ -66,7 +66,13 @@ def left(folder: Path) -> list[Path]:
     whole = {"disk", "stdout", "stderr", "cache", "checkpoints", "smollm2-135m-instruct",
              *(target.partition("/")[0] for target in TARGETS)}
     paths = [*folder.iterdir(), *folder.glob("disk/*"), *folder.glob("disk/checkpoints/*")]
-    return [path for path in paths if path.name not in whole and path.suffix != ".lock"]
+    return [path for path in paths if path.name not in whole and path.suffix != ".lock"
+            and not is_new(path)]
+
+
+def is_new(path: Path) -> bool:
+    """Whether it is a folder for temporary files in the moment in which it was made."""
+    return path.name.startswith("tmp") and path.is_dir() and not any(path.iterdir())
 
 
 @contextlib.contextmanager

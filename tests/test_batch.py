@@ -439,13 +439,14 @@ def test_progress_and_totals_go_to_stderr(prompts):
     assert "tok/s, rows busy" in err and err.endswith("seed 7\n")
 
 
-def test_an_interrupted_run_has_written_what_is_finished(prompts, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_has_written_what_is_finished(prompts, monkeypatch, number):
     steps, read = [], program.start_reading
 
     def interrupting(tokens):
         steps.append(1)
         if len(steps) == 16:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return read(tokens)
 
     expected = {record["index"]: record["token_ids"] for record in greedy(prompts)}
@@ -453,7 +454,7 @@ def test_an_interrupted_run_has_written_what_is_finished(prompts, monkeypatch):
     status, out, err = run("batch", "--prompts", prompts, "--batch", 2, "--dtype", "fp32",
                            "--temperature", 0, "--window", 60, "--max-new-tokens", 12)
     written = [json.loads(line) for line in out.splitlines()]
-    assert status == 130 and "Traceback" not in err
+    assert status == 128 + number and "Traceback" not in err
     assert [record["index"] for record in written] == [0, 1]
     assert all(record["token_ids"] == expected[record["index"]] for record in written)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -1,6 +1,8 @@
 """One conversation through a small window, and what is typed."""
 
+import io
 import json
+import re
 import signal
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from cli import add_generation, make_parser
 from generate import answer, generate, load, make_cache
 from helpers import TINY, run
+from session import read_session
 from test_generate import records
 
 
@@ -128,3 +131,25 @@ def test_an_interrupt_keeps_what_was_said_and_the_conversation_goes_on():
     uninterrupted = make_cache(model, 4, 60)
     assert list(generate(model, uninterrupted, ids, max_new_tokens=5)) == record["token_ids"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_sigterm_ends_the_answer_and_the_conversation_which_is_saved(tmp_path, monkeypatch):
+    """A saved half goes on as the interrupted conversation would have."""
+    class Out(io.StringIO):
+        def write(self, text):
+            if text and self.tell() > 40 and not signals:
+                signals.append(signal.raise_signal(signal.SIGTERM))
+            return super().write(text)
+
+    signals, session, original = [], tmp_path / "s", io.StringIO
+    argv = ("--prompts", write_turns(tmp_path / "turns.jsonl", 6), "--save-session", session,
+            "--max-new-tokens", 30, "--temperature", 0)
+    monkeypatch.setattr("helpers.io.StringIO", lambda *args: original(*args) if args else Out())
+    status, out, err = run("chat", *argv)
+    monkeypatch.undo()
+    assert status == 143 and "turn 0:" in err and "turn 1:" not in err and f"saved {session}" in err
+    assert "(interrupt)" in err and 40 < len(out) < 100
+    facts, _ = read_session(session)
+    _, tokenizer = load(TINY, device="cpu")
+    assert facts["model"]["length"] == [len(tokenizer.first_turn("Tell me of cat 0.")) + int(
+        re.search(r"(\d+) new tokens", err)[1])]

@@ -19,11 +19,14 @@ def test_sixty_damaged_checkpoints():
 
 
 @pytest.mark.slow
-def test_kill_9_leaves_what_was_there_or_what_comes():
-    done = subprocess.run([sys.executable, "tests/kills.py", "--kills", "3"],
+@pytest.mark.parametrize("script, argv, lines", [
+    ("kills", ["--kills", "2"], 15),  # seven programs, by two signals; two that save one session
+    ("disks", ["--sizes", "2", "--limit"], 13)])  # eight programs that write, and five that print
+def test_what_is_written_is_what_was_there_or_what_comes(script, argv, lines):
+    done = subprocess.run([sys.executable, f"tests/{script}.py", *argv],
                           cwd=TINY.parent.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) == 4
+    assert len(done.stdout.splitlines()) == lines
 
 
 def test_what_a_killed_save_left_is_named(tmp_path):

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -175,6 +176,14 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(gguf, checkpoints):
         (checkpoints / name / "deep").mkdir(parents=True)
     hub.find(gguf)
     assert kept(checkpoints) == sorted([folder.name, *others])
+
+
+def test_what_a_run_left_that_was_killed_last_is_removed_beside_the_whole(gguf, checkpoints,
+                                                                          no_network):
+    folder, _ = hub.find(gguf)
+    left = checkpoints / (folder.name + ".partial-abc")
+    left.mkdir()
+    assert hub.find(gguf)[0] == folder and not left.exists()
 
 
 def test_a_package_that_is_missing_is_named(gguf, checkpoints, monkeypatch):
@@ -469,7 +478,7 @@ def test_a_full_disk_is_named(monkeypatch):
 
 
 def start(arguments, **environment):
-    return subprocess.Popen([sys.executable, __file__, *map(str, arguments)], text=True, cwd=ROOT,
+    return subprocess.Popen([sys.executable, *map(str, arguments)], text=True, cwd=ROOT,
                             stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1",
                                                          **environment})
 
@@ -480,6 +489,21 @@ def ends(process):
     finally:
         process.kill()  # one that waits for ever
     assert process.returncode == 0, err
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_download_that_hangs_and_the_next_run_finishes_it(server, tmp_path):
+    server.repos["org/model"], server.stuck = {"main": SMALL}, {"model.safetensors"}
+    home = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
+    process = start(["hub.py", "org/model"], **home)
+    while "model.safetensors" not in server.asked:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) in (-signal.SIGTERM, 128 + signal.SIGTERM)
+    server.stuck = set()
+    ends(start(["hub.py", "org/model"], **home))
+    assert sorted(server.served) == sorted(SMALL)
 
 
 def of_a_first_start(folder, number):
@@ -500,7 +524,7 @@ def of_a_first_start(folder, number):
 
 @pytest.mark.slow
 def test_of_two_first_starts_at_once_one_fetches_and_both_succeed(wheels, tmp_path):
-    for process in [start(["of_a_first_start", tmp_path, n]) for n in range(2)]:
+    for process in [start([__file__, "of_a_first_start", tmp_path, n]) for n in range(2)]:
         ends(process)
     assert len((tmp_path / "converted").read_text().splitlines()) == 1
     assert kept(tmp_path / "checkpoints") == ["smollm2-135m-instruct"]
@@ -527,7 +551,7 @@ def test_one_process_a_machine_fetches_and_all_of_them_fail_together(server, tmp
     server.repos["org/model"] = {"main": SMALL}
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    for process in [start(["of_a_rank", tmp_path, n], HF_ENDPOINT=server.url, RANK=str(n),
+    for process in [start([__file__, "of_a_rank", tmp_path, n], HF_ENDPOINT=server.url, RANK=str(n),
                           HF_HOME=str(tmp_path / "home"), LOCAL_RANK=str(n), WORLD_SIZE="2",
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for n in range(2)]:
         ends(process)

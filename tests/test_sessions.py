@@ -198,6 +198,24 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(saved, monkeypa
     assert saved.read_bytes() == before and os.listdir(saved.parent) == [saved.name]
 
 
+def test_a_save_while_another_program_loads_gives_it_one_of_the_two(saved, monkeypatch):
+    """The tensors of one session and the facts of another would be neither."""
+    ours, other, original = new_caches(), new_caches(), torch.UntypedStorage.from_file
+    feed(ours, tokens_of(3))
+    feed(other, tokens_of(40, seed=5))
+    before = load_file(saved)
+
+    def meanwhile(*args, **options):
+        save_session(saved, other, last_id=8)
+        return original(*args, **options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", meanwhile)
+    assert load_session(saved, ours)["last_id"] == 7
+    assert torch.equal(ours["model"][1].k[0][:, :, :29], before["model.k.0"])
+    monkeypatch.undo()
+    assert load_session(saved, ours)["last_id"] == 8
+
+
 def test_what_is_no_file_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path, word in ((tmp_path, "not a file"), (tmp_path / "pipe", "not a file"),

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from helpers import TINY, run
 from model import ModelConfig
 from quantize import empty_model, stored_shapes
+from session import read_session
 from tokenizer import Tokenizer
 
 pexpect = pytest.importorskip("pexpect")
@@ -166,6 +168,30 @@ def test_a_template_a_session_and_the_end_of_input(tmp_path):
     assert status == 0 and "4 turns, " in last_words and "new tokens, decode" in last_words
 
 
+@pytest.mark.parametrize("way, status", [("SIGTERM at the prompt", 143), ("SIGTERM", 143),
+                                         ("the terminal closes", 129)])
+def test_what_was_said_is_saved_before_a_signal_ends_the_program(tmp_path, way, status):
+    child = spawn("--max-new-tokens", 10**9, "--ignore-eos", "--save-session", tmp_path / "s")
+    child.sendline("Who are you?")
+    child.expect(r"(\w+\s+){9}")  # in the middle of the answer
+    if "prompt" in way:
+        interrupt(child)
+    if "closes" in way:
+        os.close(child.child_fd)
+        _, ended = os.waitpid(child.pid, 0)
+        assert os.waitstatus_to_exitcode(ended) == status
+        child.closed, child.terminated = True, True
+    else:
+        child.kill(signal.SIGTERM)
+        child.expect(pexpect.EOF)
+        child.close()
+        assert child.exitstatus == status and f"saved {tmp_path / 's'}: " in child.before
+        assert "Traceback" not in child.before
+    assert os.listdir(tmp_path) == ["s"]
+    facts, _ = read_session(tmp_path / "s")
+    assert facts["model"]["length"][0] > 20 and facts["last_id"] is not None
+
+
 # ------------------------------------------------------------------------------ progress
 
 
@@ -244,7 +270,7 @@ def test_with_every_stream_closed_the_work_is_done_and_whole(ends, tmp_path):
 
 @on_linux
 def test_a_full_stdout_is_one_line(ends):
-    line = "generate.py: error: stdout: [Errno 28] No space left on device"
+    line = "generate.py: error: stdout: No space left on device"
     status, _, err, _ = ends["full"]
     assert status == 2 and [said.split()[0] for said in err[:-1]] == ["loading", "compiling:", "It"]
     assert err[-1] == line

@@ -158,29 +158,34 @@ def children(pid):
 @pytest.mark.parametrize("whom, number", [
     ("a rank", signal.SIGKILL), ("a rank", signal.SIGTERM), ("torchrun", signal.SIGKILL),
     ("torchrun", signal.SIGTERM), ("all", signal.SIGINT)])
-def test_faults_end_every_rank_soon(whom, number):
+def test_faults_end_every_rank_soon(whom, number, tmp_path):
     argv = [*TORCHRUN, "--nproc-per-node", "2", "generate.py", "--device", "cpu", "--ignore-eos",
             "--max-new-tokens", "1000000"]
-    run = subprocess.Popen(argv, cwd=ROOT, env=ONE_THREAD, stdout=subprocess.PIPE,
-                           stderr=subprocess.DEVNULL, start_new_session=True)
+    with open(tmp_path / "out", "w") as out:
+        run = subprocess.Popen(argv, cwd=ROOT, env=ONE_THREAD, stdout=out,
+                               stderr=subprocess.DEVNULL, start_new_session=True)
+    ranks = []
     try:
-        assert run.stdout.read(20)  # it is in the middle of it
-        workers = children(run.pid)
-        assert len(workers) == 2
-        start = time.monotonic()
+        until(lambda: (tmp_path / "out").stat().st_size)  # it is in the middle of it
+        ranks += children(run.pid)
+        assert len(ranks) == 2
         if whom == "all":  # as a terminal does
             os.killpg(run.pid, number)
         else:
-            os.kill(workers[1] if whom == "a rank" else run.pid, number)
-        while run.stdout.read(1 << 16):  # as long as anyone could write
-            pass
-        assert run.wait(timeout=30) != 0 and time.monotonic() - start < 30
-        while running := [pid for pid in workers if is_running(pid)]:
-            assert time.monotonic() - start < 30, running
-            time.sleep(0.02)
+            os.kill(ranks[1] if whom == "a rank" else run.pid, number)
+        until(lambda: not any(map(is_running, ranks)))
+        assert run.wait(timeout=30) != 0
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(run.pid, signal.SIGKILL)
+        for pid in [run.pid, *ranks] if run.poll() is None or any(map(is_running, ranks)) else ():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def until(done):
+    deadline = time.monotonic() + 30
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def is_running(pid):
