@@ -18,6 +18,7 @@ from helpers import TINY, run
 from load import check_device
 
 ROOT = TINY.parent.parent
+DOC = "What it is.\n\n    python x.py"
 
 
 def refused(program, *argv, naming, **kwargs):
@@ -257,7 +258,7 @@ def test_a_real_process_says_one_line_and_exits_2():
 
 
 def test_what_the_engine_logs_is_said_once(capsys):
-    with user_errors(make_parser("What it is.\n\n    python x.py")):
+    with user_errors(make_parser(DOC)):
         for accepted in (3, 3, 4):
             logging.getLogger("gpt_stream").info("speculation stopped: %s of 32", accepted)
     logging.getLogger("gpt_stream").info("nobody listens any more")
@@ -268,7 +269,7 @@ def test_what_the_engine_logs_is_said_once(capsys):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_program_once_and_what_it_does_last_is_done(number):
     steps = []
-    with pytest.raises(SystemExit) as end, user_errors(make_parser("x")):
+    with pytest.raises(SystemExit) as end, user_errors(make_parser(DOC)):
         try:
             signal.raise_signal(number)
         finally:
@@ -282,7 +283,7 @@ def test_what_was_ignored_stays_so():
     """As nohup leaves SIGHUP."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with user_errors(make_parser("x")):
+        with user_errors(make_parser(DOC)):
             signal.raise_signal(signal.SIGHUP)
             with hold_interrupt() as caught:
                 signal.raise_signal(signal.SIGHUP)
@@ -294,7 +295,7 @@ def test_what_was_ignored_stays_so():
 
 def test_what_is_held_ends_the_program_later():
     steps = []
-    with pytest.raises(SystemExit) as end, user_errors(make_parser("x")):
+    with pytest.raises(SystemExit) as end, user_errors(make_parser(DOC)):
         with hold_interrupt() as caught:
             for _ in range(2):
                 signal.raise_signal(signal.SIGTERM)
