@@ -74,14 +74,16 @@ def recomputed(model: Transformer, ids: Tensor, context: int, every: int) -> Ite
 def measure(model: Transformer, ids: Tensor, mode: str, n_sink: int, window: int,
             every: int = 1) -> Tensor:
     """Nats (N,) of the tokens of ids (N + 1,) but the first, with a progress bar; of `every` = n
-    each n-th, (N // n,)."""
+    each n-th, (N // n,). Modes without sinks see no further than the model's sliding window."""
+    longest = model.config.sliding_window or math.inf
+    size = min(n_sink + window, longest)
     if mode == "dense":
-        ids = ids[:min(model.config.max_seq_len, model.config.sliding_window or math.inf) + 1]
+        ids = ids[:min(model.config.max_seq_len, longest) + 1]
         parts = streamed(model, ids, make_cache(model, 0, len(ids) - 1))
     elif mode == "recompute":
-        parts = recomputed(model, ids, n_sink + window, every)
+        parts = recomputed(model, ids, size, every)
     elif mode == "window":
-        parts = streamed(model, ids, make_cache(model, 0, n_sink + window))
+        parts = streamed(model, ids, make_cache(model, 0, size))
     else:
         parts = streamed(model, ids, make_cache(model, n_sink, window))
     done, count, total = [], 0, 0.0

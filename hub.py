@@ -30,6 +30,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -284,7 +285,8 @@ def unheld_signals() -> Iterator[None]:
     after a kill."""
     kinds = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
     before = {kind: signal.signal(kind, signal.SIG_DFL) for kind in kinds
-              if kind and callable(signal.getsignal(kind))}
+              if kind and callable(signal.getsignal(kind))
+              and threading.current_thread() is threading.main_thread()}  # no other may change them
     try:
         yield
     finally:

@@ -287,9 +287,13 @@ class Transformer(nn.Module):
 
         With a cache the tokens continue its rows and each row's length grows by T; without one
         they are whole sequences from position 0. `last` (B,) int64 asks for the logits of one
-        index of each row only: (B, 1, vocab_size). Raises ValueError when T is over max_chunk."""
+        index of each row only: (B, 1, vocab_size). Raises ValueError when T is over max_chunk, or
+        without a cache over the sliding window."""
         if cache is not None:
             cache.extend(*tokens.shape)
+        elif tokens.shape[1] > (self.config.sliding_window or math.inf):
+            raise ValueError(f"{tokens.shape[1]} tokens without a cache are above the model's "
+                             f"sliding window of {self.config.sliding_window}")
         return self.step(tokens, cache, cache and cache.in_use(tokens.shape[1]), last)
 
     def step(self, tokens: Tensor, cache: KVCache | None, in_use: Tensor | None,

@@ -1,7 +1,7 @@
 """A stream of a million tokens: what it costs to be old.
 
     python tests/endless.py --tokens 1000000 --compile
-    python tests/endless.py --tokens 20000 --window 28          a short one
+    python tests/endless.py --tokens 20000 --window 28        # a short one
 
 The embedded model talks to itself in float32, past its window again and again. Measured are how
 much memory grew after the ring was full for the first time, how far the last token's logits are
@@ -12,7 +12,6 @@ with 1 where memory grew by more than 1 MB or a logit is off by more than 1e-4.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -26,6 +25,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
 
+from cli import number, plain_parser  # noqa: E402
 from generate import generate, load, make_cache  # noqa: E402
 from oracle import Stream  # noqa: E402
 
@@ -92,13 +92,15 @@ def old_over_young(model, old, turns: int) -> float:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--tokens", type=int, default=1_000_000, metavar="N",
-                        help="default 1000000")
-    parser.add_argument("--window", type=int, default=252, metavar="W", help="default 252")
-    parser.add_argument("--turns", type=int, default=41, metavar="N",
-                        help="turns that a step is timed in; default 41")
-    parser.add_argument("--compile", action="store_true", help="compile the decode step")
+    parser = plain_parser(__doc__)
+    parser.add_argument("--tokens", type=number(int, 1), default=1_000_000, metavar="N",
+                        help="tokens that are said")
+    parser.add_argument("--window", type=number(int, 1, 252), default=252, metavar="W",
+                        help="latest tokens seen")
+    parser.add_argument("--turns", type=number(int, 1), default=41, metavar="N",
+                        help="turns that a step is timed in")
+    parser.add_argument("--compile", action="store_true",
+                        help="compile the model for this machine first")
     args = parser.parse_args()
     model, tokenizer = load(TINY, "cpu", torch.float32, compile=args.compile)
     cache = make_cache(model, window=args.window)

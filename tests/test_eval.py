@@ -8,7 +8,7 @@ import torch
 
 from eval import measure
 from generate import load
-from helpers import TINY, run
+from helpers import TINY, random_model, run
 from kv_cache import KVCache
 from test_errors import refused
 
@@ -65,6 +65,15 @@ def test_dense_ends_at_the_trained_context(tiny):
     nats = measure(model, ids, "dense", 4, 252)
     assert len(nats) == 256
     assert torch.allclose(nats.double(), nats_of(model(ids[None, :256])[0], ids[1:257]), atol=1e-4)
+
+
+def test_a_sliding_window_bounds_every_mode():
+    model, ids = random_model(sliding_window=20), torch.arange(50) % 64
+    assert len(measure(model, ids, "dense", 4, 20)) == 20
+    for mode in ("window", "recompute"):
+        assert torch.allclose(measure(model, ids, mode, 4, 20), measure(model, ids, mode, 0, 20))
+    with pytest.raises(ValueError, match="21 tokens without a cache .* window of 20"):
+        model(ids[None, :21])
 
 
 def test_the_program_prints_a_record_a_run_and_draws(tmp_path):

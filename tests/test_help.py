@@ -18,12 +18,13 @@ ROOT = TINY.parent.parent
 PROGRAMS = ["generate", "chat", "batch", "eval", "quantize", "gptq", "convert_hf", "convert_gguf",
             "hub", "bench.__main__", "server.__main__", "server.measure", "server.soak",
             *sorted(f"examples.{path.stem}" for path in ROOT.glob("examples/[a-z]*.py")),
-            "fuzz", "kills"]
+            "fuzz", "kills", "endless"]
 # Options that are explained differently, each because it is another thing in one program.
 OTHERWISE = {"--checkpoint": "quantize takes no .gguf", "--limit": "turns, or prompts",
              "--prompts": "all turns, or the first", "--sink": "several in eval",
              "--turns": "a file, or in server.measure a number",
              "--mode": "eval's, and an older name of quantize's --quantize",
+             "--only": "a kind of damage, or a program",
              "--clients": "several runs in server.measure", "--speculate": "a measurement in bench",
              "--max-new-tokens": "in the server, as many as may be asked for"}
 

@@ -213,7 +213,7 @@ def test_the_rate_counts_every_round(monkeypatch):
     step = model.step
     model.step = lambda *args: calls.append(1) or step(*args)
     monkeypatch.setattr("generate.time.perf_counter", lambda: float(len(calls)))
-    args = add_generation(make_parser("x")).parse_args(
+    args = add_generation(make_parser("What it is.\n\n    python x.py")).parse_args(
         ["--temperature", "0", "--max-new-tokens", "12", "--ignore-eos"])
     args.compile_s, args.seed = 0.0, 0
     for speculation in (None, Speculation(fixed=3)):
