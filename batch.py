@@ -28,6 +28,7 @@ from cli import (
     hold_interrupt,
     make_parser,
     number,
+    opening,
     read_prompts,
     say,
     show,
@@ -197,19 +198,13 @@ def streams_of(model: Transformer, prompts: Iterable[Sequence[int] | Prompt | No
             limit = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[n]
             prompt = Prompt(prompt, Sampling(**sampling), limit, () if ignore_eos else None)
         check_ids(model, prompt.ids)
-        yield [Stream(index + i, one, one.max_new_tokens, time.perf_counter(),
-                      length=len(one.before) + len(one.ids))
-               for i, one in enumerate(samples_of(model, prompt, generator))]
+        seed = new_seed(generator) if prompt.sampling.seed is None else prompt.sampling.seed
+        stop_ids = model.config.eos_ids if prompt.stop_ids is None else prompt.stop_ids
+        each = [replace(prompt, sampling=replace(prompt.sampling, seed=seed + i), stop_ids=stop_ids)
+                for i in range(prompt.samples)]
+        yield [Stream(i, one, one.max_new_tokens, time.perf_counter(),
+                      length=len(one.before) + len(one.ids)) for i, one in enumerate(each, index)]
         index, n = index + prompt.samples, n + 1
-
-
-def samples_of(model: Transformer, prompt: Prompt,
-               generator: torch.Generator | None) -> list[Prompt]:
-    """What is asked for of each of a prompt's answers."""
-    seed = new_seed(generator) if prompt.sampling.seed is None else prompt.sampling.seed
-    stop_ids = model.config.eos_ids if prompt.stop_ids is None else prompt.stop_ids
-    return [replace(prompt, sampling=replace(prompt.sampling, seed=seed + i), stop_ids=stop_ids)
-            for i in range(prompt.samples)]
 
 
 def admit(model: Transformer, batch: Batch, waiting: Iterator[list[Stream]]) -> bool:
@@ -283,8 +278,7 @@ def begin(batch: Batch, row: int, stream: Stream, logits: Tensor) -> None:
     prompt, batch.rows[row], batch.live[row] = stream.prompt, stream, 1
     batch.sampler.begin(row, prompt.sampling, [*prompt.before, *prompt.ids])
     batch.tokens[row:row + 1] = batch.sampler.sample(logits, slice(row, row + 1))
-    if prompt.logprobs is not None:
-        note_logprobs(batch, [row], logits)
+    note_logprobs(batch, [] if prompt.logprobs is None else [row], logits)
 
 
 def step(model: Transformer, batch: Batch) -> Iterator[tuple[int, int | None]]:
@@ -303,12 +297,11 @@ def step(model: Transformer, batch: Batch) -> Iterator[tuple[int, int | None]]:
         logits = model(batch.tokens, batch.cache)
         batch.tokens = batch.sampler.sample(logits)  # (B, 1)
     batch.steps, batch.busy = batch.steps + 1, batch.busy + busy
-    ids = read()
     for row, (values, tokens) in noted.items():
         (own, *others), (_, *likeliest) = values(), tokens()
         batch.rows[row].logprobs.append((own, dict(zip(likeliest, others, strict=True))))
     note_logprobs(batch, list(noted), logits)
-    yield from tell(batch, ids)
+    yield from tell(batch, read())
 
 
 def step_alone(model: Transformer, batch: Batch) -> Tensor:
@@ -351,13 +344,6 @@ def tell(batch: Batch, ids: list[int]) -> Iterator[tuple[int, int | None]]:
 # ------------------------------------------------------------------------------ command line
 
 
-def opening(tokenizer: Tokenizer, entry: dict) -> list[int]:
-    """The ids of a prompts file's entry: raw text, or the first turn in the chat template."""
-    if "prompt" in entry:
-        return tokenizer.encode(entry["prompt"])
-    return tokenizer.first_turn(entry["turns"][0])
-
-
 def ask(prompts: list[list[int]], args) -> list[Prompt]:
     """What the command line wants of the prompts. Every answer has a seed of its own, so it does
     not depend on the batch size or on the other prompts."""
@@ -370,7 +356,6 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
                   args) -> None:
     """Print every stream's figures, a JSON line, as soon as it ends, and at last those of all. On
     Ctrl-C the step is finished, what has not ended is dropped, and the program ends."""
-    from tqdm import tqdm
     transcripts, done, new_tokens, steps, start = {}, 0, 0, 0, time.perf_counter()
     n_streams, what = len(prompts) * args.samples, "prompts" if args.samples == 1 else "answers"
 
@@ -390,8 +375,7 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
                 of, sample = divmod(index, args.samples)
                 which = {"index": of} if args.samples == 1 else {"index": of, "sample": sample}
                 record["seed"] = stream.prompt.sampling.seed
-                with tqdm.external_write_mode():  # above the progress bar
-                    show(json.dumps({**which, **record}) + "\n")
+                show(json.dumps({**which, **record}) + "\n")
                 done += 1
             else:
                 new_tokens += 1

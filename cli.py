@@ -16,14 +16,16 @@ import shutil
 import signal
 import sys
 import textwrap
+import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 import tp
 from convert_hf import DTYPES
+from tokenizer import Tokenizer
 
 EMBEDDED = Path(__file__).parent / "checkpoints" / "tiny"
 EXAMPLES = "examples:"
@@ -270,6 +272,13 @@ def read_prompts(path: str) -> list[dict]:
     return entries
 
 
+def opening(tokenizer: Tokenizer, entry: dict) -> list[int]:
+    """The ids of a prompts file's entry: raw text, or the first turn in the chat template."""
+    if "prompt" in entry:
+        return tokenizer.encode(entry["prompt"])
+    return tokenizer.first_turn(entry["turns"][0])
+
+
 def ending_signals() -> list[int]:
     """What asks a program to end: SIGTERM, and the SIGHUP of a terminal that closes. One that was
     ignored when the program began, as under nohup, stays so."""
@@ -322,6 +331,38 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def progress(doing: str, unit: str) -> Iterator[Callable[..., None]]:
+    """How far long work is: yields show(count, total=None, note=""), to be called at each step.
+
+    On a terminal that is one moving line; elsewhere, and on a dumb one, a plain line every ten
+    seconds, and the last. Under torchrun rank 0 shows it for all."""
+    try:
+        from tqdm import tqdm
+    except ImportError:  # then nothing is shown
+        yield lambda count, total=None, note="": None
+        return
+    plain, said = not sys.stderr.isatty() or os.environ.get("TERM") == "dumb", []
+
+    def write(text: str) -> None:  # what tqdm would write over and over on one line, a line each
+        if (line := text.strip()) and line not in said[-1:]:
+            said.append(line)
+            sys.stderr.write(f"{line}\n")
+
+    lines = types.SimpleNamespace(flush=sys.stderr.flush, write=write)
+    with tqdm(desc=doing, unit=f" {unit}", miniters=1, mininterval=10 if plain else 0.1,
+              delay=1e-9, dynamic_ncols=True, leave=False, disable=tp.rank() > 0,
+              file=lines if plain else sys.stderr) as bar:
+        def show(count: int, total: int | None = None, note: str = "") -> None:
+            bar.total, bar.leave = total, True  # of what never began, nothing is left
+            if plain:
+                of = f" of {total}" if total else ""
+                bar.bar_format = f"{{desc}}: {count}{of} {unit}, {{elapsed}} passed{{postfix}}"
+            bar.set_postfix_str(note, refresh=False)
+            bar.update(count - bar.n)
+        yield show
+
+
 def wrote(path: Path) -> None:
     say(f"wrote {path}")
     name_leftovers(path)
@@ -334,12 +375,14 @@ def name_leftovers(path: Path) -> None:
 
 
 def show(text: str) -> None:
-    """Write to stdout at once. Raises OSError naming it, as on a full disk. When it is a terminal
-    that has closed, the SIGHUP that comes of it may come later than this: what that signal ends,
-    ends."""
+    """Write to stdout at once, above progress bars. Raises OSError naming it, as on a full disk.
+    When it is a terminal that has closed, the SIGHUP that comes of it may come later than this:
+    what that signal ends, ends."""
+    bar = getattr(sys.modules.get("tqdm"), "tqdm", None)
     try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        with bar.external_write_mode() if bar else contextlib.nullcontext():
+            sys.stdout.write(text)
+            sys.stdout.flush()
     except BrokenPipeError:
         raise
     except OSError as error:

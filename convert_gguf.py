@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convert_hf import DTYPES, hf_parts, progress, stack, write_checkpoint
+from convert_hf import DTYPES, hf_parts, stack, write_checkpoint
 from gguf_tokenizer import write_tokenizer
 from model import ModelConfig, rope_frequencies
 from quantize import GROUP_SIZES, MODES, empty_model, quantization_of, store, stored_shapes
@@ -313,7 +313,7 @@ def convert(source: Path, out: Path, dtype: torch.dtype | None = None,
 
 
 def main():
-    from cli import plain_parser, user_errors, wrote
+    from cli import plain_parser, progress, user_errors, wrote
 
     parser = plain_parser(__doc__)
     parser.add_argument("source", type=Path, metavar="FILE.gguf", help="a GGUF file")

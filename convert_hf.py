@@ -10,16 +10,13 @@ nothing until it is used, and converting holds about one output file in memory.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pickle
 import re
 import secrets
 import shutil
-import sys
-import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import safetensors
@@ -27,9 +24,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import tp
 from model import ModelConfig
-from tokenizer import read_json
+from tokenizer import eos_ids, read_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FILE_BYTES = 1 << 30  # size of an output file, and so about the memory that converting takes
@@ -61,16 +57,6 @@ def read_config(folder: Path) -> tuple[dict, ModelConfig]:
         raise ValueError(f"{path}: num_hidden_layers is {config.n_layers}; the weights have "
                          f"{layers} layers")
     return raw, config
-
-
-def eos_ids(path: Path) -> list[int]:
-    """The end-of-sequence ids that a JSON file gives. Raises ValueError naming one that is none."""
-    ids = read_json(path).get("eos_token_id")
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if wrong := [i for i in ids if type(i) is not int or not 0 <= i < 2**31]:
-        raise ValueError(f"{path}: eos_token_id is {wrong[0]!r:.80}; it must be a token's number, "
-                         "or a list of them")
-    return ids
 
 
 def open_tensors(folder: Path) -> dict[str, Tensor]:
@@ -217,8 +203,9 @@ def convert(source: Path, out: Path, dtype: torch.dtype | None = None, progress=
 
 def write_checkpoint(out: Path, source: Path, raw: dict, weights: Iterable[tuple[str, Tensor]],
                      total: int, progress=None) -> None:
-    """Write a folder of ours, whole or not at all: raw as config.json, `total` weights, and the
-    tokenizer's files of `source`. Raises ValueError when `out` holds something."""
+    """Write a folder of ours, whole or not at all: raw as config.json, the weights, of which
+    progress expects `total`, and the tokenizer's files of `source`. Raises ValueError when `out`
+    holds something."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: exists already and is not an empty folder")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -226,14 +213,21 @@ def write_checkpoint(out: Path, source: Path, raw: dict, weights: Iterable[tuple
     try:  # a signal may come in any line
         partial.mkdir(0o700)
         files, waiting = {}, {}  # file name -> its tensors' names; tensors not yet written
+
+        def write_waiting() -> None:
+            file = f"model-{len(files) + 1:05}.safetensors"
+            save_file(waiting, partial / file, metadata={"format": "pt"})
+            files[file] = list(waiting)
+            waiting.clear()
+
         for count, (name, tensor) in enumerate(weights, 1):
             waiting[name] = tensor.contiguous()
-            if sum(t.nbytes for t in waiting.values()) >= FILE_BYTES or count == total:
-                file = f"model-{len(files) + 1:05}.safetensors"
-                save_file(waiting, partial / file, metadata={"format": "pt"})
-                files[file], waiting = list(waiting), {}
+            if sum(t.nbytes for t in waiting.values()) >= FILE_BYTES:
+                write_waiting()
             if progress:
                 progress(count, total)
+        if waiting:
+            write_waiting()
         if len(files) == 1:
             (partial / "model-00001.safetensors").rename(partial / "model.safetensors")
         else:
@@ -243,8 +237,9 @@ def write_checkpoint(out: Path, source: Path, raw: dict, weights: Iterable[tuple
         for name in COPIED:
             if (source / name).exists():
                 shutil.copyfile(source / name, partial / name)
-        for path in (partial, *partial.iterdir()):  # both are made private
-            path.chmod(path.stat().st_mode | 0o444 | (0o111 if path.is_dir() else 0))
+        os.umask(mask := os.umask(0o077))  # which can be read by setting it only
+        for path in (partial, *partial.iterdir()):  # save_file and mkdir made them private
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
         os.replace(partial, out)
     except (safetensors.SafetensorError, OSError) as error:  # a full disk is either
         if getattr(error, "filename", None):
@@ -254,43 +249,12 @@ def write_checkpoint(out: Path, source: Path, raw: dict, weights: Iterable[tuple
         shutil.rmtree(partial, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def progress(doing: str, unit: str) -> Iterator[Callable[..., None]]:
-    """How far long work is: yields show(count, total=None, note=""), to be called at each step.
-
-    On a terminal that is one moving line; elsewhere, and on a dumb one, a plain line every ten
-    seconds, and the last. Under torchrun rank 0 shows it for all."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        raise ValueError("a progress bar needs tqdm: pip install tqdm") from None
-    plain, said = not sys.stderr.isatty() or os.environ.get("TERM") == "dumb", []
-
-    def write(text: str) -> None:  # what tqdm would write over and over on one line, a line each
-        if (line := text.strip()) and line not in said[-1:]:
-            said.append(line)
-            sys.stderr.write(f"{line}\n")
-
-    lines = types.SimpleNamespace(flush=sys.stderr.flush, write=write)
-    with tqdm(desc=doing, unit=f" {unit}", miniters=1, mininterval=10 if plain else 0.1,
-              delay=1e-9, dynamic_ncols=True, leave=False, disable=tp.rank() > 0,
-              file=lines if plain else sys.stderr) as bar:
-        def show(count: int, total: int | None = None, note: str = "") -> None:
-            bar.total, bar.leave = total, True  # of what never began, nothing is left
-            if plain:
-                of = f" of {total}" if total else ""
-                bar.bar_format = f"{{desc}}: {count}{of} {unit}, {{elapsed}} passed{{postfix}}"
-            bar.set_postfix_str(note, refresh=False)
-            bar.update(count - bar.n)
-        yield show
-
-
 def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def main():
-    from cli import plain_parser, user_errors, wrote  # which reads this file
+    from cli import plain_parser, progress, user_errors, wrote  # which reads this file
     parser = plain_parser(__doc__)
     parser.add_argument("source", type=Path, metavar="HF_DIR", help="a Hugging Face folder")
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="folder to write")

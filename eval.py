@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cli import make_parser, number, show, user_errors
-from convert_hf import DTYPES, progress
+from cli import make_parser, number, progress, show, user_errors
+from convert_hf import DTYPES
 from generate import default_window, load, make_cache
 from kv_cache import KVCache
 from model import Transformer

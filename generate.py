@@ -32,7 +32,7 @@ from cli import (
 )
 from convert_hf import DTYPES
 from kv_cache import KVCache
-from load import load
+from load import load, weight_bytes
 from model import ModelConfig, Transformer
 from sample import Rows, Sampling, new_seed, sample
 from speculate import Speculation, speculate
@@ -282,13 +282,6 @@ def answer(model: Transformer, cache: KVCache, tokenizer: Tokenizer, prompt_ids:
                       proposed=speculation.proposed - before[1],
                       accepted=speculation.accepted - before[2])
     return record
-
-
-def weight_bytes(model: Transformer) -> int:
-    """Of this process. A tied output projection is the embedding, unless it was laid out anew."""
-    tied = model.config.tied_embeddings and not getattr(model.output, "packed", False)
-    return sum(tensor.nbytes for name, tensor in model.state_dict(keep_vars=True).items()
-               if not (tied and name.startswith("output.")))
 
 
 def sampling(args) -> Sampling:

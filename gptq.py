@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 import tp
-from cli import add_checkpoint, number, plain_parser, user_errors, wrote
-from convert_hf import progress, read_config, read_weights, stack, write_checkpoint
+from cli import add_checkpoint, number, plain_parser, progress, user_errors, wrote
+from convert_hf import read_config, read_weights, stack, write_checkpoint
 from eval import read_text
 from hub import find
 from load import check_device

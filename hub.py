@@ -38,7 +38,7 @@ from pathlib import Path
 import safetensors
 
 import tp
-from convert_hf import COPIED, open_tensors, progress
+from convert_hf import COPIED, open_tensors
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -186,6 +186,7 @@ def from_gguf(path: Path, quantize: str | None, group_size: int) -> tuple[Path, 
 def convert(source: Path, out: Path, quantization: dict | None = None) -> None:
     """Convert a .gguf file, with a progress bar."""
     import convert_gguf  # which is rarely needed
+    from cli import progress
     with progress(f"converting {source.name}", "tensors") as show:
         convert_gguf.convert(source, out, quantization=quantization, progress=show)
 

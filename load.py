@@ -282,6 +282,13 @@ def pack(model: Transformer, compile: bool) -> None:
         output.weight = embed.weight  # in a graph, one tensor serves both
 
 
+def weight_bytes(model: Transformer) -> int:
+    """Of this process. A tied output projection is the embedding, unless it was laid out anew."""
+    tied = model.config.tied_embeddings and not getattr(model.output, "packed", False)
+    return sum(tensor.nbytes for name, tensor in model.state_dict(keep_vars=True).items()
+               if not (tied and name.startswith("output.")))
+
+
 def check_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from convert_hf import hf_parts, progress, read_config, stack, write_checkpoint
+from convert_hf import hf_parts, read_config, stack, write_checkpoint
 from linear import GROUP_SIZES, MODES, quantized
 from model import ModelConfig, Transformer
 
@@ -175,7 +175,7 @@ def store(name: str, tensor: Tensor, quantization: dict) -> dict[str, Tensor]:
 
 
 def main():
-    from cli import plain_parser, user_errors, wrote  # which reads this file
+    from cli import plain_parser, progress, user_errors, wrote  # which reads this file
     from hub import find
     parser = plain_parser(__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="NAME",

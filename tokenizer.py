@@ -357,6 +357,16 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def eos_ids(path: Path) -> list[int]:
+    """The end-of-sequence ids that a JSON file gives. Raises ValueError naming one that is none."""
+    ids = read_json(path).get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if wrong := [i for i in ids if type(i) is not int or not 0 <= i < 2**31]:
+        raise ValueError(f"{path}: eos_token_id is {wrong[0]!r:.80}; it must be a token's number, "
+                         "or a list of them")
+    return ids
+
+
 def read_template(folder: Path, settings: dict) -> str:
     if (folder / "chat_template.jinja").exists():
         try:

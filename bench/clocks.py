@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from convert_hf import progress
+from cli import progress
 from generate import warm
 from kv_cache import KVCache
 from load import compile_step

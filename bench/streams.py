@@ -11,8 +11,7 @@ from bench import peers
 from bench.apart import beside
 from bench.clocks import compile_all, decode_at, rounds, seconds
 from bench.models import peer_settings, sizes
-from cli import say
-from convert_hf import progress
+from cli import progress, say
 from model import Transformer
 
 

@@ -14,8 +14,7 @@ from bench.apart import beside
 from bench.clocks import compile_all, forget_peak, peak_bytes
 from bench.models import peer_settings, sizes
 from chat import from_file
-from cli import read_prompts, say
-from convert_hf import progress
+from cli import progress, read_prompts, say
 from generate import generate, make_cache
 from hub import find
 from model import Transformer

@@ -147,7 +147,8 @@ def test_sigterm_ends_the_answer_and_the_conversation_which_is_saved(tmp_path, m
     monkeypatch.setattr("chat.show", emit)
     monkeypatch.setattr("chat.check_ids", check)
     status, _, err = run("chat", "--prompts", write_turns(tmp_path / "turns.jsonl", 6),
-                         "--save-session", session, "--max-new-tokens", 30, "--temperature", 0)
+                         "--save-session", session, "--max-new-tokens", 30, "--temperature", 0,
+                         "--dtype", "fp32")
     monkeypatch.undo()
     assert status == 143 and "turn 0:" in err and "turn 1:" not in err and f"saved {session}" in err
     assert f"{tokens} new tokens (interrupt)" in err

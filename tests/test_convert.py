@@ -1,6 +1,7 @@
 """What a converted folder holds. That its logits are right is in test_model.py."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import cli
 import convert_hf
 from convert_hf import convert, hf_parts, read_config
 from generate import load
@@ -62,16 +64,19 @@ def test_rows_are_stacked_in_order_and_files_come_along(hf_folder, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_in_a_log_progress_is_few_plain_lines(capsys):
-    with convert_hf.progress("reading", "books") as show:
+@pytest.mark.parametrize("terminal", [None, "dumb"])
+def test_in_a_log_and_on_a_dumb_terminal_progress_is_few_plain_lines(terminal, capsys, monkeypatch):
+    monkeypatch.setenv("TERM", terminal or "xterm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: bool(terminal))
+    with cli.progress("reading", "books") as show:
         for n in range(1, 48):
             show(n, 47, f"page {n}")
     assert capsys.readouterr().err == "reading: 47 of 47 books, 00:00 passed, page 47\n"
-    with pytest.raises(KeyError), convert_hf.progress("reading a{x}.txt", "books") as show:
+    with pytest.raises(KeyError), cli.progress("reading a{x}.txt", "books") as show:
         show(3, 47)
         raise KeyError
     assert capsys.readouterr().err == "reading a{x}.txt: 3 of 47 books, 00:00 passed\n"
-    with pytest.raises(KeyError), convert_hf.progress("reading", "books"):
+    with pytest.raises(KeyError), cli.progress("reading", "books"):
         raise KeyError
     assert capsys.readouterr().err == ""
 
@@ -80,9 +85,11 @@ def test_in_a_log_progress_is_few_plain_lines(capsys):
 def test_on_a_terminal_progress_is_one_moving_line(hf_folder, tmp_path):
     pexpect = pytest.importorskip("pexpect")
     child = pexpect.spawn(sys.executable, ["convert_hf.py", str(hf_folder), str(tmp_path / "out")],
-                          cwd=TINY.parent.parent, encoding="utf-8", timeout=60)
+                          cwd=TINY.parent.parent, encoding="utf-8", timeout=60,
+                          env={**os.environ, "TERM": "xterm", "NO_COLOR": "1"}, dimensions=(24, 40))
     child.expect(pexpect.EOF)
     moving, said, end = child.before.split("\r\n")
+    assert "\x1b" not in moving and all(len(state) <= 40 for state in moving.split("\r"))
     assert "100%" in moving and "15/15" in moving and moving.startswith("\rconverting:")
     assert (said, end) == (f"wrote {tmp_path / 'out'}", "")
 

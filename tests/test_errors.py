@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 import tokenizers
@@ -322,6 +323,21 @@ def test_a_plot_that_cannot_be_written_is_known_before_anything_is_measured(tmp_
     argv = ("--text", __file__, "--max-tokens", 9)
     refused("eval", *argv, "--plot", tmp_path / "none" / "a.png", naming=["a.png", "no folder"])
     refused("eval", *argv, "--plot", tmp_path, naming=[tmp_path, "not a file"])
+
+
+@pytest.mark.slow
+def test_advice_on_faster_but_other_numbers_is_not_passed_on(monkeypatch):
+    """What PyTorch says on a GPU that could compute float32 in fewer bits; no flag of ours does."""
+    from torch._inductor.compile_fx import _warn_tf32_disabled
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    with pytest.warns(UserWarning, match="TensorFloat32"):
+        _warn_tf32_disabled.__wrapped__()
+    with warnings.catch_warnings(record=True) as passed_on, \
+            user_errors(make_parser("What it is.\n\n    python x.py")):
+        warnings.warn("something else", stacklevel=1)
+        _warn_tf32_disabled.__wrapped__()
+    assert [str(warning.message) for warning in passed_on] == ["something else"]
 
 
 @pytest.mark.slow

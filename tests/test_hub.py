@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
+import cli  # noqa: E402
 import convert_hf  # noqa: E402
 import hub  # noqa: E402
 import tp  # noqa: E402
@@ -313,6 +314,34 @@ def test_a_model_in_shards_loads_and_only_what_is_read_is_fetched(server, tiny, 
     assert theirs.fingerprint == ours.fingerprint
     for name, weight in ours.state_dict().items():
         assert torch.equal(weight, theirs.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("terminal, plain", [
+    ({}, False), ({"NO_COLOR": "1"}, True), ({"TERM": "dumb"}, True), (None, True)])
+def test_the_library_s_bars_are_for_cursors_that_move(terminal, plain, monkeypatch):
+    for name in ("NO_COLOR", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)  # and it is as before in the end
+    for name, value in {"TERM": "xterm", **(terminal or {})}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal is not None)
+    cli.open_streams()
+    assert ("HF_HUB_DISABLE_PROGRESS_BARS" in os.environ) == plain
+
+
+@pytest.mark.slow
+def test_on_a_terminal_without_colour_a_download_is_a_line(server, tiny, tmp_path):
+    pexpect = pytest.importorskip("pexpect")
+    server.repos["org/model"] = {"main": tiny}
+    env = {**os.environ, "TERM": "xterm", "NO_COLOR": "1", "HF_ENDPOINT": server.url,
+           "HF_HOME": str(tmp_path)}
+    env.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
+    child = pexpect.spawn(sys.executable, ["hub.py", "org/model"], cwd=ROOT, env=env, timeout=60,
+                          encoding="utf-8")
+    child.expect(pexpect.EOF)
+    said, folder, end = child.before.split("\r\n")
+    assert (said, end) == ("asking the Hugging Face Hub for org/model", "")
+    assert folder.startswith(str(tmp_path))
 
 
 def test_an_adapter_s_two_files_are_fetched_and_need_no_network_later(server, monkeypatch):

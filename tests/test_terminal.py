@@ -1,17 +1,21 @@
-"""chat.py in a real terminal: a process on a pseudo-terminal, typed at as a person would."""
+"""The programs as people start them: on a pseudo-terminal, typed at as a person would, and with
+standard streams that are closed, full or read no more."""
 
+import io
 import json
 import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from helpers import TINY
+from helpers import TINY, run
 from model import ModelConfig
 from quantize import empty_model, stored_shapes
 from session import read_session
@@ -23,25 +27,37 @@ pytestmark = pytest.mark.slow
 SAYING = " Caf\u00e9, \u65e5 and\U0001f642."
 TEMPLATE = ("{% for m in messages %}{% if m.role == 'user' %}Q {{ m.content }} A:"
             "{% else %}{{ m.content }} {% endif %}{% endfor %}")
+ROOT = TINY.parent.parent
+# One thread: two wait for each other long where other programs keep the cores busy.
+PLAIN = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+for name in ("PYTHONUNBUFFERED", "NO_COLOR", "FORCE_COLOR"):
+    PLAIN.pop(name, None)
 
 
-def spawn(*argv):
-    """chat.py, greedy, with its prompt on the screen. One thread: two wait for each other long
-    where other programs keep the cores busy."""
-    env = {**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
-    child = pexpect.spawn(sys.executable, ["chat.py", "--device", "cpu", "--temperature", "0",
-                                           "--checkpoint", str(TINY), *map(str, argv)],
-                          cwd=TINY.parent.parent, env=env, encoding="utf-8", timeout=60)
+def on_terminal(program, *argv, columns=80, **env):
+    child = pexpect.spawn(sys.executable, [program, "--device", "cpu", *map(str, argv)], cwd=ROOT,
+                          env={**PLAIN, **env}, encoding="utf-8", timeout=60,
+                          dimensions=(24, columns))
+    child.logfile_read = io.StringIO()  # everything it ever writes
+    return child
+
+
+def spawn(*argv, **env):
+    """chat.py, greedy, with its prompt on the screen."""
+    child = on_terminal("chat.py", "--temperature", "0", "--checkpoint", TINY, *argv,
+                        **{"TERM": "dumb", **env})
     child.expect_exact("/reset")
     child.expect_exact("\n> ")
     return child
 
 
 def leave(child):
-    """The exit status and the last words, after Ctrl-D."""
+    """The exit status and the last words, after Ctrl-D. No escape sequence was among all words, and
+    no warning."""
     child.sendeof()
     child.expect(pexpect.EOF)
     child.close()
+    assert not re.search(r"\x1b|[Ww]arning", child.logfile_read.getvalue())
     return child.exitstatus, child.before
 
 
@@ -124,7 +140,8 @@ def test_a_template_a_session_and_the_end_of_input(tmp_path):
     """The embedded model, with a chat template of its own, saved and taken back."""
     folder, session = shutil.copytree(TINY, tmp_path / "templated"), tmp_path / "s"
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    child = spawn("--checkpoint", folder, "--max-new-tokens", 8, "--window", 20, "--json")
+    child = spawn("--checkpoint", folder, "--max-new-tokens", 8, "--window", 20, "--json",
+                  TERM="xterm-256color", NO_COLOR="1")
 
     def ask(text):
         child.sendline(text)
@@ -172,3 +189,111 @@ def test_what_was_said_is_saved_before_a_signal_ends_the_program(tmp_path, way, 
     assert os.listdir(tmp_path) == ["s"]
     facts, _ = read_session(tmp_path / "s")
     assert facts["model"]["length"][0] > 20 and facts["last_id"] is not None
+
+
+# ------------------------------------------------------------------------------ progress
+
+
+def test_on_a_narrow_terminal_progress_is_one_line_and_results_are_whole(prompts):
+    child = on_terminal("batch.py", "--prompts", prompts, "--max-new-tokens", 40, columns=20,
+                        TERM="xterm-256color")
+    child.expect(pexpect.EOF)
+    child.close()
+    lines = child.before.split("\r\n")
+    assert child.exitstatus == 0 and "\x1b" not in child.before
+    shown = [line.split("\r")[-1] for line in lines]
+    assert sorted(json.loads(line)["index"] for line in shown if line[:1] == "{") == [0, 1]
+    moving = [part for line in lines for part in line.split("\r")[1:] if part[:1] != "{"]
+    assert moving and all(len(part) <= 20 for part in moving)
+
+
+# ------------------------------------------------------------------------------ broken streams
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text('{"prompt": "One"}\n{"prompt": "Two"}\n')
+    return path
+
+
+SHORT = "--device cpu --seed 1 --max-new-tokens 5"
+COMMANDS = {
+    "nowhere": "quantize.py --checkpoint {tiny} --quantize int8 --out {out} <&- >&- 2>&-",
+    "full": f"generate.py --compile {SHORT} > /dev/full",
+    "full_help": "generate.py --help > /dev/full",
+    "full_stderr": f"batch.py --prompts {{prompts}} {SHORT} 2> /dev/full",
+    "unread": f"generate.py {SHORT} | true",
+    "no_stdout": f"batch.py --prompts {{prompts}} {SHORT} >&-",
+    "chat_no_stdout": f"chat.py --checkpoint {{tiny}} {SHORT} < {{turns}} >&-",
+    "chat_no_stdin": f"chat.py --checkpoint {{tiny}} {SHORT} <&-"}
+if not os.path.exists("/dev/full"):  # a device of Linux
+    COMMANDS = {name: command for name, command in COMMANDS.items() if "full" not in name}
+on_linux = pytest.mark.skipif("full" not in COMMANDS, reason="no /dev/full")
+
+
+@pytest.fixture(scope="module")
+def ends(prompts, tmp_path_factory):
+    """{name: (exit status, stdout, lines of stderr, the folder that it may have made)}."""
+    folder = tmp_path_factory.mktemp("ends")
+    (folder / "turns").write_text("Who are you?\n")
+
+    def end(name):
+        out, status = folder / name, folder / f"{name}.status"
+        command, *into = COMMANDS[name].format(
+            tiny=TINY, out=out, prompts=prompts, turns=folder / "turns").split("|")
+        script = " | ".join((f"( {sys.executable} {command}; echo $? > {status} )", *into))
+        done = subprocess.run(["sh", "-c", script], cwd=ROOT, env=PLAIN, capture_output=True,
+                              text=True, timeout=120)
+        return int(status.read_text()), done.stdout, done.stderr.splitlines(), out
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(COMMANDS, pool.map(end, COMMANDS)))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_nothing_is_said_twice_or_by_others(ends, name):
+    """No warning of a library or of the compiler, nothing of Python's own at its end."""
+    lines = ends[name][2]
+    assert len(set(lines)) == len(lines)
+    assert not re.search("Traceback|Exception|[Ww]arning", "\n".join(lines))
+
+
+def test_with_every_stream_closed_the_work_is_done_and_whole(ends, tmp_path):
+    status, out, err, made = ends["nowhere"]
+    assert (status, out, err) == (0, "", [])
+    run("quantize", "--checkpoint", TINY, "--quantize", "int8", "--out", tmp_path / "made")
+    assert {path.name: path.read_bytes() for path in made.iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "made").iterdir()}
+
+
+@on_linux
+def test_a_full_stdout_is_one_line(ends):
+    line = "generate.py: error: stdout: No space left on device"
+    status, _, err, _ = ends["full"]
+    assert status == 2 and [said.split()[0] for said in err[:-1]] == ["loading", "compiling:", "It"]
+    assert err[-1] == line
+    assert ends["full_help"][0] == 2 and ends["full_help"][2] == [line]
+
+
+@on_linux
+def test_a_full_stderr_costs_no_result(ends):
+    status, out, _, _ = ends["full_stderr"]
+    assert status == 0 and [json.loads(line)["index"] for line in out.splitlines()] == [0, 1]
+
+
+def test_a_stdout_that_nobody_reads_ends_the_run_quietly(ends):
+    status, _, err, _ = ends["unread"]
+    assert status == 1 and [line.split()[0] for line in err] == ["loading", "It"]
+
+
+def test_a_closed_stdout_is_done_without(ends):
+    status, out, err, _ = ends["no_stdout"]
+    assert (status, out) == (0, "") and err[-1].startswith("2 of 2 prompts, 10 new tokens")
+    status, out, err, _ = ends["chat_no_stdout"]
+    assert (status, out) == (0, "") and err[-1].startswith("1 turns, ")
+
+
+def test_a_closed_stdin_ends_a_conversation_as_ctrl_d_does(ends):
+    status, out, err, _ = ends["chat_no_stdin"]
+    assert (status, out) == (0, "") and [line.split()[0] for line in err] == ["loading"]
