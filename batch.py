@@ -29,12 +29,12 @@ from cli import (
     make_parser,
     number,
     opening,
+    progress,
     read_prompts,
     say,
     show,
     user_errors,
 )
-from convert_hf import progress
 from generate import (
     Transcript,
     check_ids,
