@@ -104,8 +104,13 @@ def make_parser(doc: str, checkpoint: str | Path = EMBEDDED) -> argparse.Argumen
     add("--quantize", choices=["int8", "int4"], help="quantize the weights")
     add("--group-size", type=int, choices=[32, 64, 128], default=32,
         help="columns of a weight that share an int4 scale")
-    add("--json", action="store_true", help="JSON on stdout")
     return parser
+
+
+def load_arguments(args) -> dict:
+    """What load.load takes of a command line, but for the checkpoint's name."""
+    return dict(device=args.device, dtype=DTYPES.get(args.dtype), quantize=args.quantize,
+                group_size=args.group_size, adapters=args.adapter)
 
 
 def add_generation(parser: argparse.ArgumentParser, samples=False) -> argparse.ArgumentParser:
@@ -114,6 +119,7 @@ def add_generation(parser: argparse.ArgumentParser, samples=False) -> argparse.A
     if samples:
         add("--samples", type=number(int, 1), default=1, metavar="N",
             help="answers to a prompt, with seeds that count up")
+    add("--json", action="store_true", help="JSON on stdout")
     add("--max-new-tokens", type=number(int, 1), default=512, metavar="N",
         help="an answer's tokens, at most")
     add("--compile", action="store_true", help="compile the model for this machine first")

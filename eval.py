@@ -22,8 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cli import make_parser, number, progress, show, user_errors
-from convert_hf import DTYPES
+from cli import load_arguments, make_parser, number, progress, show, user_errors
 from generate import default_window, load, make_cache
 from kv_cache import KVCache
 from model import Transformer
@@ -129,6 +128,7 @@ def draw(path: str, curves: dict[str, Tensor], marks: dict[str, int], every: int
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
+    add("--json", action="store_true", help="JSON on stdout")
     add("--text", required=True, metavar="FILE", help="UTF-8 text, plain or .xz")
     add("--mode", nargs="+", choices=MODES, default=["stream"],
         help="how the past is kept: sinks and a window, the window alone, the latest tokens read "
@@ -145,8 +145,7 @@ def main():
         text = read_text(args.text)
         if args.plot:
             check_target(args.plot)  # now, and not when everything has been measured
-        model, tokenizer = load(args.checkpoint, args.device, DTYPES.get(args.dtype), args.quantize,
-                                group_size=args.group_size, adapters=args.adapter)
+        model, tokenizer = load(args.checkpoint, **load_arguments(args))
         ids = torch.tensor(tokenizer.encode(text)[:args.max_tokens + 1],
                            device=model.norm.weight.device)
         if len(ids) < 2:

@@ -25,6 +25,7 @@ from cli import (
     ending,
     figures,
     hold_interrupt,
+    load_arguments,
     make_parser,
     say,
     show,
@@ -299,9 +300,8 @@ def open_model(args) -> tuple[Transformer, Tokenizer]:
     if args.compile_prefill and not args.compile:
         raise ValueError("--compile-prefill goes with --compile")
     say(f"loading {args.checkpoint}")
-    return load(args.checkpoint, args.device, DTYPES.get(args.dtype), args.quantize,
-                args.compile, args.group_size, compile_prefill=args.compile_prefill,
-                adapters=args.adapter)
+    return load(args.checkpoint, compile=args.compile, compile_prefill=args.compile_prefill,
+                **load_arguments(args))
 
 
 def open_speculation(model: Transformer, cache: KVCache, tokenizer: Tokenizer,

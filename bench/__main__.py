@@ -69,6 +69,7 @@ def check(args) -> None:
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
+    add("--json", action="store_true", help="JSON on stdout")
     add("--sink", type=number(int, 0), metavar="S", help="first tokens, never evicted; default 4")
     add("--shape", choices=SHAPES,
         help="a model of this size with random weights; default: a checkpoint")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from cli import load_arguments
 from convert_hf import DTYPES
 from kv_cache import KVCache
 from load import check_device, finish, load
@@ -50,14 +51,12 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype,
 
 def open_model(args) -> Transformer:
     """The model, not yet compiled."""
-    dtype = DTYPES.get(args.dtype)
     if not args.shape:
-        return load(args.checkpoint, args.device, dtype, args.quantize,
-                    group_size=args.group_size, adapters=args.adapter)[0]
+        return load(args.checkpoint, **load_arguments(args))[0]
     if args.adapter:
         raise ValueError("--adapter goes with --checkpoint, not with --shape")
     return random_model(ModelConfig.from_hf(shape_config(args.shape)), check_device(args.device),
-                        dtype or torch.bfloat16,
+                        DTYPES[args.dtype or "bf16"],
                         quantization_of({}, args.quantize, args.group_size, args.shape))
 
 

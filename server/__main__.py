@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import contextlib
 import ipaddress
-import os
 import queue
 import signal
 import socket
@@ -24,11 +23,19 @@ from pathlib import Path
 
 import uvicorn
 
-from cli import check_text, ending_signals, make_parser, number, say, user_errors
-from convert_hf import DTYPES
+from cli import (
+    check_text,
+    ending_signals,
+    load_arguments,
+    make_parser,
+    number,
+    say,
+    user_errors,
+)
 from load import load
 from server.app import Settings, make_app
 from server.engine import Engine
+from tp import n_ranks
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -48,6 +55,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--keep-gb", type=number(float, 0), default=2.0, metavar="G",
         help="GB of memory for conversations that may go on")
     add("--compile", action="store_true", help="compile the model for this machine first")
+    add("--compile-prefill", action="store_true",
+        help="compile how prompts are read, too: worth it for long ones")
     add("--api-key-file", metavar="FILE",
         help="who may ask: a key a line; default: whoever is on this machine")
     add("--no-auth", action="store_true", help="let everyone who reaches another --host ask")
@@ -72,9 +81,9 @@ def check(args) -> None:
     """Refuse what does not go together, and what a server has no use for."""
     if args.pin_system is not None and args.sink is not None:
         raise ValueError("--pin-system decides the number of sinks; leave --sink out")
-    if args.json:
-        raise ValueError("--json: a server answers in JSON anyway")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if args.compile_prefill and not args.compile:
+        raise ValueError("--compile-prefill goes with --compile")
+    if n_ranks() > 1:
         raise ValueError("the server works without torchrun; replicas are for several processes")
     check_exposure(args)
 
@@ -112,8 +121,8 @@ def model_name(checkpoint: str) -> str:
 def make_engine(args) -> Engine:
     """Load the model, and run every graph once."""
     say(f"loading {args.checkpoint}")
-    model, tokenizer = load(args.checkpoint, args.device, DTYPES.get(args.dtype), args.quantize,
-                            args.compile, args.group_size, adapters=args.adapter)
+    model, tokenizer = load(args.checkpoint, compile=args.compile,
+                            compile_prefill=args.compile_prefill, **load_arguments(args))
     sink = args.sink
     if args.pin_system is not None:
         sink = len(tokenizer.system_turn(check_text("--pin-system", args.pin_system)))

@@ -41,8 +41,8 @@ from server.protocol import ApiError, text_of
 
 ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 # Serve says these itself: where it listens, how long it waits for answers at the end.
-NOT_HERE = ("host", "port", "grace", "json")
-SWITCHES = ("compile", "no_auth")
+NOT_HERE = ("host", "port", "grace")
+SWITCHES = ("compile", "compile_prefill", "no_auth")
 LOST = (RayActorError, DeploymentUnavailableError)
 
 

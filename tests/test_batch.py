@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+import sys
 
 import pytest
 import torch
@@ -428,6 +429,12 @@ def test_a_stop_text_ends_only_the_stream_that_says_it(prompts):
         stops = word in whole["text"]
         assert record["finish_reason"] == ("stop" if stops else "length")
         assert record["text"] == whole["text"].partition(word)[0]
+
+
+def test_without_tqdm_there_is_no_bar_and_all_else(prompts, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert len(records("--prompts", prompts, "--limit", 2, "--max-new-tokens", 3,
+                       program="batch")) == 2
 
 
 def test_progress_and_totals_go_to_stderr(prompts):

@@ -595,7 +595,8 @@ def test_keys_pins_names_and_origins(tmp_path, loaded):
     (["--api-key-file", os.devnull], [os.devnull, "no key"]), (["--port", "65536"], ["65536"]),
     (["--checkpoint", "/no/such"], ["/no/such"]), (["--batch", "0"], ["--batch", "0"]),
     (["--pin-system", "x", "--sink", "3"], ["--pin-system", "--sink"]),
-    (["--json"], ["--json"]), (["--window", "999"], ["999"]), (["--keep-gb", "-1"], ["--keep-gb"]),
+    (["--json"], ["--json"]), (["--compile-prefill"], ["goes with --compile"]),
+    (["--window", "999"], ["999"]), (["--keep-gb", "-1"], ["--keep-gb"]),
     (["--pin-system", ""], ["--pin-system", "empty"]),
     (["--host", "203.0.113.7", "--no-auth"], ["203.0.113.7"]),
     (["--api-key-file", __file__, "--no-auth"], ["--api-key-file", "--no-auth"])])
