@@ -311,16 +311,17 @@ def end_on_signals() -> contextlib.ExitStack:
         if len(ending) == 1:
             sys.exit(128 + signal_number)
 
-    ending.clear()
-    return on_signals(ending_signals(), end)
+    stack = on_signals(ending_signals(), end)
+    stack.callback(ending.clear)
+    return stack
 
 
 @contextlib.contextmanager
 def hold_interrupt():
     """Collect Ctrl-C in the list that this yields instead of raising it: half a step would leave
     the cache's length and its slots apart. A second one is raised as usual. What ends the program
-    is collected too, and in `ending`."""
-    caught = []
+    is collected too, and in `ending`; so is what came before, in a hold around this one."""
+    caught = list(ending)
 
     def note(signal_number, frame):
         if signal_number != signal.SIGINT:

@@ -125,11 +125,15 @@ def once(folder: Path, make: Callable[[Path], None]) -> Path:
     left = glob.escape(partial) + "*"  # by one that was killed
     if folder.is_dir() and not any(folder.parent.glob(left)):
         return folder
+
+    def clean() -> None:
+        for path in folder.parent.glob(left):
+            shutil.rmtree(path, ignore_errors=True)
+
     try:
         folder.parent.mkdir(exist_ok=True)
         with only_one(folder.with_name(f".{folder.name}.lock")):
-            for path in folder.parent.glob(left):
-                shutil.rmtree(path, ignore_errors=True)
+            clean()
             if not folder.is_dir():
                 temporary = folder.with_name(partial + secrets.token_hex(4))
                 try:  # a signal may come in any line
@@ -137,7 +141,7 @@ def once(folder: Path, make: Callable[[Path], None]) -> Path:
                     make(temporary)
                     os.replace(temporary / "made", folder)
                 finally:
-                    shutil.rmtree(temporary, ignore_errors=True)
+                    clean()  # again: the pip of a run that was killed may have gone on
     except (OSError, safetensors.SafetensorError) as error:
         if not folder.is_dir():
             raise ValueError(f"{folder}: not written: {first_line(error)}") from None

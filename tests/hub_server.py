@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import sys
 import threading
 import time
 import zipfile
@@ -36,6 +37,10 @@ class Hub(http.server.ThreadingHTTPServer):
         self.stuck = set()  # files of which half goes out, and then nothing for 20 s
         self.asked, self.served = [], []  # paths of the API; files that went out whole
         threading.Thread(target=self.serve_forever, args=[0.05], daemon=True).start()
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # who asked may have been killed
+            super().handle_error(request, client_address)
 
     def stop(self):
         self.shutdown()

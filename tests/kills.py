@@ -117,10 +117,10 @@ def undisturbed(program: str, made: Path) -> tuple[dict, dict, float]:
     return before, after, took
 
 
-def kill(program: str, by: int, made: Path, kills: int, rng: random.Random) -> Counter:
+def kill(program: str, by: int, made: Path, kills: int, rng: random.Random, before: dict,
+         after: dict, took: float) -> Counter:
     """How often the target was afterwards as before, or as after; raises AssertionError."""
     counts = Counter(before=0, after=0)
-    before, after, took = undisturbed(program, made)
     for _ in range(kills):
         with workplace(program, made) as folder:
             status, said = start(program, made, folder, rng.uniform(0, took), by)
@@ -226,8 +226,9 @@ def main():
         make_kinds(made)
         open_sources(made)
         for program in [args.only] if args.only else PROGRAMS:
+            alone = undisturbed(program, made)
             for by in (signal.SIGKILL, signal.SIGTERM):
-                counts = kill(program, by, made, args.kills, random.Random(args.seed))
+                counts = kill(program, by, made, args.kills, random.Random(args.seed), *alone)
                 print(json.dumps({"program": program, "by": by.name, **counts}), flush=True)
         (made / "shared").mkdir()
         print(json.dumps({"sessions loaded": share(20 * args.kills, made / "shared")}))

@@ -18,9 +18,8 @@ from cli import hold_interrupt, make_parser, user_errors
 from helpers import TINY, run
 from load import check_device
 
-DOC = "What it is.\n\n    python x.py"
-
 ROOT = TINY.parent.parent
+DOC = "What it is.\n\n    python x.py"
 
 
 def refused(program, *argv, naming, **kwargs):

@@ -20,8 +20,8 @@ def test_sixty_damaged_checkpoints():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script, argv, lines", [
-    ("kills", ["--kills", "2"], 15),  # seven programs, by two signals; two that save one session
-    ("disks", ["--sizes", "2", "--limit"], 13)])  # eight programs that write, and five that print
+    ("kills", ["--kills", "1"], 15),  # seven programs, by two signals; two that save one session
+    ("disks", ["--sizes", "1", "--limit"], 13)])  # eight programs that write, and five that print
 def test_what_is_written_is_what_was_there_or_what_comes(script, argv, lines):
     done = subprocess.run([sys.executable, f"tests/{script}.py", *argv],
                           cwd=TINY.parent.parent, capture_output=True, text=True)
