@@ -35,11 +35,9 @@ for name in ("PYTHONUNBUFFERED", "NO_COLOR", "FORCE_COLOR"):
 
 
 def on_terminal(program, *argv, columns=80, **env):
-    # Also where these tests themselves run under nohup, which programs would inherit.
     child = pexpect.spawn(sys.executable, [program, "--device", "cpu", *map(str, argv)], cwd=ROOT,
                           env={**PLAIN, **env}, encoding="utf-8", timeout=60,
-                          dimensions=(24, columns),
-                          preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
+                          dimensions=(24, columns))
     child.logfile_read = io.StringIO()  # everything it ever writes
     return child
 
