@@ -59,7 +59,7 @@ def typed() -> Iterator[str]:
     if terminal:
         say(HELP if n_ranks() == 1 else "/reset forgets everything, /quit leaves, Ctrl-C ends all")
     prompt, line = "> " if terminal and sys.stdout.isatty() else "", ""
-    while line != "/quit":
+    while line not in ("/quit", "/exit"):
         if line:
             yield line
         try:
@@ -147,6 +147,8 @@ def obey(line: str, talk: Conversation) -> None:
     try:
         if command == "/reset":
             reset(talk)
+        elif command == "/help":
+            say(HELP)
         elif n_ranks() > 1:
             raise ValueError(f"{command} works without torchrun")
         elif not paths:
@@ -162,7 +164,7 @@ def take_turn(talk: Conversation, text: str, raw: bool, args, records: list[dict
     next seed."""
     if args.prompts:
         say(f"\n> {text}")
-    elif text == "/reset" or text.split()[0] in ("/save", "/load"):
+    elif text in ("/reset", "/help") or text.split()[0] in ("/save", "/load"):
         return obey(text, talk)
     try:
         ids = turn_ids(talk, check_text("the turn", text), raw)

@@ -101,6 +101,11 @@ def test_raw_prompts_go_on_without_a_template(tmp_path):
     assert second["prompt_tokens"] == len(tokenizer.encode(" and the dog", bos=False))
 
 
+def test_help_is_told_and_exit_leaves():
+    status, out, err = run("chat", stdin="/help\n/exit\nHello\n")
+    assert status == 0 and out == "" and "/save FILE" in err and "turn 0" not in err
+
+
 def test_text_and_figures_are_kept_apart(tmp_path):
     prompts = write_turns(tmp_path / "turns.jsonl", 2)
     argv = ("--prompts", prompts, "--max-new-tokens", 8)
