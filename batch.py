@@ -8,7 +8,7 @@ chunk between two steps, so that no stream waits long for it. When a stream ends
 copied over its row, which goes on at once.
 
 A result is a JSON line, with or without --json, written when its stream ends. Of {"turns": ...}
-lines only the first turn is said: what comes after it is a conversation, for chat.py.
+lines only the first turn is answered: what comes after it is a conversation, for chat.py.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Prompt:
     ids: Sequence[int]
     sampling: Sampling = Sampling()
     max_new_tokens: int = 64
-    stop_ids: Sequence[int] | None = None  # each ends an answer, told; None: the model's EOS ids
+    stop_ids: Sequence[int] | None = None  # each ends an answer, as its last; None: the EOS ids
     samples: int = 1  # answers; the first has the seed, the next ones have those that follow it
     logprobs: int | None = None  # alternatives whose log-probabilities are noted, if any are
     # What the ids go on from: `begin` puts it into the staging row, one with the batch's sizes.
@@ -91,7 +91,7 @@ class Stream:
     started: float  # when its prefill began and ended, the others' steps in between included
     prefilled: float = 0.0
     length: int = 0  # tokens in its row
-    # Of each token told: its own log-probability, and {id: log-probability} of the likeliest.
+    # Of each token yielded: its own log-probability, and {id: log-probability} of the likeliest.
     logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
 
 
@@ -102,7 +102,7 @@ class Reading:
     cache: KVCache  # the staging row
     streams: list[Stream]
     chunks: Iterator[Tensor | None]
-    left: int  # tokens, at least
+    unread: int  # tokens, at least
     logits: Tensor | None = None  # (1, 1, V) after the last token
 
 
@@ -111,9 +111,9 @@ class Batch:
 
     A server goes on from here: its prompts are an iterator that waits for requests, but yields None
     while others are answered (see `idle`). More staging rows take turns, a chunk each, so that
-    short prompts overtake a long one. When (index, None) is told, `cache` still holds, in the row
-    of `stream(index)`, the prompt and exactly the tokens told, for the `begin` of another Prompt;
-    then they are overwritten with zeros, and no other stream could see them before."""
+    short prompts overtake a long one. When (index, None) is yielded, `cache` still holds the prompt
+    and exactly the tokens yielded, in the row of `stream(index)`, for the `begin` of another
+    Prompt; then they are overwritten with zeros, and no other stream could see them before."""
 
     def __init__(self, model: Transformer, batch_size: int = 8, n_sink: int | None = None,
                  window: int | None = None, n_staging: int = 1, n_chunks: int | None = None):
@@ -138,7 +138,7 @@ class Batch:
         self.rows: list[Stream | None] = [None] * size
         self.live = torch.zeros(size, dtype=torch.int64, device=device)  # 1 where a stream is
         self.reading: list[Reading] = []
-        self.owed = 0.0  # seconds of steps that long prompts may take as many of
+        self.prefill_credit = 0.0  # seconds of steps that long prompts may take as many of
         self.steps = self.busy = 0  # decode steps, and rows that were busy, counted at each
 
     @property
@@ -147,8 +147,8 @@ class Batch:
         return not self.reading and not any(self.rows)
 
     def stream(self, index: int) -> Stream:
-        """The stream that is told of as index. Setting its `left` to 0 ends it, at once when that
-        happens as a token of it is told, and else with the next one."""
+        """The stream that is yielded as index. Setting its `left` to 0 ends it: at once if that is
+        done as a token of it is yielded, and else with the next one."""
         streams = [*self.rows, *(stream for reading in self.reading for stream in reading.streams)]
         return next(stream for stream in streams if stream and stream.index == index)
 
@@ -177,7 +177,7 @@ def generate_batch(model: Transformer, prompts: Iterable[Sequence[int] | Prompt 
         if any(batch.rows):
             began = time.perf_counter()
             yield from step(model, batch)
-            batch.owed = min(batch.owed + time.perf_counter() - began, 0.1)
+            batch.prefill_credit = min(batch.prefill_credit + time.perf_counter() - began, 0.1)
         # One chunk between two steps, so that no stream waits long, and one for each idle row.
         for _ in range(min(1 + batch.rows.count(None), batch.n_chunks)):
             more = more and admit(model, batch, streams)
@@ -221,7 +221,7 @@ def admit(model: Transformer, batch: Batch, waiting: Iterator[list[Stream]]) -> 
 
 
 def chunks_of(model: Transformer, cache: KVCache, prompt: Prompt) -> Iterator[Tensor | None]:
-    """generate.prefill_chunks of what comes after what others may share, and before it of that."""
+    """generate.prefill_chunks of the prompt: first of the beginning that others may share."""
     ids, n = list(prompt.ids), prompt.n_shared
     if prompt.begin:
         prompt.begin(cache)
@@ -233,11 +233,11 @@ def chunks_of(model: Transformer, cache: KVCache, prompt: Prompt) -> Iterator[Te
 
 
 def read_on(batch: Batch) -> None:
-    """One chunk of the prompt that has waited for longest, of those that are not whole. One that
-    has long to go, beside streams, takes no more time than their steps do."""
-    unhurried = any(batch.rows) and batch.owed <= 0
+    """Prefill one chunk of the prompt whose latest chunk is the longest ago. Beside streams, a long
+    prompt gets no more time than their steps take."""
+    must_wait = any(batch.rows) and batch.prefill_credit <= 0  # a long one
     reading = next((reading for reading in batch.reading if reading.logits is None
-                    and not (unhurried and reading.left > LONG)), None)
+                    and not (must_wait and reading.unread > LONG)), None)
     if reading is None:
         return
     began = time.perf_counter()
@@ -246,9 +246,9 @@ def read_on(batch: Batch) -> None:
         torch.cuda.synchronize()
     for stream in reading.streams:
         stream.prefilled = time.perf_counter()
-    if reading.left > LONG:
-        batch.owed -= time.perf_counter() - began
-    reading.left -= reading.cache.max_chunk
+    if reading.unread > LONG:
+        batch.prefill_credit -= time.perf_counter() - began
+    reading.unread -= reading.cache.max_chunk
     batch.reading.remove(reading)
     batch.reading.append(reading)
 
@@ -301,7 +301,7 @@ def step(model: Transformer, batch: Batch) -> Iterator[tuple[int, int | None]]:
         (own, *others), (_, *likeliest) = values(), tokens()
         batch.rows[row].logprobs.append((own, dict(zip(likeliest, others, strict=True))))
     note_logprobs(batch, list(noted), logits)
-    yield from tell(batch, read())
+    yield from emit(batch, read())
 
 
 def step_alone(model: Transformer, batch: Batch) -> Tensor:
@@ -325,7 +325,7 @@ def note_logprobs(batch: Batch, rows: list[int], logits: Tensor) -> None:
         batch.noted[row] = log_probabilities(raw, batch.tokens[row:row + 1], n)
 
 
-def tell(batch: Batch, ids: list[int]) -> Iterator[tuple[int, int | None]]:
+def emit(batch: Batch, ids: list[int]) -> Iterator[tuple[int, int | None]]:
     """The events of a step's tokens, one a row. The row of a stream that ends becomes idle."""
     for row, (stream, token_id) in enumerate(zip(batch.rows, ids, strict=True)):
         if stream is None:

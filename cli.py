@@ -184,6 +184,8 @@ def user_errors(parser: argparse.ArgumentParser):
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        if sys.flags.dev_mode:  # python -X dev: whoever changes the code wants to see where
+            raise
         if tp.local_rank() == 0 or not isinstance(error, ValueError):  # once a machine
             fail(parser, unwritten() or str(error) or type(error).__name__)
         sys.exit(2)

@@ -309,7 +309,7 @@ def convert(source: Path, out: Path, dtype: torch.dtype | None = None,
             weights = stored_weights(parts, dtype, quantization)
             write_checkpoint(out, Path(made), raw, weights, len(shapes), progress)
         except (ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
-            raise ValueError(f"{source}: {error}") from None  # of a damaged file come all of these
+            raise ValueError(f"{source}: {error}") from error  # of a damaged file come all of these
 
 
 def main():

@@ -94,7 +94,7 @@ def prefill_chunks(model: Transformer, cache: KVCache,
     large, small = min(LARGE_CHUNK, cache.max_chunk), min(SMALL_CHUNK, cache.max_chunk)
     done = 0
     while done < len(prompt_ids):
-        # A padded large chunk costs more than the small ones that would do, up to half of it.
+        # A large chunk pays, padding and all, once more than half of it is used.
         size = large if len(prompt_ids) - done > large // 2 else small
         chunk = prompt_ids[done:done + size]
         tokens = torch.zeros(1, size, dtype=torch.int64)
@@ -122,7 +122,7 @@ def start_reading(tokens: Tensor) -> Callable[[], list[int]]:
         return tokens.tolist
     host, arrived = tokens.to("cpu", non_blocking=True), torch.cuda.Event()
     arrived.record()
-    return lambda: arrived.synchronize() or host.tolist()
+    return lambda: (arrived.synchronize(), host.tolist())[1]
 
 
 @torch.no_grad()

@@ -10,9 +10,8 @@ This prints the folder. A name is, tried in this order,
     smollm2                   SmolLM2-135M-Instruct, which is fetched and converted once
     org/model[@revision]      a model on the Hugging Face Hub, kept in the Hub's own cache
 
-What was converted lies in checkpoints/, whole or not at all. No network is asked for anything that
-is there already, except the Hub, for whether it has a newer version; without a network it is as if
-it had none.
+What was converted lies in checkpoints/, whole or not at all, and is used without a network. The Hub
+is asked whether it has a newer version; where it cannot be reached, what its cache holds is used.
 """
 
 from __future__ import annotations

@@ -240,7 +240,8 @@ def merge(blocks: list[Tensor], parts: dict[str, int], adapters: list[Lora],
 
 
 def digest(adapter: Lora) -> str:
-    """Tells adapters apart, of which not all change a weight's first row."""
+    """A hash of an adapter's tensors: not every one changes the first rows that `fingerprint` sees.
+    """
     known = hashlib.sha256()
     for name, (A, B, s) in sorted(adapter.items()):
         known.update(f"{name} {s}".encode())
@@ -321,7 +322,7 @@ def compile_step(model: Transformer, device: torch.device, prefill: bool = False
     torch._dynamo.config.recompile_limit = 64  # a graph for each size of step and cache; 8 if unset
     if not on_gpu:
         pack(model, compile=True)
-    # Graphs are kept with the code they were made from: a copy for each model keeps them apart.
+    # Dynamo keeps graphs with the code object they were made from: a copy of it for each model.
     code = Transformer.step.__code__.replace()
     step = types.MethodType(types.FunctionType(code, Transformer.step.__globals__), model)
     graph = torch.compile(step, fullgraph=True, dynamic=False, options={
@@ -349,7 +350,8 @@ def compile_step(model: Transformer, device: torch.device, prefill: bool = False
 
 
 def needed_guards(guards: list) -> list[bool]:
-    """Of what a graph checks before every step, what can change. Weights do not (0.7 ms for 22
-    layers), and a graph needs no other for fewer threads (Threads)."""
+    """Which of dynamo's guards are kept, which a graph checks before every step: those of what can
+    change. Weights do not (their guards take 0.7 ms for 22 layers), and for fewer threads the graph
+    is the same (linear.Threads)."""
     return [kept and guard.guard_type != "GLOBAL_STATE" for kept, guard in
             zip(torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards), guards, strict=True)]

@@ -66,7 +66,7 @@ def start(device: str | None) -> str | None:
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
         text_group()
-        if not on_gpu:  # NCCL would wait for the CUDA graphs that hold its calls to go first
+        if not on_gpu:  # to destroy NCCL's would wait for ever for the CUDA graphs that use it
             atexit.register(dist.destroy_process_group)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # torchrun ends then, and with it every rank
         threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()

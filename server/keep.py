@@ -26,8 +26,10 @@ class Kept:
     ids: list[int]  # all that was read and said, for penalties; the last is an answer's last
     overhang: int
     max_chunk: int  # the cache's, which says how far back it can go
-    text: str = ""  # of an answer that its reader stopped, as far as it was sent, and
-    lengths: Sequence[int] = ()  # how long the text was after each of its tokens
+    # Of an answer that its reader stopped: what was sent of it, and the length of its text after
+    # each of its tokens.
+    text: str = ""
+    lengths: Sequence[int] = ()
 
     def without(self, n: int) -> Kept | None:
         """The same without the last n ids; None where the ring cannot go back so far."""

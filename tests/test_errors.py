@@ -258,6 +258,13 @@ def test_a_real_process_says_one_line_and_exits_2():
     assert done.stderr.splitlines()[-1] == "generate.py: error: /no/such: no such checkpoint folder"
 
 
+@pytest.mark.slow
+def test_development_mode_shows_where_an_error_comes_from():
+    done = subprocess.run([sys.executable, "-X", "dev", "generate.py", "--checkpoint", "/no/such"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "hub.py" in done.stderr
+
+
 def test_what_the_engine_logs_is_said_once(capsys):
     with user_errors(make_parser(DOC)):
         for accepted in (3, 3, 4):

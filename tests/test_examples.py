@@ -1,6 +1,8 @@
 """The examples run on the embedded model, and their own arithmetic is held against others'."""
 
+import math
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,9 @@ from examples import attention_sinks, dilated_window, steering
 from generate import load, make_cache
 from helpers import TINY, hf_model, random_model, run
 from hub import CHECKPOINTS
+from kv_cache import KVCache
 from load import compile_step
+from oracle import Stream
 from test_attention import a_call, by_the_formula, mask_of
 from test_errors import refused
 
@@ -146,6 +150,56 @@ def test_another_rule_is_compiled_as_it_is():
     compile_step(model, torch.device("cpu"))
     assert (model(tokens[:, :1], caches[1]) - eager).abs().max() < 1e-4
     assert (otherwise - eager).abs().max() > 1e-3
+
+
+class WindowOfEachLayer(KVCache):
+    """Notes what each layer's own window leaves of what the widest sees."""
+
+    def visible(self, positions, slot):
+        seen = super().visible(positions, slot)
+        distance = positions[:, :, None] - self.held(positions, slot)[:, None]
+        self.of_layer = [seen & (distance < window) for window in WINDOWS]
+        return seen
+
+
+WINDOWS = 5, 20
+
+
+def narrow_each_layer(model, cache):
+    """Two forward hooks: a layer's mask becomes what its own window leaves."""
+    groups = model.config.n_heads // model.config.n_kv_heads
+
+    def narrowed(layer):
+        def hook(module, args):
+            x, at, k, v = args
+            hidden = ~cache.of_layer[layer].repeat_interleave(groups, 1)
+            return x, replace(at, mask=at.mask.masked_fill(hidden, -math.inf)), k, v
+        return hook
+
+    for layer, block in enumerate(model.layers):
+        block.register_forward_pre_hook(narrowed(layer))
+
+
+class OracleOfEachLayer(Stream):
+    def attention(self, i, x):
+        self.window = WINDOWS[i]
+        return super().attention(i, x)
+
+
+@pytest.mark.slow
+def test_a_window_of_each_layer_is_a_hook_that_narrows_its_mask():
+    """Against the oracle, over three wraps; and compiled, where the layers still share a graph."""
+    tokens = torch.randint(64, (120,), generator=torch.Generator().manual_seed(0)).tolist()
+    oracle = OracleOfEachLayer(random_model(), 0, max(WINDOWS))
+    expected = torch.stack([oracle.feed(token) for token in tokens])
+    for compiled in (False, True):
+        model = random_model()
+        cache = WindowOfEachLayer(model.config, 1, 0, max(WINDOWS), 8)
+        narrow_each_layer(model, cache)
+        if compiled:
+            compile_step(model, torch.device("cpu"))
+        logits = torch.cat([model(torch.tensor([[token]]), cache)[0] for token in tokens])
+        assert (logits - expected).abs().max() < 1e-4
 
 
 # ------------------------------------------------------------------------------ chat

@@ -14,7 +14,7 @@ from helpers import TINY, random_model, run
 from kv_cache import KVCache
 from load import compile_step
 from quantize import quantize_checkpoint
-from sample import distribution
+from sample import Sampling, distribution
 from speculate import Speculation, look_up, verify
 from tokenizer import Tokenizer
 
@@ -176,7 +176,7 @@ def test_nothing_is_compiled_after_warming_with_a_draft():
     for model in (target, draft):
         compile_step(model, torch.device("cpu"))
     cache, speculation = make_cache(target, 4, WINDOW), of_draft(draft)
-    warm(target, cache, speculation, temperature=0.8)
+    warm(target, cache, speculation, Sampling(0.8, seed=1))
     with torch._dynamo.config.patch(error_on_recompile=True):
         for length in (1, 50, 300):
             list(generate(target, cache, [7] * length, 60, temperature=0.8, ignore_eos=True,
