@@ -168,6 +168,11 @@ def user_errors(parser: argparse.ArgumentParser):
         with end_on_signals():
             try:
                 yield
+            except Exception as error:
+                if not ending:
+                    raise
+                # Of saving, before the end; or what C code, calling Python, makes of SystemExit.
+                fail(parser, unwritten() or str(error) or type(error).__name__)
             finally:
                 sys.stdout.flush()  # what fails at this is said here, and not by Python at its end
             tp.part()

@@ -25,6 +25,7 @@ import signal
 import struct
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -34,11 +35,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 import hub  # noqa: E402
 from cli import plain_parser  # noqa: E402
 from fuzz_kinds import KINDS, make_kinds  # noqa: E402
 
+tqdm.set_lock(threading.RLock())  # its own one is shared by forks, and one may be killed with it
 SECONDS, GROWTH = 20, 2 << 30
 WAITED = 120  # seconds by the clock, on a busy machine
 INTEGERS = (0, 1, -1, 2, 7, 127, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1)

@@ -287,6 +287,15 @@ def test_a_signal_ends_the_program_once_and_what_it_does_last_is_done(number):
     assert signal.getsignal(number) == signal.SIG_DFL
 
 
+def test_an_error_after_a_signal_is_told_and_the_signal_ends_the_program(capsys):
+    with pytest.raises(SystemExit) as end, user_errors(make_parser(DOC)):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except SystemExit:  # as C code does that calls Python
+            raise TypeError("it has no shape") from None
+    assert end.value.code == 143 and capsys.readouterr().err == "x.py: error: it has no shape\n"
+
+
 def test_what_was_ignored_stays_so():
     """As nohup leaves SIGHUP."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
