@@ -198,6 +198,7 @@ def user_errors(parser: argparse.ArgumentParser):
         fail(parser, f"rank {tp.rank()}: a process was lost, or failed: {error}")
         sys.exit(1)
     finally:
+        ending.clear()
         log.removeHandler(handler)
 
 
@@ -316,9 +317,7 @@ def end_on_signals() -> contextlib.ExitStack:
         if len(ending) == 1:
             sys.exit(128 + signal_number)
 
-    stack = on_signals(ending_signals(), end)
-    stack.callback(ending.clear)
-    return stack
+    return on_signals(ending_signals(), end)
 
 
 @contextlib.contextmanager
