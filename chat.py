@@ -31,7 +31,6 @@ from cli import (
     figures,
     hold_interrupt,
     make_parser,
-    name_leftovers,
     number,
     read_prompts,
     say,
@@ -41,7 +40,7 @@ from cli import (
 from generate import answer, check_ids, get_ready, make_cache, open_model, open_speculation, prefill
 from kv_cache import KVCache
 from model import Transformer
-from session import check_target, load_session, save_session
+from session import check_target, load_session, name_leftovers, save_session
 from speculate import Speculation
 from tokenizer import Tokenizer
 from tp import n_ranks, rank, tell_all

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import glob
 import io
 import json
 import logging
@@ -25,6 +24,7 @@ import torch
 
 import tp
 from convert_hf import DTYPES
+from session import name_leftovers
 from tokenizer import Tokenizer
 
 EMBEDDED = Path(__file__).parent / "checkpoints" / "tiny"
@@ -378,12 +378,6 @@ def progress(doing: str, unit: str) -> Iterator[Callable[..., None]]:
 def wrote(path: Path) -> None:
     say(f"wrote {path}")
     name_leftovers(path)
-
-
-def name_leftovers(path: Path) -> None:
-    """Say what killed runs left beside a folder or file that is written whole or not at all."""
-    for left in path.parent.glob(glob.escape(path.name) + ".partial-*"):
-        say(f"{left} is left of a run that was killed, or is being written now; if not, remove it")
 
 
 def show(text: str) -> None:

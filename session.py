@@ -6,7 +6,9 @@ The tensors are the slots that hold something; everything else is JSON in the fi
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
+import logging
 import os
 import secrets
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from kv_cache import KVCache
 
+log = logging.getLogger("gpt_stream")
 SESSION = "gpt_stream_session"  # the entry of the file's header that makes it a session
 
 
@@ -51,6 +54,13 @@ def replaced(path: Path) -> Iterator[Path]:
         raise OSError(f"{path}: cannot be written: {error}") from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def name_leftovers(path: Path) -> None:
+    """Log what killed runs left beside a folder or file that is written whole or not at all."""
+    for left in path.parent.glob(glob.escape(path.name) + ".partial-*"):
+        log.info("%s is left of a run that was killed, or is being written now; if not, remove it",
+                 left)
 
 
 def load_session(path: str | Path, caches: dict[str, tuple], **expected) -> dict:
