@@ -1,6 +1,7 @@
 """A full disk: one line that names the file, status 2, nothing half-written, the older one whole.
 
-    python tests/disks.py --sizes 20 [--seed 0] [--only PROGRAM] [--limit]
+    python tests/disks.py --sizes 20
+    python tests/disks.py --only gptq --limit
 
 Every program that writes is run with its target on a disk of its own, in memory, that is too small
 for it, in as many sizes. Where that is not allowed (see `unshare -Urm`), and with --limit, the
@@ -10,7 +11,6 @@ its output to /dev/full.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -44,11 +44,11 @@ def fill(program: str, made: Path, sizes: int, rng: random.Random, limit: bool) 
     used = sum(-(-len(content) // PAGE) for content in before.values())
     need = sum(-(-len(content) // PAGE) for content in after.values())
     lines = Counter()
-    for number in range(sizes):
+    for at in range(sizes):
         # On every second disk, only the last of its files find no place.
-        room = rng.randrange(1, need) if number % 2 else need - rng.randrange(1, min(4, need))
+        room = rng.randrange(1, need) if at % 2 else need - rng.randrange(1, min(4, need))
         # A file that was refused may be the largest, or one of those that are temporary.
-        most = PAGE if number % 2 else rng.randrange(PAGE, max(map(len, after.values())))
+        most = PAGE if at % 2 else rng.randrange(PAGE, max(map(len, after.values())))
         most = most if limit else resource.RLIM_INFINITY
         with workplace(program, made, None if limit else (used + room) * PAGE) as folder:
             status, said = start(program, made, folder, prepare=partial(
@@ -73,10 +73,13 @@ def print_to_a_full_disk(program: str, made: Path) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--sizes", type=int, default=20, metavar="N", help="for each program")
-    parser.add_argument("--seed", type=int, default=0, metavar="S")
-    parser.add_argument("--only", choices=PROGRAMS)
+    from cli import number, plain_parser  # which fuzz has made reachable
+    parser = plain_parser(__doc__)
+    parser.add_argument("--sizes", type=number(int, 1), default=20, metavar="N",
+                        help="disks for each program")
+    parser.add_argument("--seed", type=int, default=0, metavar="N",
+                        help="where random numbers begin")
+    parser.add_argument("--only", choices=PROGRAMS, help="fill this one's disk; default: all")
     parser.add_argument("--limit", action="store_true", help="limit the size of files instead")
     args = parser.parse_args()
     apart = ["unshare", "--user", "--map-root-user", "--mount"]  # what it mounts, it alone sees

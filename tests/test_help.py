@@ -18,7 +18,7 @@ ROOT = TINY.parent.parent
 PROGRAMS = ["generate", "chat", "batch", "eval", "quantize", "gptq", "convert_hf", "convert_gguf",
             "hub", "bench.__main__", "server.__main__", "server.measure", "server.soak",
             *sorted(f"examples.{path.stem}" for path in ROOT.glob("examples/[a-z]*.py")),
-            "fuzz", "kills", "endless"]
+            "fuzz", "kills", "disks", "endless"]
 # Options that are explained differently, each because it is another thing in one program.
 OTHERWISE = {"--checkpoint": "quantize takes no .gguf", "--limit": "turns, or prompts",
              "--prompts": "all turns, or the first", "--sink": "several in eval",
