@@ -76,8 +76,9 @@ def start(device: str | None) -> str | None:
 
 
 def end_with(parent: int) -> None:
-    """End this rank when torchrun has gone without ending it, as kill -9 does."""
-    while os.getppid() == parent:
+    """End this rank when torchrun has gone without ending it, as kill -9 does. (Whoever starts the
+    ranks by other means, a shell for one, may leave them.)"""
+    while os.getppid() == parent or "TORCHELASTIC_RUN_ID" not in os.environ:
         time.sleep(0.3)
     os._exit(1)
 
