@@ -28,7 +28,6 @@ from cli import (
     hold_interrupt,
     make_parser,
     number,
-    opening,
     progress,
     read_prompts,
     say,
@@ -138,7 +137,7 @@ class Batch:
         self.rows: list[Stream | None] = [None] * size
         self.live = torch.zeros(size, dtype=torch.int64, device=device)  # 1 where a stream is
         self.reading: list[Reading] = []
-        self.prefill_credit = 0.0  # seconds of steps that long prompts may take as many of
+        self.prefill_credit = 0.0  # seconds that long prompts may take: as many as steps took
         self.steps = self.busy = 0  # decode steps, and rows that were busy, counted at each
 
     @property
@@ -235,7 +234,7 @@ def chunks_of(model: Transformer, cache: KVCache, prompt: Prompt) -> Iterator[Te
 def read_on(batch: Batch) -> None:
     """Prefill one chunk of the prompt whose latest chunk is the longest ago. Beside streams, a long
     prompt gets no more time than their steps take."""
-    must_wait = any(batch.rows) and batch.prefill_credit <= 0  # a long one
+    must_wait = any(batch.rows) and batch.prefill_credit <= 0  # whether a long one must
     reading = next((reading for reading in batch.reading if reading.logits is None
                     and not (must_wait and reading.unread > LONG)), None)
     if reading is None:
@@ -406,7 +405,7 @@ def main():
                 raise ValueError(f"--{flag} works on one stream, and batch.py has many")
         entries = read_prompts(args.prompts)[:args.limit]
         model, tokenizer = open_model(args)
-        prompts = agree([opening(tokenizer, entry) for entry in entries])
+        prompts = agree([tokenizer.opening(entry) for entry in entries])
         batch = Batch(model, args.batch, args.sink, args.window)
         get_ready(model, batch.staging[0], args)
         if args.compile:  # the step of all rows, as often as generate.warm runs the others

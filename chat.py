@@ -49,14 +49,15 @@ with contextlib.suppress(ImportError):
     import readline  # noqa: F401  (input() then edits lines and remembers them)
 
 HELP = ("/reset forgets everything, /save FILE keeps the conversation, /load FILE goes on with it, "
-        "/quit or Ctrl-D leaves, Ctrl-C stops an answer")
+        "/quit or Ctrl-D leaves, Ctrl-C stops an answer" if n_ranks() == 1 else
+        "/reset forgets everything, /quit leaves, Ctrl-C ends all")
 
 
 def typed() -> Iterator[str]:
     """Lines from the terminal, or from a pipe. Under torchrun rank 0 reads them for all."""
     terminal = sys.stdin is not None and sys.stdin.isatty()
     if terminal:
-        say(HELP if n_ranks() == 1 else "/reset forgets everything, /quit leaves, Ctrl-C ends all")
+        say(HELP)
     prompt, line = "> " if terminal and sys.stdout.isatty() else "", ""
     while line not in ("/quit", "/exit"):
         if line:

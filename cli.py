@@ -25,11 +25,12 @@ import torch
 import tp
 from convert_hf import DTYPES
 from session import name_leftovers
-from tokenizer import Tokenizer
 
 EMBEDDED = Path(__file__).parent / "checkpoints" / "tiny"
 EXAMPLES = "examples:"
-ending: list[int] = []  # the signal that ends the program: at once, or once it is held no more
+# The signals that asked the program to end, the first of which it ends by, and those that may ask.
+ending: list[int] = []
+heeded: list[int] = []
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -37,7 +38,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
 
     def read(text: str):
         value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
+        if not low <= value <= min(high, sys.float_info.max):
             above = "" if high == math.inf else f" and at most {high}"
             raise argparse.ArgumentTypeError(f"{text} must be at least {low}{above}")
         return value
@@ -107,12 +108,6 @@ def make_parser(doc: str, checkpoint: str | Path = EMBEDDED) -> argparse.Argumen
     return parser
 
 
-def load_arguments(args) -> dict:
-    """What load.load takes of a command line, but for the checkpoint's name."""
-    return dict(device=args.device, dtype=DTYPES.get(args.dtype), quantize=args.quantize,
-                group_size=args.group_size, adapters=args.adapter)
-
-
 def add_generation(parser: argparse.ArgumentParser, samples=False) -> argparse.ArgumentParser:
     """What every program takes that generates, some of them several answers to one prompt."""
     add = parser.add_argument
@@ -155,7 +150,7 @@ def user_errors(parser: argparse.ArgumentParser):
     log, handler, said = logging.getLogger("gpt_stream"), logging.Handler(), set()
 
     def once(record: logging.LogRecord) -> None:  # a draft may be like its model
-        if (line := record.getMessage()) not in said:
+        if (line := record.getMessage()) not in said or record.levelno > logging.INFO:
             said.add(line)
             say(line)
 
@@ -199,6 +194,7 @@ def user_errors(parser: argparse.ArgumentParser):
         sys.exit(1)
     finally:
         ending.clear()
+        heeded.clear()
         log.removeHandler(handler)
 
 
@@ -286,13 +282,6 @@ def read_prompts(path: str) -> list[dict]:
     return entries
 
 
-def opening(tokenizer: Tokenizer, entry: dict) -> list[int]:
-    """The ids of a prompts file's entry: raw text, or the first turn in the chat template."""
-    if "prompt" in entry:
-        return tokenizer.encode(entry["prompt"])
-    return tokenizer.first_turn(entry["turns"][0])
-
-
 def ending_signals() -> list[int]:
     """What asks a program to end: SIGTERM, and the SIGHUP of a terminal that closes. One that was
     ignored when the program began, as under nohup, stays so."""
@@ -305,19 +294,24 @@ def on_signals(kinds: list[int], handler: Callable) -> contextlib.ExitStack:
     that waits for another could not run it: there they end every process (see tp.start)."""
     stack = contextlib.ExitStack()
     for kind in kinds if tp.n_ranks() == 1 else ():
-        stack.callback(signal.signal, kind, signal.signal(kind, handler))
+        if (before := signal.getsignal(kind)) != signal.SIG_IGN:
+            signal.signal(kind, handler)
+            stack.callback(signal.signal, kind, before or signal.SIG_DFL)  # None is of C code
     return stack
 
 
 def end_on_signals() -> contextlib.ExitStack:
     """SIGTERM and SIGHUP raise SystemExit in this context, and so leave nothing half-written. Once:
-    what they interrupt may be cleaning up already."""
+    what they interrupt may be cleaning up already. A third one is obeyed at once."""
     def end(signal_number, frame):
         ending.append(signal_number)
         if len(ending) == 1:
             sys.exit(128 + signal_number)
+        if len(ending) > 2:
+            os._exit(128 + signal_number)
 
-    return on_signals(ending_signals(), end)
+    heeded[:] = ending_signals()
+    return on_signals(heeded, end)
 
 
 @contextlib.contextmanager
@@ -334,7 +328,7 @@ def hold_interrupt():
             raise KeyboardInterrupt
         caught.append(signal_number)
 
-    with on_signals([signal.SIGINT, *ending_signals()], note):
+    with on_signals([signal.SIGINT, *heeded], note):
         yield caught
 
 

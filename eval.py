@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cli import load_arguments, make_parser, number, progress, show, user_errors
-from generate import default_window, load, make_cache
+from cli import make_parser, number, progress, show, user_errors
+from generate import default_window, make_cache
 from kv_cache import KVCache
+from load import load, load_arguments
 from model import Transformer
 from session import check_target, replaced
 
@@ -96,14 +97,22 @@ def measure(model: Transformer, ids: Tensor, mode: str, n_sink: int, window: int
     return nats if mode == "recompute" else nats[every - 1::every]
 
 
-def draw(path: str, curves: dict[str, Tensor], marks: dict[str, int], every: int) -> None:
-    """Perplexity of the latest SMOOTH tokens along the text, a curve a mode, and a vertical line at
-    each mark. Of the tokens, each n-th was counted, n = every."""
+def check_plot(path: str) -> None:
+    """Raises ValueError when no picture can be made, or none of this name."""
     try:
         import matplotlib
     except ImportError:
         raise ValueError("--plot needs the package matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
+    from matplotlib.backend_bases import FigureCanvasBase
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if check_target(path).suffix[1:].lower() not in kinds:
+        raise ValueError(f"--plot {path}: the name must end in one of .{', .'.join(kinds)}")
+
+
+def draw(path: str, curves: dict[str, Tensor], marks: dict[str, int], every: int) -> None:
+    """Perplexity of the latest SMOOTH tokens along the text, a curve a mode, and a vertical line at
+    each mark. Of the tokens, each n-th was counted, n = every."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4))
@@ -122,7 +131,7 @@ def draw(path: str, curves: dict[str, Tensor], marks: dict[str, int], every: int
     axes.legend()
     figure.tight_layout()
     with replaced(Path(path)) as partial:
-        figure.savefig(partial, dpi=110, format=Path(path).suffix[1:] or None)
+        figure.savefig(partial, dpi=110, format=Path(path).suffix[1:])
 
 
 def main():
@@ -144,7 +153,7 @@ def main():
         args = parser.parse_args()
         text = read_text(args.text)
         if args.plot:
-            check_target(args.plot)  # now, and not when everything has been measured
+            check_plot(args.plot)  # now, and not when everything has been measured
         model, tokenizer = load(args.checkpoint, **load_arguments(args))
         ids = torch.tensor(tokenizer.encode(text)[:args.max_tokens + 1],
                            device=model.norm.weight.device)

@@ -25,7 +25,6 @@ from cli import (
     ending,
     figures,
     hold_interrupt,
-    load_arguments,
     make_parser,
     say,
     show,
@@ -33,7 +32,7 @@ from cli import (
 )
 from convert_hf import DTYPES
 from kv_cache import KVCache
-from load import load, weight_bytes
+from load import load, load_arguments, weight_bytes
 from model import ModelConfig, Transformer
 from sample import Rows, Sampling, new_seed, sample
 from speculate import Speculation, speculate
@@ -155,7 +154,7 @@ def generate(model: Transformer, cache: KVCache, prompt_ids: list[int], max_new_
     At any yield the cache holds everything up to the token yielded (with speculation: once this
     generator is closed), so a conversation goes on by calling this again with the next turn's ids
     only. Raises ValueError for an unusable prompt or setting."""
-    seed = new_seed(generator) if seed is None else seed
+    seed = new_seed(generator) if seed is None and temperature else seed
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed=seed)
     logits = prefill(model, cache, prompt_ids, speculation)
     yield from continue_from(model, cache, logits, prompt_ids, max_new_tokens, ignore_eos,
@@ -166,7 +165,9 @@ def continue_from(model: Transformer, cache: KVCache, logits: Tensor, prompt_ids
                   max_new_tokens: int, ignore_eos: bool, speculation: Speculation | None,
                   sampling: Sampling) -> Iterator[int]:
     """Yield what follows the logits (1, 1, V) of a prefill: speculating while that pays, then
-    token by token."""
+    token by token. Raises ValueError for penalties under speculation."""
+    if speculation is not None and sampling.penalizes:
+        raise ValueError("a repetition penalty works without speculation")
     row = Rows(1, model.config.vocab_size, logits.device)
     row.begin(0, sampling, prompt_ids)
     token = row.sample(logits)  # (1, 1)
@@ -297,8 +298,6 @@ def open_model(args) -> tuple[Transformer, Tokenizer]:
     """Load what the command line asks for."""
     for text in args.stop:
         check_text("--stop", text)
-    if args.compile_prefill and not args.compile:
-        raise ValueError("--compile-prefill goes with --compile")
     say(f"loading {args.checkpoint}")
     return load(args.checkpoint, compile=args.compile, compile_prefill=args.compile_prefill,
                 **load_arguments(args))

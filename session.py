@@ -107,9 +107,8 @@ def read_session(path: Path) -> tuple[dict, dict[str, Tensor]]:
     if not path.is_file():
         raise ValueError(f"{path}: no such session file")
     try:
-        # safe_open opens its path twice, and a save may come in between: here both are one file.
         with open(path, "rb") as opened, safetensors.safe_open(
-                f"/dev/fd/{opened.fileno()}", framework="pt", device="cpu") as file:
+                same_file(path, opened.fileno()), framework="pt", device="cpu") as file:
             header = (file.metadata() or {}).get(SESSION)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         facts = json.loads(header or "null")
@@ -118,6 +117,13 @@ def read_session(path: Path) -> tuple[dict, dict[str, Tensor]]:
     if not isinstance(facts, dict) or "model" not in facts:
         raise ValueError(f"{path}: a safetensors file, but not a saved session")
     return facts, tensors
+
+
+def same_file(path: Path, number: int) -> str:
+    """A name of the file that is open under this number, whatever takes its path meanwhile:
+    safe_open opens a name twice, and a save may come in between. The path, where there is none."""
+    name = f"/dev/fd/{number}"
+    return name if os.path.exists(name) else str(path)
 
 
 def traits(model, cache: KVCache) -> dict:

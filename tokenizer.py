@@ -209,6 +209,11 @@ class Tokenizer:
             return opening
         return alone if system in alone and opening.startswith(alone) else opening
 
+    def opening(self, entry: dict) -> list[int]:
+        """Ids of a prompts file's entry: raw text, or the first of its turns in the template."""
+        return self.encode(entry["prompt"]) if "prompt" in entry else self.first_turn(
+            entry["turns"][0])
+
     def first_turn(self, user: str, system: str | None = None) -> list[int]:
         """Ids of a conversation's beginning, up to where the answer begins."""
         turns = [{"role": "system", "content": system}] if system else []

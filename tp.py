@@ -8,7 +8,8 @@ traffic within it. The output projection is sliced by vocabulary and its logits 
 embedding is whole on every rank: a step reads one row of it, and slicing would cost another sum.
 
 NCCL carries what is on GPUs, gloo what is on CPUs. Where the processes are is torchrun's business:
-nothing is read here but its environment variables, so several machines work as one does.
+nothing is asked here but its environment variables, and whether it is still there, so several
+machines work as one does.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ def n_ranks() -> int:
 
 def start(device: str | None) -> str | None:
     """Meet the other ranks, once; the device of this one. From then on rank 0 alone writes to
-    stdout, and Ctrl-C ends the process. Raises ValueError when this machine has fewer GPUs than
-    ranks."""
+    stdout, Ctrl-C ends the process, and so does the end of torchrun. Raises ValueError when this
+    machine has fewer GPUs than ranks."""
+    parent = os.getppid()  # torchrun
     if n_ranks() == 1:
         return device
     on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
@@ -69,7 +71,7 @@ def start(device: str | None) -> str | None:
         if not on_gpu:  # to destroy NCCL's would wait for ever for the CUDA graphs that use it
             atexit.register(dist.destroy_process_group)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # torchrun ends then, and with it every rank
-        threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
+        threading.Thread(target=end_with, args=[parent], daemon=True).start()
         if rank():
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # rank 0 speaks for all
     return device or "cpu"

@@ -33,6 +33,9 @@ def apart(make: Callable[..., Callable], *args) -> Iterator[Callable]:
     try:
         answer()
         yield lambda *given: here.send(given) or answer()
+    except BaseException:  # it may be in the middle of something long
+        process.terminate()
+        raise
     finally:
         here.close()
         process.join()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from cli import load_arguments
 from convert_hf import DTYPES
 from kv_cache import KVCache
-from load import check_device, finish, load
+from load import check_device, finish, load, load_arguments
 from model import ModelConfig, Transformer
 from quantize import empty_model, quantization_of
 

@@ -26,13 +26,12 @@ import uvicorn
 from cli import (
     check_text,
     ending_signals,
-    load_arguments,
     make_parser,
     number,
     say,
     user_errors,
 )
-from load import load
+from load import load, load_arguments
 from server.app import Settings, make_app
 from server.engine import Engine
 from tp import n_ranks
@@ -81,8 +80,6 @@ def check(args) -> None:
     """Refuse what does not go together, and what a server has no use for."""
     if args.pin_system is not None and args.sink is not None:
         raise ValueError("--pin-system decides the number of sinks; leave --sink out")
-    if args.compile_prefill and not args.compile:
-        raise ValueError("--compile-prefill goes with --compile")
     if n_ranks() > 1:
         raise ValueError("the server works without torchrun; replicas are for several processes")
     check_exposure(args)

@@ -259,16 +259,16 @@ async def whole(request: HttpRequest, events: AsyncIterator, jobs: list[Job],
             form.add(event)
 
     collecting = asyncio.ensure_future(collect())
-    gone = asyncio.ensure_future(until_gone(request.receive))
+    leaving = asyncio.ensure_future(until_gone(request.receive))
     try:
-        await asyncio.wait({collecting, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not collecting.done():
             raise gone()
         await collecting
         return reply(form.whole(jobs))
     finally:
         collecting.cancel()
-        gone.cancel()
+        leaving.cancel()
 
 
 async def stream(events: AsyncIterator, jobs: list[Job], form: Form) -> AsyncIterator[bytes]:
@@ -302,12 +302,12 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         running = asyncio.ensure_future(run())
-        gone = asyncio.ensure_future(until_gone(receive))
+        leaving = asyncio.ensure_future(until_gone(receive))
         try:
-            await asyncio.wait({running, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({running, leaving}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self.at_end()
-            gone.cancel()
+            leaving.cancel()
             running.cancel()
             with contextlib.suppress(asyncio.CancelledError, asyncio.TimeoutError, OSError):
                 await running

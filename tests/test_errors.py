@@ -39,9 +39,10 @@ def refused(program, *argv, naming, **kwargs):
     ("--temperature", "inf"), ("--top-p", "1.01"), ("--top-p", "-0.1"), ("--top-p", "nan"),
     ("--min-p", "1.01"), ("--min-p", "nan"), ("--repetition-penalty", "0"), ("--samples", "0"),
     ("--max-new-tokens", "-1"), ("--max-new-tokens", "0"), ("--max-new-tokens", "1.5"),
-    ("--seed", "-1"), ("--dtype", "int7"), ("--dtype", "float64")])
+    ("--top-k", "9" * 400), ("--top-p", "9" * 400), ("--seed", "-1"), ("--dtype", "int7"),
+    ("--dtype", "float64")])
 def test_numbers_out_of_range(flag, value):
-    refused("generate", f"{flag}={value}", naming=[flag, value])
+    refused("generate", f"{flag}={value}", naming=[flag, value[:300]])
 
 
 @pytest.mark.parametrize("argv, naming", [
@@ -269,12 +270,15 @@ def test_what_the_engine_logs_is_said_once(capsys):
     with user_errors(make_parser(DOC)):
         for accepted in (3, 3, 4):
             logging.getLogger("gpt_stream").info("speculation stopped: %s of 32", accepted)
+        for _ in range(2):  # a server's faults are said each time
+            logging.getLogger("gpt_stream").error("the engine failed")
     logging.getLogger("gpt_stream").info("nobody listens any more")
     assert capsys.readouterr().err == (
-        "speculation stopped: 3 of 32\nspeculation stopped: 4 of 32\n")
+        "speculation stopped: 3 of 32\nspeculation stopped: 4 of 32\n" + 2 * "the engine failed\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [getattr(signal, name) for name in ("SIGTERM", "SIGHUP")
+                                    if hasattr(signal, name)])
 def test_a_signal_ends_the_program_once_and_what_it_does_last_is_done(number):
     steps = []
     with pytest.raises(SystemExit) as end, user_errors(make_parser(DOC)):
@@ -296,18 +300,28 @@ def test_an_error_after_a_signal_is_told_and_the_signal_ends_the_program(capsys)
     assert end.value.code == 143 and capsys.readouterr().err == "x.py: error: it has no shape\n"
 
 
-def test_what_was_ignored_stays_so():
-    """As nohup leaves SIGHUP."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_was_ignored_stays_so(number):
+    """As nohup leaves SIGHUP, and a shell SIGINT for what runs in the background."""
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with user_errors(make_parser(DOC)):
-            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(number)
             with hold_interrupt() as caught:
-                signal.raise_signal(signal.SIGHUP)
+                signal.raise_signal(number)
             assert not caught
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(number) == signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
+
+
+def test_outside_of_a_program_only_ctrl_c_is_held():
+    with hold_interrupt() as caught:
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        signal.raise_signal(signal.SIGINT)
+    with hold_interrupt() as later:
+        pass
+    assert caught == [signal.SIGINT] and not later
 
 
 def test_what_is_held_ends_the_program_later():
@@ -322,6 +336,7 @@ def test_what_is_held_ends_the_program_later():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 @pytest.mark.parametrize("program, argv", [
     ("generate", ["--max-new-tokens", "5"]),
     ("eval", ["--text", "README.md", "--max-tokens", "50"])])  # which leaves it to Python to write
@@ -337,6 +352,8 @@ def test_a_plot_that_cannot_be_written_is_known_before_anything_is_measured(tmp_
     argv = ("--text", __file__, "--max-tokens", 9)
     refused("eval", *argv, "--plot", tmp_path / "none" / "a.png", naming=["a.png", "no folder"])
     refused("eval", *argv, "--plot", tmp_path, naming=[tmp_path, "not a file"])
+    for name in ("curve", "curve.txt"):
+        refused("eval", *argv, "--plot", tmp_path / name, naming=[name, ".png"])
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from generate import decode, generate, load, make_cache, prefill
 from helpers import TINY, as_on_a_gpu, random_model, run
 from kv_cache import KVCache
 from sample import Rows, Sampling, probabilities, sample
+from speculate import Speculation
 
 # ------------------------------------------------------------------------------ sampling
 
@@ -199,6 +200,20 @@ def test_greedy_text_is_the_api_s():
     model, tokenizer = load(TINY, device="cpu")
     ids = tokenizer.encode("The cat")
     assert record["token_ids"] == list(generate(model, make_cache(model), ids, 20))
+
+
+def test_greedy_leaves_the_random_numbers_alone():
+    model = random_model()
+    before = torch.random.get_rng_state()
+    list(generate(model, make_cache(model, 4, 60), [1], 3))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_penalty_under_speculation_is_refused():
+    model = random_model()
+    with pytest.raises(ValueError, match="penalty"):
+        list(generate(model, make_cache(model, 4, 60), [1], 3, speculation=Speculation(),
+                      repetition_penalty=1.3))
 
 
 def test_samples_are_what_their_seeds_say_alone():

@@ -43,6 +43,9 @@ def parsers():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", take)
         for name in PROGRAMS:
+            if name.startswith("server"):
+                pytest.importorskip("fastapi")
+                pytest.importorskip("uvicorn")
             with pytest.raises(Parsed) as parsed:
                 importlib.import_module(name).main()
             found[name] = parsed.value.args[0]

@@ -3,6 +3,7 @@ the converter of .gguf files is a stand-in, for it is tested where it is."""
 
 import errno
 import hashlib
+import io
 import json
 import logging
 import os
@@ -324,7 +325,9 @@ def test_the_library_s_bars_are_for_cursors_that_move(terminal, plain, monkeypat
         monkeypatch.delenv(name)  # and it is as before in the end
     for name, value in {"TERM": "xterm", **(terminal or {})}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal is not None)
+    stderr = io.StringIO()
+    stderr.isatty = lambda: terminal is not None
+    monkeypatch.setattr(sys, "stderr", stderr)
     cli.open_streams()
     assert ("HF_HUB_DISABLE_PROGRESS_BARS" in os.environ) == plain
 

@@ -509,6 +509,26 @@ def test_a_client_that_leaves_while_it_sends_is_no_fault_of_the_server(server):
     assert len(server.said) == before
 
 
+def test_a_client_that_leaves_before_its_whole_answer_is_no_fault_either(server):
+    def counted(status):
+        _, _, text = server.http("GET", "/metrics")
+        return sum(float(line.rsplit(" ", 1)[1]) for line in text.decode().splitlines()
+                   if f'"{status}"' in line)
+
+    before, gone = len(server.said), counted(499)
+    body = json.dumps({**BASE, "max_tokens": 500}).encode()
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type:"
+                           b" application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        server.until("rows_busy", 1)
+    deadline = time.time() + 20
+    while counted(499) == gone:
+        assert time.time() < deadline
+        time.sleep(0.01)
+    server.until("rows_busy", 0)
+    assert len(server.said) == before and not counted(500)
+
+
 def test_no_word_of_what_is_said_is_told(server):
     server.chat("Abracadabra, my secret!", max_tokens=5)
     server.post({**BASE, "messages": [{"role": "user", "content": ["Abracadabra"]}]})

@@ -166,7 +166,7 @@ def test_faults_end_every_rank_soon(whom, number, tmp_path):
                                stderr=subprocess.DEVNULL, start_new_session=True)
     ranks = []
     try:
-        until(lambda: (tmp_path / "out").stat().st_size)  # it is in the middle of it
+        until(lambda: (tmp_path / "out").stat().st_size, seconds=120)  # it is in the middle of it
         ranks += children(run.pid)
         assert len(ranks) == 2
         if whom == "all":  # as a terminal does
@@ -181,8 +181,8 @@ def test_faults_end_every_rank_soon(whom, number, tmp_path):
                 os.kill(pid, signal.SIGKILL)
 
 
-def until(done):
-    deadline = time.monotonic() + 30
+def until(done, seconds=30):
+    deadline = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < deadline
         time.sleep(0.02)
