@@ -117,7 +117,7 @@ def test_a_layer_that_is_not_there_is_refused():
 
 def test_dilated_window_prints_three_perplexities(checkpoint):
     status, out, err = run("examples.dilated_window", "--checkpoint", checkpoint,
-                           "--max-tokens", 1500)
+                           "--max-tokens", 900)
     assert status == 0, err
     whole, dilated, narrow = (float(line.split()[-1]) for line in out.splitlines())
     assert whole < dilated and whole < narrow and dilated != narrow
