@@ -153,7 +153,9 @@ def generate(model: Transformer, cache: KVCache, prompt_ids: list[int], max_new_
 
     At any yield the cache holds everything up to the token yielded (with speculation: once this
     generator is closed), so a conversation goes on by calling this again with the next turn's ids
-    only. Raises ValueError for an unusable prompt or setting."""
+    only. Raises ValueError for an unusable prompt or setting, before anything is written."""
+    if speculation is not None and repetition_penalty != 1:
+        raise ValueError("a repetition penalty works without speculation")
     seed = new_seed(generator) if seed is None and temperature else seed
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed=seed)
     logits = prefill(model, cache, prompt_ids, speculation)
@@ -165,9 +167,7 @@ def continue_from(model: Transformer, cache: KVCache, logits: Tensor, prompt_ids
                   max_new_tokens: int, ignore_eos: bool, speculation: Speculation | None,
                   sampling: Sampling) -> Iterator[int]:
     """Yield what follows the logits (1, 1, V) of a prefill: speculating while that pays, then
-    token by token. Raises ValueError for penalties under speculation."""
-    if speculation is not None and sampling.penalizes:
-        raise ValueError("a repetition penalty works without speculation")
+    token by token."""
     row = Rows(1, model.config.vocab_size, logits.device)
     row.begin(0, sampling, prompt_ids)
     token = row.sample(logits)  # (1, 1)
