@@ -117,10 +117,10 @@ def test_without_sinks_perplexity_collapses_once_the_window_slides(smollm2, text
     model, tokenizer = smollm2
     ids = torch.tensor(tokenizer.encode(text)[:1000])
     window, stream = (measure(model, ids, mode, 4, 124) for mode in ("window", "stream"))
-    again = measure(model, ids, "recompute", 4, 124, every=25)
+    again = measure(model, ids, "recompute", 4, 124, every=50)
     assert torch.allclose(window[:124], stream[:124], atol=1e-3)  # nothing slid away yet
     assert window[200:].mean() > stream[200:].mean() + 0.3  # nats
-    assert abs(stream[24::25].mean() - again.mean()) < 0.2
+    assert abs(stream[49::50].mean() - again.mean()) < 0.2
 
 
 def test_it_answers_and_stops_by_itself():

@@ -697,7 +697,7 @@ def test_after_the_grace_answers_are_cut_with_an_error():
 def test_random_clients_that_join_leave_and_send_rubbish_leave_nothing_behind(server):
     done = subprocess.run(
         [sys.executable, "-m", "server.soak", "--url", f"http://127.0.0.1:{server.port}/v1",
-         "--model", "tiny", "--seconds", "4", "--pid", str(server.process.pid)],
+         "--model", "tiny", "--seconds", "2", "--pid", str(server.process.pid)],
         cwd=ROOT, capture_output=True, text=True)
     end = json.loads(done.stdout.splitlines()[-1])
     assert done.returncode == 0, done.stdout + done.stderr
