@@ -104,7 +104,7 @@ def main():
     args = parser.parse_args()
     model, tokenizer = load(TINY, "cpu", torch.float32, compile=args.compile)
     cache = make_cache(model, window=args.window)
-    if args.tokens < (least := max(2 * cache.ring, model.config.n_layers * cache.window) + 1000):
+    if args.tokens < (least := max(2 * cache.ring, model.config.n_layers * cache.window) + 300):
         parser.error(f"--tokens {args.tokens} is too few to be old; at least {least}")
     start = time.perf_counter()
     sinks, latest, grown = talk(model, cache, tokenizer.encode("It was a dark"), args.tokens)

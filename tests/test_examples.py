@@ -115,8 +115,9 @@ def test_a_layer_that_is_not_there_is_refused():
 # ------------------------------------------------------------------------------ another rule
 
 
-def test_dilated_window_prints_three_perplexities(checkpoint):
-    status, out, err = run("examples.dilated_window", "--checkpoint", checkpoint,
+def test_dilated_window_prints_three_perplexities(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    status, out, err = run("examples.dilated_window", "--checkpoint", TINY,
                            "--max-tokens", 900)
     assert status == 0, err
     whole, dilated, narrow = (float(line.split()[-1]) for line in out.splitlines())
