@@ -17,6 +17,8 @@ from quantize import quantize_checkpoint
 from test_errors import refused
 from test_tp import ONE_THREAD, TORCHRUN
 
+pytestmark = pytest.mark.slow
+
 TOKENS = torch.randint(0, 96, (2, 30), generator=torch.Generator().manual_seed(0))
 SIZES = dict(vocab_size=4096, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,

@@ -17,6 +17,8 @@ from helpers import TINY, run
 from quantize import dequantize, quantize_checkpoint, quantize_int4
 from test_errors import refused
 
+pytestmark = pytest.mark.slow
+
 DRAFT = TINY.parent / "tiny-draft"
 TEXT = TINY.parent.parent / "tests" / "text.txt"
 
