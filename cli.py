@@ -302,7 +302,8 @@ def on_signals(kinds: list[int], handler: Callable) -> contextlib.ExitStack:
 
 def end_on_signals() -> contextlib.ExitStack:
     """SIGTERM and SIGHUP raise SystemExit in this context, and so leave nothing half-written. Once:
-    what they interrupt may be cleaning up already. A third one is obeyed at once."""
+    what they interrupt may be cleaning up already. A third one is obeyed at once, if none is held.
+    """
     def end(signal_number, frame):
         ending.append(signal_number)
         if len(ending) == 1:

@@ -264,8 +264,8 @@ def sample(logits: Tensor, temperature: float = 0.0, top_k: int | None = None,
     if temperature == 0:
         ids = rows.argmax(-1)
     else:
-        settings, keys = (temperature, top_k, top_p, min_p), random_keys(
-            len(rows), rows.device, generator)
+        settings = temperature, top_k, top_p, min_p
+        keys = random_keys(len(rows), rows.device, generator)
         if on_cpu(rows):
             ids = choose_on_cpu(rows, *([setting] * len(rows) for setting in settings),
                                 keys.tolist())
