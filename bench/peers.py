@@ -8,12 +8,14 @@ the dtype that ours does; only the compiled step is compiled. And gpt-fast, from
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bench.clocks import seconds
@@ -41,6 +43,7 @@ def prefill_and_step(config: dict, dtype: torch.dtype, device: torch.device, com
              else DynamicCache(config=model.config))
     mode = "reduce-overhead" if device.type == "cuda" else None
     forward = torch.compile(model.forward, mode=mode) if compiled else model.forward
+    past = {past_argument(model): cache}
     prompt, state = torch.full((1, 128), 7, device=device), {"position": 128}
 
     @torch.no_grad()
@@ -51,16 +54,22 @@ def prefill_and_step(config: dict, dtype: torch.dtype, device: torch.device, com
     def step() -> None:
         position = torch.tensor([state["position"]], device=device)
         token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        forward(token, past_key_values=cache, use_cache=True, cache_position=position,
-                position_ids=position[None]).logits[0, -1].argmax().item()
+        forward(token, use_cache=True, cache_position=position, position_ids=position[None],
+                **past).logits[0, -1].argmax().item()
         state["position"] = 128 + (state["position"] - 127) % (length // 2)
 
     if not compiled:
         with torch.no_grad():
-            model(prompt, past_key_values=cache, use_cache=True)
+            model(prompt, use_cache=True, **past)
     for _ in range(3):
         step()
     return prefill, step
+
+
+def past_argument(model) -> str:
+    """The name that a model's forward has for its cache: `cache` from transformers 5.24 on."""
+    names = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def transformers_tokens(config: dict, dtype: torch.dtype, device: torch.device, length: int,
@@ -129,14 +138,6 @@ def gpt_fast_model(folder: str, config: dict, quantize: str | None, length: int)
 # spares it the work that transformers does around one, and the angles are made once for all.)
 
 
-def streaming_model(config: dict, dtype: torch.dtype, device: torch.device):
-    """A Llama whose attention reads and extends a `streaming_past`."""
-    model = llama(config, dtype, device)
-    for layer in model.model.layers:
-        layer.self_attn.forward = types.MethodType(streaming_attention, layer.self_attn)
-    return model
-
-
 def streaming_past(model) -> list[tuple[Tensor, Tensor]]:
     """Of every layer, the un-rotated keys and the values, (1, kv_heads, n, D) each; n is 0 yet."""
     config, weight = model.config, model.lm_head.weight
@@ -144,24 +145,28 @@ def streaming_past(model) -> list[tuple[Tensor, Tensor]]:
     return [(empty, empty)] * config.num_hidden_layers
 
 
-def streaming_attention(self, hidden_states: Tensor, past_key_values: list,
-                        position_embeddings: tuple[Tensor, Tensor], attention_mask: Tensor | None,
-                        **_) -> tuple[Tensor, None]:
-    """In place of LlamaAttention.forward: T new tokens see all n in the cache, their own included.
-
-    position_embeddings are of the places 0 .. n - 1."""
-    from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
-    B, T, _ = hidden_states.shape
-    q, k, v = (project(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
-               for project in (self.q_proj, self.k_proj, self.v_proj))  # (B, heads, T, D)
-    past_k, past_v = past_key_values[self.layer_idx]
+def streaming_attention(layer: int, attention, x: Tensor, past: list,
+                        angles: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+    """What LlamaAttention makes of T new tokens x (B, T, dim), which see all n in the cache, their
+    own included. angles are of the places 0 .. n - 1."""
+    B, T, _ = x.shape
+    q, k, v = (project(x).view(B, T, -1, attention.head_dim).transpose(1, 2)
+               for project in (attention.q_proj, attention.k_proj, attention.v_proj))
+    past_k, past_v = past[layer]
     k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)  # (B, kv_heads, n, D)
-    past_key_values[self.layer_idx] = k, v
-    cos, sin = position_embeddings  # (1, n, D)
-    q = q * cos[:, -T:] + rotate_half(q) * sin[:, -T:]
+    past[layer] = k, v
+    cos, sin = angles  # (1, n, D)
+    q = q * cos[:, -T:] + rotate_half(q) * sin[:, -T:]  # (B, heads, T, D)
     k = k * cos + rotate_half(k) * sin
-    y, _ = eager_attention_forward(self, q, k, v, attention_mask, self.scaling)
-    return self.o_proj(y.reshape(B, T, -1)), None
+    k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], dim=1) for y in (k, v))
+    scores = q @ k.transpose(2, 3) * attention.scaling  # (B, heads, T, n)
+    weights = F.softmax(scores if mask is None else scores + mask, dim=-1, dtype=torch.float32)
+    return attention.o_proj((weights.type_as(v) @ v).transpose(1, 2).reshape(B, T, -1))
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([-b, a], dim=-1)
 
 
 @torch.no_grad()
@@ -173,8 +178,10 @@ def streaming_forward(model, past: list, tokens: Tensor) -> Tensor:
     mask = None
     if T > 1:
         mask = torch.full((T, n), -torch.inf, dtype=x.dtype, device=x.device).triu(n - T + 1)
-    for layer in model.model.layers:
-        x = layer(x, attention_mask=mask, past_key_values=past, position_embeddings=angles)
+    for index, layer in enumerate(model.model.layers):
+        normal = layer.input_layernorm(x)
+        x = x + streaming_attention(index, layer.self_attn, normal, past, angles, mask)
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
     return model.lm_head(model.model.norm(x[:, -1:]))
 
 

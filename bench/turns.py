@@ -41,7 +41,7 @@ def timed_turn(stream: Iterator[int], device: torch.device) -> dict:
 def streaming_talker(args, n_sink: int, window: int) -> Callable[[list[int]], dict]:
     """The peer in a conversation."""
     config, dtype, device = peer_settings(args)
-    model = peers.streaming_model(config, dtype, device)
+    model = peers.llama(config, dtype, device)
 
     def say_turn(past: list, prompt_ids: list[int], max_new_tokens: int) -> dict:
         stream = peers.streaming_turn(model, past, prompt_ids, max_new_tokens, n_sink, window)

@@ -24,7 +24,7 @@ def wider(model):
 def both(tmp_path_factory):
     """StreamingLLM's model and ours, float32, with the same weights."""
     torch.manual_seed(0)
-    theirs = wider(peers.streaming_model(CONFIG, torch.float32, torch.device("cpu")))
+    theirs = wider(peers.llama(CONFIG, torch.float32, torch.device("cpu")))
     folder = tmp_path_factory.mktemp("model")
     theirs.save_pretrained(folder)
     (folder / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
