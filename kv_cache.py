@@ -14,12 +14,12 @@ Storage is S sink slots followed by a ring of R = W + C - 1, C the most tokens t
 position p lives in slot p if p < S, else in S + (p - S) mod R. The extra C - 1 slots are what lets
 the first query of a chunk still see its whole window after the chunk's last key was written, and
 they are also what makes un-writing possible (see `rollback`). Which position a ring slot holds
-follows from the row's length alone, so there is no other state.
+follows from the row's length alone. Beside K, V and the lengths there is one thing to know: how far
+each row has ever been written, which says how deep a rollback may be.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 
 import torch
@@ -46,11 +46,33 @@ class KVCache:
         # The high-water mark (the most tokens a row ever held, padding and rejected ones counted),
         # kept as its distance above `length`, on the host, which knows every write and rollback.
         self.overhang = [0] * batch_size
-        # CUDA graphs replay on fixed addresses: unmarked, tensors written in place disable them.
+        self.mark_static()
+
+    def mark_static(self) -> None:
+        """CUDA graphs replay on fixed addresses: unmarked, tensors written in place disable them.
+        """
         for tensor in (*self.k, *self.v, self.length, self.every_slot):
             torch._dynamo.mark_static_address(tensor, guard=False)
 
-    # What a call of the model asks, in this order. Everything but `extend` is traced.
+    def __setstate__(self, state: dict) -> None:
+        """A copy's tensors are static, too."""
+        self.__dict__.update(state)
+        self.mark_static()
+
+    # What a call of the model asks, in this order. The first two are not traced.
+
+    def check_fits(self, config, weight: Tensor) -> None:
+        """Raises ValueError unless this is a cache for a model of that config, whose weights are
+        of that tensor's dtype and device."""
+        k = self.k[0]
+        for what, ours, theirs in (
+                ("dtype", k.dtype, weight.dtype), ("device", k.device, weight.device),
+                ("shape (layers, key-value heads, head size)",
+                 (len(self.k), k.shape[1], k.shape[3]),
+                 (config.n_layers, config.n_kv_heads, config.head_dim))):
+            if ours != theirs:
+                raise ValueError(f"the cache's {what} is {ours}, the model's {theirs}; "
+                                 "generate.make_cache(model) makes one that fits")
 
     def extend(self, batch_size: int, n_tokens: int) -> None:
         """Account for a write of n_tokens to each row, before it happens."""
@@ -154,10 +176,10 @@ class KVCache:
 
     def row(self, row: int) -> KVCache:
         """One row by itself: what is written there is written here, but for `overhang`."""
-        one = copy.copy(self)
-        one.batch_size, one.length = 1, self.length[row:row + 1]
-        one.k, one.v = ([layer[row:row + 1] for layer in layers] for layers in (self.k, self.v))
-        one.overhang = [self.overhang[row]]
+        one = object.__new__(type(self))
+        k, v = ([layer[row:row + 1] for layer in layers] for layers in (self.k, self.v))
+        one.__dict__.update(self.__dict__, batch_size=1, length=self.length[row:row + 1], k=k, v=v,
+                            overhang=[self.overhang[row]])
         return one
 
     def nbytes(self) -> int:

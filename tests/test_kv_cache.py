@@ -1,8 +1,12 @@
 """The cache against the paper, read slowly: tests/oracle.py."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 
+from generate import make_cache
 from helpers import random_model
 from kv_cache import KVCache
 from oracle import Stream
@@ -238,3 +242,29 @@ def test_of_a_copied_row_only_what_it_holds_is_copied_and_a_cleared_one_holds_no
     assert other.length.tolist() == [145, 0] and other.overhang[1] == 0
     for layer in (*other.k, *other.v):
         assert not layer[1, :, :n_tokens + 1].any() and layer[0].any()
+
+
+@pytest.mark.parametrize("changes, word", [
+    (dict(dtype=torch.float32), "dtype is torch.float32, the model's torch.bfloat16"),
+    (dict(device="meta"), "device is meta, the model's cpu"),
+    (dict(n_kv_heads=4), r"\(2, 4, 8\), the model's \(2, 2, 8\)"),
+    (dict(n_layers=3), r"\(3, 2, 8\), the model's \(2, 2, 8\)")])
+def test_a_cache_of_another_kind_is_refused_at_the_call_and_not_written(changes, word):
+    model = random_model().bfloat16()
+    sizes = {name: changes.pop(name) for name in ("n_kv_heads", "n_layers") if name in changes}
+    config = dataclasses.replace(model.config, **sizes)
+    cache = KVCache(config, 1, 4, WINDOW, CHUNK, **{"dtype": torch.bfloat16, **changes})
+    with pytest.raises(ValueError, match=f"the cache's .*{word}; generate.make_cache"):
+        model(tokens_of(3), cache)
+    if cache.length.device.type == "cpu":
+        assert not cache.length.any() and not any(k.any() for k in cache.k)
+
+
+def test_the_cache_that_is_made_for_a_model_fits_it():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = random_model().to(dtype)
+        cache = make_cache(model, batch_size=2)
+        assert model(tokens_of(3, rows=2), cache).shape == (2, 3, 64)
+        copied = copy.deepcopy(cache)
+        assert model(tokens_of(1, rows=2), cache).equal(model(tokens_of(1, rows=2), copied))
+        assert all(tensor._dynamo_static_input_type == "unguarded" for tensor in copied.k)
