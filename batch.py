@@ -242,7 +242,7 @@ def read_on(batch: Batch) -> None:
     began = time.perf_counter()
     reading.logits = next(reading.chunks)
     if reading.logits is not None and reading.logits.is_cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(reading.logits.device)
     for stream in reading.streams:
         stream.prefilled = time.perf_counter()
     if reading.unread > LONG:

@@ -24,6 +24,7 @@ import torch
 
 import tp
 from convert_hf import DTYPES
+from linear import adapt_threads, keep_threads
 from session import name_leftovers
 
 EMBEDDED = Path(__file__).parent / "checkpoints" / "tiny"
@@ -147,6 +148,8 @@ def user_errors(parser: argparse.ArgumentParser):
     """End the program with one line and status 2 for what the user gave, and quietly when nobody
     reads its output any more, or on a signal. What the engine logs meanwhile is said."""
     open_streams()
+    tp.behave_as_rank()
+    adapt_threads()
     log, handler, said = logging.getLogger("gpt_stream"), logging.Handler(), set()
 
     def once(record: logging.LogRecord) -> None:  # a draft may be like its model
@@ -193,6 +196,7 @@ def user_errors(parser: argparse.ArgumentParser):
         fail(parser, f"rank {tp.rank()}: a process was lost, or failed: {error}")
         sys.exit(1)
     finally:
+        keep_threads()
         ending.clear()
         heeded.clear()
         log.removeHandler(handler)
@@ -291,7 +295,7 @@ def ending_signals() -> list[int]:
 
 def on_signals(kinds: list[int], handler: Callable) -> contextlib.ExitStack:
     """A context in which these signals have a handler. Under torchrun they have none, since a rank
-    that waits for another could not run it: there they end every process (see tp.start)."""
+    that waits for another could not run it: there they end every process (tp.behave_as_rank)."""
     stack = contextlib.ExitStack()
     for kind in kinds if tp.n_ranks() == 1 else ():
         if (before := signal.getsignal(kind)) != signal.SIG_IGN:

@@ -119,8 +119,8 @@ def start_reading(tokens: Tensor) -> Callable[[], list[int]]:
     tokens = tokens.flatten()
     if not tokens.is_cuda:
         return tokens.tolist
-    host, arrived = tokens.to("cpu", non_blocking=True), torch.cuda.Event()
-    arrived.record()
+    host = tokens.to("cpu", non_blocking=True)
+    arrived = torch.cuda.current_stream(tokens.device).record_event()
     return lambda: (arrived.synchronize(), host.tolist())[1]
 
 
@@ -264,7 +264,7 @@ def answer(model: Transformer, cache: KVCache, tokenizer: Tokenizer, prompt_ids:
         if kept == []:
             kept += [copy.deepcopy(cache), logits.clone()]
         if logits.is_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(logits.device)
         transcript.prefilled = time.perf_counter()
         for token_id in continue_from(model, cache, logits, prompt_ids, args.max_new_tokens,
                                       args.ignore_eos, speculation, sampling(args)):

@@ -55,7 +55,7 @@ def find(name: str | Path, quantize: str | None = None,
     """The folder of a checkpoint, and what quantization is still to be done while loading it: None
     where the folder has it already, as a .gguf's has for int4 in groups of 32.
 
-    Under torchrun (after tp.start) the first process of a machine fetches, and the others find what
+    Under torchrun (after tp.join) the first process of a machine fetches, and the others find what
     it left. Raises ValueError, in one line, on all of them."""
     return by_one_process(lambda fetch: locate(name, quantize, group_size, fetch))
 

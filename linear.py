@@ -7,8 +7,9 @@ last part about how many threads to run on when other programs want the cores, t
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from statistics import median
 
 import torch
@@ -117,6 +118,14 @@ class Linear(nn.Linear):
         """Lay W out in rows again."""
         if self.packed:
             self.weight, self.packed = nn.Parameter(self.weight.to_dense(), False), False
+
+    def __getstate__(self) -> dict:
+        """What a copy takes: W in rows. Layouts of oneDNN's cannot be copied, or trained."""
+        if not self.packed:
+            return self.__dict__
+        rows = nn.Parameter(self.weight.to_dense(), requires_grad=False)
+        return {**self.__dict__, "packed": False, "_parameters": {**self._parameters,
+                                                                  "weight": rows}}
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed:
@@ -346,29 +355,57 @@ class Threads:
         self.trial_of, self.seconds = None, {}
 
 
-threads = Threads(torch.get_num_threads())
+# Of this process: None is PyTorch's own number, always.
+adaptive: Threads | None = None
+
+
+def adapt_threads() -> None:
+    """From now on run the steps of this process on as many threads as run undisturbed, PyTorch's
+    number at most. The programs call it: it changes that number between two steps."""
+    global adaptive
+    adaptive = Threads(torch.get_num_threads())
+
+
+def keep_threads() -> None:
+    """Run steps on PyTorch's number of threads again."""
+    global adaptive
+    if adaptive and torch.get_num_threads() == adaptive.now:
+        torch.set_num_threads(adaptive.most)
+    adaptive = None
 
 
 def most_threads() -> int:
     """How many there may be: PyTorch's number, unless it is one that was found here."""
     now = torch.get_num_threads()
-    return threads.most if now == threads.now else now
+    return adaptive.most if adaptive and now == adaptive.now else now
 
 
-def on_free_cores(step: Callable) -> Callable:
-    """The model's step, on as many threads as run undisturbed; torch.set_num_threads, before the
-    model is compiled, says how many there may be at most."""
+@contextlib.contextmanager
+def timed_step(kind) -> Iterator[None]:
+    """Around a step on a CPU: notes how long it took, where threads adapt. torch.set_num_threads
+    still says how many there may be at most."""
+    global adaptive
+    if adaptive is None:
+        yield
+        return
+    if most_threads() != adaptive.most:  # somebody set it
+        adaptive = Threads(torch.get_num_threads())
+    start, cpu_start = time.perf_counter(), time.thread_time()
+    yield
+    if adaptive.most > 1:
+        adaptive.note(kind, time.perf_counter() - start, time.thread_time() - cpu_start)
+        torch.set_num_threads(adaptive.now)
 
-    def run(tokens, *rest):
-        global threads
-        if most_threads() != threads.most:  # somebody set it
-            threads = Threads(torch.get_num_threads())
-        start, cpu_start = time.perf_counter(), time.thread_time()
-        logits = step(tokens, *rest)
-        if threads.most > 1:
-            threads.note((id(step), tokens.shape), time.perf_counter() - start,
-                         time.thread_time() - cpu_start)
-            torch.set_num_threads(threads.now)
-        return logits
 
-    return run
+@contextlib.contextmanager
+def at_most(n: int) -> Iterator[None]:
+    """Run on n threads, or fewer where there are fewer already."""
+    before = torch.get_num_threads()
+    if before <= n:
+        yield
+        return
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

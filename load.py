@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,13 +20,14 @@ from torch import Tensor
 import tp
 from convert_hf import DTYPES, hf_parts, open_file, read_config, stack
 from hub import ADAPTER, find, find_adapter
+from kv_cache import KVCache
 from linear import (
     PACKED_BYTES,
     Int4Linear,
     Linear,
+    at_most,
     check_types,
     most_threads,
-    on_free_cores,
 )
 from model import OBJECT, ModelConfig, Transformer, check_keys, rope_frequencies
 from published import open_weights, read_quantization
@@ -49,7 +50,7 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
     are laid out anew (pack). Raises ValueError naming what is wrong."""
     if compile_prefill and not compile:
         raise ValueError("--compile-prefill goes with --compile")
-    device = check_device(tp.start(device))
+    device = check_device(tp.join(device))
     folder, quantize = find(checkpoint, quantize, group_size)
     adapter_folders = [find_adapter(name) for name in adapters]
     with tp.together():
@@ -85,11 +86,9 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
         finish(model, weights, device)
         del weights  # compiling lays them out anew
         if compile:
-            compile_step(model, device, compile_prefill)
+            compile_model(model, compile_prefill)
         elif device.type == "cpu":
             pack(model, compile=False)
-        if device.type == "cpu":
-            model.step = on_free_cores(model.step)
     return model, tokenizer
 
 
@@ -265,8 +264,7 @@ def finish(model: Transformer, weights: dict[str, Tensor], device: torch.device)
     """Give an empty model its weights, ready to run."""
     check_types(model, weights)
     model.load_state_dict(weights, assign=True)
-    if model.config.tied_embeddings and model.config.n_ranks == 1:
-        model.output.weight = model.embed.weight
+    model.tie()
     model.frequencies = rope_frequencies(model.config, device)
     model.requires_grad_(False).eval()
     for module in model.modules():
@@ -277,30 +275,28 @@ def finish(model: Transformer, weights: dict[str, Tensor], device: torch.device)
 def pack(model: Transformer, compile: bool) -> None:
     """Lay weights out as a CPU reads them fastest: through its library, or if the model is about to
     be compiled, in rows where a graph's own loop reads them as fast (linear.py)."""
-    output, embed = model.output, model.embed
-    tied = model.config.tied_embeddings and model.config.n_ranks == 1
     for module in model.modules():
         if isinstance(module, Linear):
-            large = module.weight.element_size() * module.weight.numel() >= PACKED_BYTES
-            if (large and not (tied and module is output) if compile
-                    else module.weight.dtype == torch.bfloat16):
+            module.unpack()
+    model.tie()
+    for module in model.modules():
+        if isinstance(module, Linear):
+            large = module.weight.nbytes >= PACKED_BYTES
+            shared = module.weight is model.embed.weight  # in a graph, one tensor serves both
+            if large and not shared if compile else module.weight.dtype == torch.bfloat16:
                 module.pack()
-            else:
-                module.unpack()
-    if tied and isinstance(output, Linear) and not output.packed:
-        output.weight = embed.weight  # in a graph, one tensor serves both
 
 
 def weight_bytes(model: Transformer) -> int:
-    """Of this process. A tied output projection is the embedding, unless it was laid out anew."""
-    tied = model.config.tied_embeddings and not getattr(model.output, "packed", False)
-    return sum(tensor.nbytes for name, tensor in model.state_dict(keep_vars=True).items()
-               if not (tied and name.startswith("output.")))
+    """Of this process; a tensor that two modules share counts once."""
+    tensors = model.state_dict(keep_vars=True).values()
+    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
 
 
 def check_device(name: str | None) -> torch.device:
+    """The device of this name; None is the GPU if there is one. Raises ValueError naming it."""
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -310,56 +306,70 @@ def check_device(name: str | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {name!r} is not there: this PyTorch sees "
                          f"{torch.cuda.device_count()} CUDA devices")
-    if device.type == "cuda":  # plain "cuda" is the present one, which set_device wants by number
-        index = torch.cuda.current_device() if device.index is None else device.index
-        device = torch.device("cuda", index)
-        torch.cuda.set_device(device)
+    if device.type == "cuda" and device.index is None:  # the present one
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
-def compile_step(model: Transformer, device: torch.device, prefill: bool = False) -> None:
-    """Compile the model's graph: with CUDA graphs on a GPU, with C++ on a CPU. Chunks of a prompt,
-    of which the logits of one position are asked for, are two graphs more, compiled if `prefill`:
-    that reads SmolLM2's 128 tokens in 52 ms instead of 66 on two cores (measured before attention
-    was in the graph)."""
-    on_gpu = device.type == "cuda"
+def compile_model(model: Transformer, prefill: bool = False) -> None:
+    """Run the model's steps as graphs from now on: CUDA graphs on a GPU, C++ on a CPU. Chunks of a
+    prompt, of which the logits of one position are asked for, are two graphs more, compiled if
+    `prefill`. Each is compiled when it is first needed (generate.warm). Layers must not be replaced
+    afterwards: a graph does not look whether they are the same. Raises ValueError without a C++
+    compiler."""
+    on_gpu = model.norm.weight.is_cuda
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if not on_gpu and not shutil.which(compiler):
         raise ValueError(f"compiling for a CPU needs a C++ compiler, and {compiler!r} was not "
                          "found; install it, or name another in the environment variable CXX")
-    torch._dynamo.config.recompile_limit = 64  # a graph for each size of step and cache; 8 if unset
     if not on_gpu:
         pack(model, compile=True)
-    # Dynamo keeps graphs with the code object they were made from: a copy of it for each model.
-    code = Transformer.step.__code__.replace()
-    step = types.MethodType(types.FunctionType(code, Transformer.step.__globals__), model)
-    graph = torch.compile(step, fullgraph=True, dynamic=False, options={
+    model.compiled = CompiledStep(on_gpu, prefill)
+
+
+class CompiledStep:
+    """Transformer.step of one model as graphs, one for each kind of call."""
+
+    def __init__(self, on_gpu: bool, prefill: bool):
+        self.on_gpu, self.prefill = on_gpu, prefill
+        # By kind of call: the graph, and on how many threads it may run. A graph is right for as
+        # many as it was compiled for, and fewer.
+        self.graphs: dict[tuple, tuple[Callable, int]] = {}
+
+    def __call__(self, model: Transformer, tokens: Tensor, cache: KVCache | None,
+                 in_use: Tensor | None, last: Tensor | None) -> Tensor:
+        if last is not None and not self.prefill:
+            return model.step(tokens, cache, in_use, last)
+        kind = (tokens.shape, last is None,
+                cache and (cache.batch_size, cache.n_sink, cache.window, cache.ring))
+        if kind not in self.graphs:
+            self.graphs[kind] = compile_graph(self.on_gpu), most_threads()
+            torch.set_num_threads(self.graphs[kind][1])
+        graph, n_threads = self.graphs[kind]
+        if self.on_gpu:  # the next replay of a CUDA graph overwrites what this one returns
+            return graph(model, tokens, cache, in_use, last).clone()
+        if in_use is not None:  # one graph for any number of slots
+            torch._dynamo.decorators.mark_unbacked(in_use, 0)
+        with at_most(n_threads):
+            return graph(model, tokens, cache, in_use, last)
+
+
+def compile_graph(on_gpu: bool) -> Callable:
+    """Transformer.step, to be compiled at its first call. Dynamo keeps graphs with the code object
+    that they were made from, and their guards do not tell models apart (needed_guards): so each
+    graph has a copy of it to itself, and no two models ever share one."""
+    step = Transformer.step
+    own = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
+    return torch.compile(own, fullgraph=True, dynamic=False, options={
         "guard_filter_fn": needed_guards,
         "triton.cudagraphs": on_gpu, "coordinate_descent_tuning": on_gpu,
         # The graph's own checks of its kernels' shapes, in Python, take a tenth of a small step.
         "size_asserts": False, "alignment_asserts": False, "scalar_asserts": False})
-    eager, most, known = model.step, most_threads(), set()
-
-    def run(tokens, cache, in_use, last):
-        if last is not None and not prefill:
-            return eager(tokens, cache, in_use, last)
-        if not on_gpu:
-            if in_use is not None:  # one graph for any number of slots
-                torch._dynamo.decorators.mark_unbacked(in_use, 0)
-            # A graph is right for as many threads as it was compiled for, and fewer.
-            kind = tokens.shape, last is None, cache and (cache.n_sink, cache.window, cache.ring)
-            if kind not in known or torch.get_num_threads() > most:
-                torch.set_num_threads(most)
-                known.add(kind)
-        logits = graph(tokens, cache, in_use, last)
-        return logits.clone() if on_gpu else logits  # a CUDA graph's next replay overwrites it
-
-    model.step = run
 
 
 def needed_guards(guards: list) -> list[bool]:
     """Which of dynamo's guards are kept, which a graph checks before every step: those of what can
     change. Weights do not (their guards take 0.7 ms for 22 layers), and for fewer threads the graph
-    is the same (linear.Threads)."""
+    is the same (CompiledStep)."""
     return [kept and guard.guard_type != "GLOBAL_STATE" for kept, guard in
             zip(torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards), guards, strict=True)]

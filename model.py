@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from attention import attend, attend_causal
 from kv_cache import KVCache, write
-from linear import Linear, in_memory
+from linear import Linear, in_memory, timed_step
 from tp import all_gather, all_reduce
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -267,19 +267,34 @@ class Step:
 
 class Transformer(nn.Module):
     """The whole model. `model(tokens, cache)` is the one call; `step` is the graph that it runs,
-    which `load(..., compile=True)` compiles."""
+    which load.compile_model compiles. A copy of a model is a model."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.fingerprint = "random"  # which model it is, for what is saved of it (load.fingerprint)
+        self.compiled = None  # load.compile_model: `step` as graphs, which are this model's alone
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = Linear(config.dim, -(-config.vocab_size // config.n_ranks), bias=False)
-        if config.tied_embeddings and config.n_ranks == 1:
-            self.output.weight = self.embed.weight
         self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
+        self.tie()
+
+    def tie(self) -> None:
+        """Where the config ties them, make the output projection's weight the embedding's. One that
+        is laid out anew, quantized, or one rank's part stays apart."""
+        if (self.config.tied_embeddings and self.config.n_ranks == 1
+                and isinstance(self.output, Linear) and not self.output.packed):
+            self.output.weight = self.embed.weight
+
+    def __getstate__(self) -> dict:
+        """What a copy takes. A copy of a compiled model is eager until it is compiled itself."""
+        return {**self.__dict__, "compiled": None}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.tie()  # what was packed apart is in rows again
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None,
                 last: Tensor | None = None) -> Tensor:
@@ -288,19 +303,31 @@ class Transformer(nn.Module):
         With a cache the tokens continue its rows and each row's length grows by T; without one
         they are whole sequences from position 0. `last` (B,) int64 asks for the logits of one
         index of each row only: (B, 1, vocab_size). Raises ValueError when T is over max_chunk, or
-        without a cache over the sliding window."""
+        without a cache over the sliding window, and for a cache that is not this model's kind."""
+        in_use = None
         if cache is not None:
+            cache.check_fits(self.config, self.norm.weight)
             cache.extend(*tokens.shape)
+            in_use = cache.in_use(tokens.shape[1])
         elif tokens.shape[1] > (self.config.sliding_window or math.inf):
             raise ValueError(f"{tokens.shape[1]} tokens without a cache are above the model's "
                              f"sliding window of {self.config.sliding_window}")
-        return self.step(tokens, cache, cache and cache.in_use(tokens.shape[1]), last)
+        if tokens.is_cuda:
+            return self.run(tokens, cache, in_use, last)
+        with timed_step((id(self), tokens.shape)):
+            return self.run(tokens, cache, in_use, last)
+
+    def run(self, tokens: Tensor, cache: KVCache | None, in_use: Tensor | None,
+            last: Tensor | None) -> Tensor:
+        """`step`, as graphs if it was compiled."""
+        if self.compiled is None:
+            return self.step(tokens, cache, in_use, last)
+        return self.compiled(self, tokens, cache, in_use, last)
 
     def step(self, tokens: Tensor, cache: KVCache | None, in_use: Tensor | None,
              last: Tensor | None) -> Tensor:
         """`forward` as one graph. in_use (n,) int64 are the numbers of the slots to look at
-        (KVCache.in_use). load replaces this function by a compiled one, and on a CPU by one that
-        chooses its number of threads."""
+        (KVCache.in_use)."""
         if cache is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
             at = Step(rope(positions, self.frequencies))

@@ -48,11 +48,9 @@ def n_ranks() -> int:
 # ------------------------------------------------------------------------------ processes
 
 
-def start(device: str | None) -> str | None:
-    """Meet the other ranks, once; the device of this one. From then on rank 0 alone writes to
-    stdout, Ctrl-C ends the process, and so does the end of torchrun. Raises ValueError when this
-    machine has fewer GPUs than ranks."""
-    parent = os.getppid()  # torchrun
+def join(device: str | None) -> str | None:
+    """Meet the other ranks, once; the device of this one. Raises ValueError when this machine has
+    fewer GPUs than ranks."""
     if n_ranks() == 1:
         return device
     on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
@@ -65,16 +63,25 @@ def start(device: str | None) -> str | None:
             raise ValueError(f"device 'cuda': {wanted} processes on this machine need a GPU each, "
                              f"and this PyTorch sees {there}")
         device = f"cuda:{local_rank()}"
+        torch.cuda.set_device(local_rank())  # which NCCL takes
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
         text_group()
         if not on_gpu:  # to destroy NCCL's would wait for ever for the CUDA graphs that use it
             atexit.register(dist.destroy_process_group)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # torchrun ends then, and with it every rank
-        threading.Thread(target=end_with, args=[parent], daemon=True).start()
-        if rank():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # rank 0 speaks for all
     return device or "cpu"
+
+
+@functools.cache
+def behave_as_rank() -> None:
+    """What the programs call as they begin: under torchrun rank 0 alone writes to stdout, Ctrl-C
+    ends the process, and so does the end of torchrun."""
+    if n_ranks() == 1:
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # torchrun ends then, and with it every rank
+    threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
+    if rank():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def end_with(parent: int) -> None:

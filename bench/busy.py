@@ -15,7 +15,7 @@ from bench.clocks import compile_all, step
 from cli import say
 from generate import make_cache
 from kv_cache import KVCache
-from linear import on_free_cores
+from linear import adapt_threads, keep_threads
 from model import Transformer
 
 TURN, ROUNDS = 10.0, 3  # seconds
@@ -35,18 +35,18 @@ def others(n: int) -> Iterator[None]:
             process.wait()
 
 
-def tokens_a_second(model: Transformer, cache: KVCache, threads: int, run=None) -> float:
-    """Of one turn, that begins with so many threads; `run` is the model's step."""
-    before, torch_threads = model.step, torch.get_num_threads()
-    model.step = run or before
+def tokens_a_second(model: Transformer, cache: KVCache, threads: int, adaptive: bool) -> float:
+    """Of one turn with so many threads, or adaptive ones, that many at most."""
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    adapt_threads() if adaptive else keep_threads()
     cache.length.fill_(32)
     start, steps = time.perf_counter(), 0
     while time.perf_counter() < start + TURN:
         step(model, cache)
         steps += 1
-    model.step = before
-    torch.set_num_threads(torch_threads)
+    keep_threads()
+    torch.set_num_threads(before)
     return steps / (time.perf_counter() - start)
 
 
@@ -55,9 +55,7 @@ def bench_busy(args, model: Transformer) -> dict:
     seconds, each on an idle machine and beside args.busy programs."""
     cache, most = make_cache(model, args.sink, args.window), torch.get_num_threads()
     compile_all(model, cache)
-    plain = model.step
-    choosing = on_free_cores(plain)
-    turns = {"chosen": (most, choosing), "one": (1, plain), "all": (most, plain)}
+    turns = {"chosen": (most, True), "one": (1, False), "all": (most, False)}
     figures = {}
     for n in (0, args.busy):
         values = {name: [] for name in turns}

@@ -14,7 +14,7 @@ import torch
 from cli import progress
 from generate import warm
 from kv_cache import KVCache
-from load import compile_step
+from load import compile_model
 from model import Transformer
 
 STEPS, ROUNDS = 16, 9  # decode steps a round; rounds a figure
@@ -45,7 +45,7 @@ def decode_at(model: Transformer, cache: KVCache, position: int) -> float:
 def compile_all(model: Transformer, *caches: KVCache) -> float:
     """Compile and run every graph, as often as generate.warm says; seconds."""
     def run():
-        compile_step(model, model.norm.weight.device)
+        compile_model(model)
         for cache in caches:
             if cache.batch_size == 1:
                 warm(model, cache)
@@ -66,7 +66,7 @@ def rounds() -> Iterator[int]:
 def peak_bytes(device: torch.device) -> int:
     """The most memory that this process had, since `forget_peak` where that works."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError):  # Linux, where ru_maxrss begins with the parent's
         status = Path("/proc/self/status").read_text()
         return 1024 * int(status.partition("VmHWM:")[2].split()[0])
@@ -76,6 +76,6 @@ def peak_bytes(device: torch.device) -> int:
 def forget_peak(device: torch.device) -> None:
     """What loading and compiling took would hide how much memory running takes."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

@@ -24,7 +24,7 @@ from cli import EMBEDDED
 from convert_hf import write_checkpoint
 from generate import decode, make_cache, start_reading, warm, weight_bytes
 from kv_cache import KVCache
-from load import compile_step, load
+from load import compile_model, load
 from model import ModelConfig, Transformer
 from quantize import stored_shapes
 from sample import Rows, Sampling, sample
@@ -40,7 +40,7 @@ SAMPLING = Sampling(0.8, top_p=0.95, seed=1)  # what the programs do unless aske
 
 def wait(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def make_limits(device: torch.device) -> Callable[[], tuple[float, float]]:
@@ -69,7 +69,7 @@ def device_facts(device: torch.device) -> dict:
         asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
         facts.update(device=torch.cuda.get_device_name(device), driver=driver,
-                     cuda=torch.version.cuda, memory_GB=torch.cuda.mem_get_info()[1] / 1e9)
+                     cuda=torch.version.cuda, memory_GB=torch.cuda.mem_get_info(device)[1] / 1e9)
     return facts
 
 
@@ -85,7 +85,7 @@ def open_compiled(args) -> tuple[Transformer, KVCache, float]:
 
 def compile_decode(model: Transformer, cache: KVCache) -> None:
     """As often as a CUDA graph needs: compiled, recorded, replayed."""
-    compile_step(model, cache.length.device)
+    compile_model(model)
     for _ in range(3):
         step(model, cache)
 
@@ -190,7 +190,7 @@ def draft_figures(args) -> Iterator[dict]:
     model, cache, _ = open_compiled(args)
     shape = {**shape_config("160m"), "vocab_size": model.config.vocab_size}
     draft = random_model(ModelConfig.from_hf(shape), cache.length.device, model.norm.weight.dtype)
-    compile_step(draft, cache.length.device)
+    compile_model(draft)
     its, size = make_cache(draft, args.sink, args.window), args.speculate or 5
     model.norm.weight.zero_()
     for right, fixed in ((True, size), (False, None)):

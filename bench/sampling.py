@@ -48,7 +48,7 @@ def bench_sampling(args, model: Transformer) -> dict:
                 start = time.perf_counter()
                 logits = model(tokens, cache)
                 if device.type == "cuda":
-                    torch.cuda.synchronize()
+                    torch.cuda.synchronize(device)
                 computed = time.perf_counter()
                 tokens = rows.sample(logits)
                 tokens.tolist()

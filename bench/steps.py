@@ -18,7 +18,7 @@ from bench.models import open_model, peer_settings, random_model, sizes
 from cli import say
 from generate import generate, make_cache, prefill, warm, weight_bytes
 from kv_cache import KVCache
-from load import compile_step
+from load import compile_model
 from model import Transformer
 from speculate import Speculation
 
@@ -41,7 +41,7 @@ def bandwidth(buffers: list[torch.Tensor]) -> float:
     def run():
         if buffers[0].is_cuda:
             buffers[1].copy_(buffers[0])
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(buffers[0].device)
         else:
             buffers[0].sum()
     return sum(b.nbytes for b in buffers) / min(seconds(run) for _ in range(3)) / 1e9
@@ -67,7 +67,7 @@ def speculators(model: Transformer, cache: KVCache, size: int) -> dict[str, Call
     contrary.output.weight.neg_()
     its = make_cache(contrary, cache.n_sink, cache.window)
     for draft, fixed in ((agreeing, size), (contrary, None)):
-        compile_step(draft, cache.length.device)
+        compile_model(draft)
         warm(model, cache, Speculation(draft, its, fixed))
 
     def speculating(draft, fixed):

@@ -33,6 +33,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from cli import number
+from linear import adapt_threads
 from server.__main__ import arguments, check, make_engine, model_name, read_keys
 from server.app import Settings, check_host, failure, make_app, read_body, refusal
 from server.forms import event_of
@@ -72,6 +73,7 @@ class Replica:
     """An engine and its routes, in a process that Serve watches."""
 
     def __init__(self, args: argparse.Namespace):
+        adapt_threads()
         self.engine = make_engine(args).start()
         self.app = make_app(self.engine, settings_of(args))
 

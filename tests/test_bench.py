@@ -21,7 +21,7 @@ def quick(monkeypatch):
     """Small, nothing compiled, few rounds."""
     monkeypatch.setitem(models.SHAPES, "small", (32, 2, 4, 2, 48, 4096, 256, True))
     for module in (clocks, steps):
-        monkeypatch.setattr(module, "compile_step", lambda model, device: None)
+        monkeypatch.setattr(module, "compile_model", lambda model: None)
     for module in (apart, steps):
         monkeypatch.setattr(module, "apart",
                             lambda make, *args: contextlib.nullcontext(make(*args)))
@@ -158,7 +158,7 @@ def table(quick, monkeypatch):
     for name in ("small", "160m"):  # whose weights divide into groups
         monkeypatch.setitem(models.SHAPES, name, (32, 2, 4, 2, 64, 4096, 256, False))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
-    monkeypatch.setattr(gpu_figures, "compile_step", lambda model, device: None)
+    monkeypatch.setattr(gpu_figures, "compile_model", lambda model: None)
     monkeypatch.setattr(gpu, "apart", lambda make, *args: contextlib.nullcontext(make(*args)))
     monkeypatch.setattr("torch.compile", lambda function, **_: function)
     sizes = dict(COPIED=1 << 12, SQUARE=16, TOKENS=4, PROMPTS=(16, 40), ROWS=(2, 3))

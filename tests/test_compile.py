@@ -1,5 +1,8 @@
 """The compiled path: the same answers, whole graphs, and nothing compiled after warming."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -7,7 +10,7 @@ from torch._dynamo.utils import counters
 from batch import Batch, generate_batch
 from generate import generate, load, make_cache, prefill, warm, weight_bytes
 from helpers import TINY, random_model, run
-from load import compile_step
+from load import compile_model, pack
 
 WINDOW = 28
 pytestmark = pytest.mark.slow
@@ -80,7 +83,7 @@ def test_packed_weights_say_the_same(monkeypatch):
     """Large weights are laid out anew: here, all of them."""
     monkeypatch.setattr("load.PACKED_BYTES", 0)
     packed, eager = random_model(qkv_bias=True), random_model(qkv_bias=True)
-    compile_step(packed, torch.device("cpu"))
+    compile_model(packed)
     assert packed.layers[0].feed_forward.down.packed
     assert weight_bytes(packed) == weight_bytes(eager)
     cache, plain = make_cache(packed, 4, WINDOW), make_cache(eager, 4, WINDOW)
@@ -94,7 +97,7 @@ def test_compiling_later_lays_weights_out_as_compiling_at_once(dtype):
     """In rows, where an eager model had packed them, and the tied table is one tensor again."""
     at_once, later = (load(TINY, device="cpu", dtype=dtype, compile=c)[0] for c in (True, False))
     plain = {name: weight.to_dense() for name, weight in later.state_dict().items()}
-    compile_step(later, torch.device("cpu"))
+    compile_model(later)
     for (name, module), other in zip(later.named_modules(), at_once.modules(), strict=True):
         if hasattr(module, "packed"):
             assert module.packed == other.packed, name
@@ -127,8 +130,80 @@ def test_two_models_of_one_shape_keep_their_own_graphs():
         model = random_model(norm_eps=norm_eps)
         cache, plain = make_cache(model, 4, WINDOW), make_cache(model, 4, WINDOW)
         expected = model(tokens, plain)
-        compile_step(model, torch.device("cpu"))
+        compile_model(model)
         assert (model(tokens, cache) - expected).abs().max() < 1e-4
+
+
+# ------------------------------------------------------------------------------ copies
+
+
+def logits_of(model):
+    """Of a few steps of one token."""
+    cache = make_cache(model, 4, WINDOW)
+    with torch.no_grad():
+        return torch.cat([model(torch.tensor([[token]]), cache) for token in range(20, 29)], dim=1)
+
+
+def change(model):
+    """As a step of training does."""
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.05)
+    return model
+
+
+@pytest.mark.parametrize("tied, dtype", [(False, torch.bfloat16), (True, torch.float32)])
+def test_a_copy_of_a_model_is_a_model(tied, dtype, monkeypatch):
+    """Eager or compiled, packed or not: a copy computes with weights of its own."""
+    monkeypatch.setattr("load.PACKED_BYTES", 0)
+    original = random_model(tied_embeddings=tied).to(dtype)
+    expected = logits_of(original)
+    pack(original, compile=False)
+    copies = {"eager": copy.deepcopy(original)}
+    compile_model(original)
+    assert any(module.packed for module in original.modules() if hasattr(module, "packed"))
+    copies |= {"packed": copy.deepcopy(original), "shallow": copy.copy(original)}
+    compiled = logits_of(original)
+    copies["compiled"] = copy.deepcopy(original)
+    copies["pickled"] = pickle.loads(pickle.dumps(original))
+    for name, copied in copies.items():
+        assert copied.compiled is None, name
+        if name != "shallow":  # which shares its layers with the original
+            assert torch.equal(logits_of(copied), expected), name
+            assert not torch.equal(logits_of(change(copied)), expected), name
+            assert (copied.output.weight is copied.embed.weight) == tied
+    assert torch.equal(logits_of(original), compiled)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.3
+    assert (compiled - expected).abs().max() < tolerance
+
+
+def test_copies_compiled_beside_the_original_keep_their_own_weights(monkeypatch):
+    """Guards on weights are dropped: a graph of another model's would say what that one says."""
+    monkeypatch.setattr("load.PACKED_BYTES", 0)
+    original = random_model()
+    fine_tuned = change(copy.deepcopy(original))
+    same = copy.deepcopy(original)
+    expected = [logits_of(model) for model in (original, fine_tuned, same)]
+    assert torch.equal(expected[0], expected[2]) and not torch.equal(*expected[:2])
+    for model in (original, fine_tuned, same):
+        compile_model(model)
+    later = copy.deepcopy(fine_tuned)
+    compile_model(later)
+    for _ in range(2):  # compiled, and again
+        for model, logits in zip((original, fine_tuned, same, later), (*expected, expected[1])):
+            assert (logits_of(model) - logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("sizes", [dict(n_layers=1, dim=16, head_dim=4, ffn_dim=32), dict()])
+def test_a_draft_and_its_model_compiled_in_one_process(sizes):
+    """Of different sizes, and of one."""
+    model, draft = random_model(), random_model(seed=1, **sizes)
+    expected = logits_of(model), logits_of(draft)
+    compile_model(model)
+    compile_model(draft)
+    for _ in range(2):
+        assert (logits_of(model) - expected[0]).abs().max() < 1e-4
+        assert (logits_of(draft) - expected[1]).abs().max() < 1e-4
 
 
 def test_operators_are_to_the_compiler_what_they_say():

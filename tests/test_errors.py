@@ -379,18 +379,15 @@ def test_bytes_that_are_not_utf8_on_the_command_line():
     assert done.stderr.splitlines()[-1].endswith(b"--prompt is not UTF-8 text")
 
 
-def test_cuda_without_a_number_is_the_present_gpu(monkeypatch):
-    """set_device refuses a device without a number, as here on a machine without a GPU."""
+def test_cuda_without_a_number_is_the_present_gpu_and_stays_it(monkeypatch):
     chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(
-        torch.cuda._utils._get_device_index(device)))
-    with pytest.raises(ValueError, match="index"):
-        torch.cuda.set_device(torch.device("cuda"))
-    assert check_device("cuda") == torch.device("cuda:1")
-    assert check_device("cuda:0") == torch.device("cuda:0")
-    assert chosen == [1, 0]
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name, device in (("cuda", "cuda:1"), ("cuda:0", "cuda:0"), (None, "cuda:1")):
+        assert check_device(name) == torch.device(device)
+    assert not chosen
 
 
 # ------------------------------------------------------------------------------ convert_hf

@@ -13,7 +13,7 @@ from generate import load, make_cache
 from helpers import TINY, hf_model, random_model, run
 from hub import CHECKPOINTS
 from kv_cache import KVCache
-from load import compile_step
+from load import compile_model
 from oracle import Stream
 from test_attention import a_call, by_the_formula, mask_of
 from test_errors import refused
@@ -103,7 +103,7 @@ def test_a_hook_that_was_there_before_is_compiled_too():
     plain = model(tokens, make_cache(model, 4, 60))
     with steering.hooked(model.layers[0], lambda x: x + vector):
         expected = model(tokens, make_cache(model, 4, 60))
-        compile_step(model, torch.device("cpu"))
+        compile_model(model)
         steered = model(tokens, make_cache(model, 4, 60))
     assert (steered - expected).abs().max() < 1e-4 < 0.1 < (plain - expected).abs().max()
 
@@ -148,7 +148,7 @@ def test_another_rule_is_compiled_as_it_is():
         for cache in (*caches, plain):
             model(part, cache)
     eager, otherwise = model(tokens[:, :1], caches[0]), model(tokens[:, :1], plain)
-    compile_step(model, torch.device("cpu"))
+    compile_model(model)
     assert (model(tokens[:, :1], caches[1]) - eager).abs().max() < 1e-4
     assert (otherwise - eager).abs().max() > 1e-3
 
@@ -198,7 +198,7 @@ def test_a_window_of_each_layer_is_a_hook_that_narrows_its_mask():
         cache = WindowOfEachLayer(model.config, 1, 0, max(WINDOWS), 8)
         narrow_each_layer(model, cache)
         if compiled:
-            compile_step(model, torch.device("cpu"))
+            compile_model(model)
         logits = torch.cat([model(torch.tensor([[token]]), cache)[0] for token in tokens])
         assert (logits - expected).abs().max() < 1e-4
 

@@ -15,7 +15,7 @@ from generate import decode, generate, load, make_cache, prefill, warm
 from helpers import TINY, random_model
 from kv_cache import KVCache
 from linear import Int4Linear, Int8Linear
-from load import compile_step
+from load import compile_model
 from oracle import Stream
 from quantize import dequantize, quantize_int4, quantize_int8
 from sample import Rows, Sampling, sample
@@ -93,7 +93,7 @@ def test_the_compiled_stream_equals_the_paper_over_three_wraps_and_rollbacks(n_s
     model = random_model()
     oracle = Stream(model, n_sink, WINDOW)
     model, tokens = model.to(DEVICE), tokens_of(400)[0].tolist()
-    compile_step(model, torch.device(DEVICE))
+    compile_model(model)
     cache = KVCache(model.config, 1, n_sink, WINDOW, CHUNK, device=DEVICE)
     plan = [(16, 3), (5, 0), (1, 0), (16, 15), (1, 1), (16, 16), (1, 0), (5, 5), (16, 8)] * 4
     with torch.no_grad(), torch._inductor.config.patch(CUDA_GRAPHS):

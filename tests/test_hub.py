@@ -538,7 +538,7 @@ def test_of_two_first_starts_at_once_one_fetches_and_both_succeed(wheels, tmp_pa
 
 def of_a_rank(folder, number):
     """What this rank finds, one name after the other; the last is another one on rank 1."""
-    tp.start("cpu")
+    tp.join("cpu")
     found = []
     for name in ("org/model", "org/none", "./nowhere" if tp.rank() else TINY):
         try:

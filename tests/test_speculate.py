@@ -12,7 +12,7 @@ from cli import add_generation, make_parser
 from generate import answer, generate, load, make_cache, warm
 from helpers import TINY, random_model, run
 from kv_cache import KVCache
-from load import compile_step
+from load import compile_model
 from quantize import quantize_checkpoint
 from sample import Sampling, distribution
 from speculate import Speculation, look_up, verify
@@ -174,7 +174,7 @@ def test_nothing_is_compiled_after_warming_with_a_draft():
     target, _ = load(DRAFT, device="cpu", dtype=torch.float32)
     draft, _ = load(DRAFT, device="cpu", dtype=torch.float32)
     for model in (target, draft):
-        compile_step(model, torch.device("cpu"))
+        compile_model(model)
     cache, speculation = make_cache(target, 4, WINDOW), of_draft(draft)
     warm(target, cache, speculation, Sampling(0.8, seed=1))
     with torch._dynamo.config.patch(error_on_recompile=True):

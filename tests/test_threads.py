@@ -5,9 +5,9 @@ import torch
 
 import linear
 from generate import make_cache
-from helpers import TINY
-from linear import Threads, on_free_cores
-from load import load
+from helpers import TINY, random_model
+from linear import Threads
+from load import compile_model, load
 
 
 class Machine:
@@ -75,42 +75,62 @@ def test_steps_are_compared_with_their_own_kind():
     assert machine.threads.trial_of
 
 
-def test_a_step_runs_on_what_was_found_and_the_users_own_number_counts(monkeypatch):
-    most, seen = torch.get_num_threads(), []
-    step = on_free_cores(lambda tokens: seen.append(torch.get_num_threads()))
-    try:
-        torch.set_num_threads(4)
-        step(torch.zeros(1, 1))
-        assert seen == [4] and linear.threads.most == 4
-        monkeypatch.setattr(linear.threads, "now", 2)
-        torch.set_num_threads(2)
-        step(torch.zeros(1, 1))
-        assert seen == [4, 2] and linear.threads.most == 4
-        torch.set_num_threads(3)
-        step(torch.zeros(1, 1))
-        assert seen == [4, 2, 3] and linear.threads.most == 3
-    finally:
-        torch.set_num_threads(most)
+@pytest.fixture
+def threads():
+    """Whatever a test does to them, the process has its threads again."""
+    most = torch.get_num_threads()
+    yield
+    linear.keep_threads()
+    torch.set_num_threads(most)
+
+
+def test_a_step_runs_on_what_was_found_and_the_users_own_number_counts(threads, monkeypatch):
+    model, seen = random_model(), []
+    step = model.step
+    model.step = lambda *args: (seen.append(torch.get_num_threads()), step(*args))[1]
+    tokens = torch.zeros(1, 1, dtype=torch.int64)
+    torch.set_num_threads(4)
+    linear.adapt_threads()
+    model(tokens)
+    assert seen == [4] and linear.adaptive.most == 4
+    monkeypatch.setattr(linear.adaptive, "now", 2)
+    torch.set_num_threads(2)
+    model(tokens)
+    assert seen == [4, 2] and linear.adaptive.most == 4
+    torch.set_num_threads(3)
+    model(tokens)
+    assert seen == [4, 2, 3] and linear.adaptive.most == 3
+    monkeypatch.setattr(linear.adaptive, "now", 1)
+    torch.set_num_threads(1)
+    linear.keep_threads()
+    assert torch.get_num_threads() == 3 and linear.adaptive is None
 
 
 @pytest.mark.slow
-def test_a_compiled_step_says_the_same_on_any_number_of_threads():
+def test_a_compiled_step_says_the_same_on_any_number_of_threads(threads):
     """Also one that was compiled while others had the cores, and on more threads than it was
     compiled for. (Inductor's own cpp.dynamic_threads, in 2.13, does not.)"""
     eager, _ = load(TINY, device="cpu", dtype=torch.float32)
-    most = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        linear.threads = Threads(2)
-        linear.threads.now = 1
-        torch.set_num_threads(1)  # as if it had been found
-        model, _ = load(TINY, device="cpu", dtype=torch.float32, compile=True)
-        for n in (1, 2, 4, 1):
-            cache, plain = make_cache(model), make_cache(eager)
-            for token in range(40, 60):
-                torch.set_num_threads(n)
-                tokens = torch.tensor([[token]])
-                assert (model(tokens, cache) - eager(tokens, plain)).abs().max() < 1e-4
-    finally:
-        torch.set_num_threads(most)
-        linear.threads = Threads(most)
+    torch.set_num_threads(2)
+    linear.adapt_threads()
+    linear.adaptive.now = 1
+    torch.set_num_threads(1)  # as if it had been found
+    model, _ = load(TINY, device="cpu", dtype=torch.float32, compile=True)
+    for n in (1, 2, 4, 1):
+        cache, plain = make_cache(model), make_cache(eager)
+        for token in range(40, 60):
+            torch.set_num_threads(n)
+            tokens = torch.tensor([[token]])
+            assert (model(tokens, cache) - eager(tokens, plain)).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+def test_a_compiled_step_leaves_the_callers_threads_alone(threads):
+    model, cache = random_model(), None
+    torch.set_num_threads(2)
+    compile_model(model)
+    cache = make_cache(model, 4, 28)
+    for n in (2, 4, 1):  # compiled for two
+        torch.set_num_threads(n)
+        model(torch.tensor([[7]]), cache)
+        assert torch.get_num_threads() == n
