@@ -23,17 +23,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from cli import (
-    add_generation,
-    hold_interrupt,
-    make_parser,
-    number,
-    progress,
-    read_prompts,
-    say,
-    show,
-    user_errors,
-)
+from cli import add_generation, make_parser, number, read_prompts
 from generate import (
     Transcript,
     check_ids,
@@ -47,6 +37,7 @@ from generate import (
 from kv_cache import KVCache
 from model import Transformer
 from sample import Rows, Sampling, check_range, log_probabilities, new_seed
+from terminal import hold_interrupt, progress, say, show, user_errors
 from tokenizer import Tokenizer
 from tp import agree
 

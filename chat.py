@@ -24,24 +24,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import (
-    add_generation,
-    check_text,
-    ending,
-    figures,
-    hold_interrupt,
-    make_parser,
-    number,
-    read_prompts,
-    say,
-    show,
-    user_errors,
-)
+from cli import add_generation, check_text, figures, make_parser, number, read_prompts
+from formats.files import check_target, name_leftovers
+from formats.session import load_session, save_session
 from generate import answer, check_ids, get_ready, make_cache, open_model, open_speculation, prefill
 from kv_cache import KVCache
 from model import Transformer
-from session import check_target, load_session, name_leftovers, save_session
 from speculate import Speculation
+from terminal import ending, hold_interrupt, say, show, user_errors
 from tokenizer import Tokenizer
 from tp import n_ranks, rank, tell_all
 

@@ -22,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cli import make_parser, number, progress, show, user_errors
+from cli import load_arguments, make_parser, number
+from formats.files import check_target, replaced
 from generate import default_window, make_cache
 from kv_cache import KVCache
-from load import load, load_arguments
+from load import load
 from model import Transformer
-from session import check_target, replaced
+from terminal import progress, show, user_errors
 
 MODES = ("stream", "window", "recompute", "dense")
 RECOMPUTED_ROWS = 16  # windows read side by side

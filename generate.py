@@ -19,23 +19,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from cli import (
-    add_generation,
-    check_text,
-    ending,
-    figures,
-    hold_interrupt,
-    make_parser,
-    say,
-    show,
-    user_errors,
-)
-from convert_hf import DTYPES
+from cli import DTYPES, add_generation, check_text, figures, load_arguments, make_parser
 from kv_cache import KVCache
-from load import load, load_arguments, weight_bytes
+from load import load, weight_bytes
 from model import ModelConfig, Transformer
 from sample import Rows, Sampling, new_seed, sample
 from speculate import Speculation, speculate
+from terminal import ending, hold_interrupt, say, show, user_errors
 from tokenizer import Tokenizer, stop_at
 from tp import agree
 

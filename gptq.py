@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 
 import tp
-from cli import add_checkpoint, number, plain_parser, progress, user_errors, wrote
-from convert_hf import read_config, read_weights, stack, write_checkpoint
+from cli import add_checkpoint, number, plain_parser
 from eval import read_text
-from hub import find
+from formats.folder import read_config, read_weights, stack, write_checkpoint
+from formats.hub import find
 from load import check_device
 from model import Block, ModelConfig, Step, rope, rope_frequencies
 from quantize import dequantize, empty_model, quantization_of, quantize_int4, store, stored_shapes
+from terminal import progress, user_errors, wrote
 from tokenizer import Tokenizer
 
 LINEARS = ("attention.qkv", "attention.out", "feed_forward.gate_up", "feed_forward.down")

@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import logging
 import os
-import re
 import shutil
 import sys
 import types
@@ -18,21 +17,17 @@ import torch
 from torch import Tensor
 
 import tp
-from convert_hf import DTYPES, hf_parts, open_file, read_config, stack
-from hub import ADAPTER, find, find_adapter
+from formats.adapters import digest, merge, read_adapter
+from formats.config import hf_parts
+from formats.folder import read_config, stack
+from formats.hub import find, find_adapter
+from formats.published import open_weights, read_quantization
 from kv_cache import KVCache
-from linear import (
-    PACKED_BYTES,
-    Int4Linear,
-    Linear,
-    at_most,
-    check_types,
-    most_threads,
-)
-from model import OBJECT, ModelConfig, Transformer, check_keys, rope_frequencies
-from published import open_weights, read_quantization
-from quantize import empty_model, quantization_of, store, stored_shapes
-from tokenizer import Tokenizer, read_json
+from linear import PACKED_BYTES, Int4Linear, Linear, check_types
+from model import ModelConfig, Transformer, rope_frequencies
+from quantize import empty_model, quantization_of, store
+from threads import at_most, most_threads
+from tokenizer import Tokenizer
 
 log = logging.getLogger("gpt_stream")
 
@@ -121,12 +116,6 @@ def own_parts(name: str, blocks: list[Tensor], config: ModelConfig, n: int, want
     return store(name, tensor, wanted) if wanted else {name: tensor}
 
 
-def load_arguments(args) -> dict:
-    """What `load` takes of a command line, but for the checkpoint's name."""
-    return dict(device=args.device, dtype=DTYPES.get(args.dtype), quantize=args.quantize,
-                group_size=args.group_size, adapters=args.adapter)
-
-
 def settings_of(config: ModelConfig) -> dict:
     """What a config says beyond the defaults: a field that is new changes no other model's
     fingerprint."""
@@ -143,117 +132,6 @@ def fingerprint(settings: tuple, weights: dict[str, Tensor]) -> str:
         if not name.endswith(".scale"):
             row = tensor.reshape(-1, tensor.shape[-1])[0].contiguous().cpu()
             known.update(name.encode() + row.view(torch.uint8).numpy().tobytes())
-    return known.hexdigest()[:16]
-
-
-# ------------------------------------------------------------------------------ adapters
-
-
-# Settings of peft's under which a weight is not W + s B A, or not the layers' alone.
-NOT_PLAIN = ("use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save",
-             "trainable_token_indices", "target_parameters", "layer_replication",
-             "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
-             "monteclora_config")
-# A LoRA adapter (Hu et al., 2021): A (r, K), B (N, r) and s, by Hugging Face's name of the weight.
-Lora = dict[str, tuple[Tensor, Tensor, float]]
-
-
-def read_adapter(folder: Path, config: ModelConfig) -> Lora:
-    """A LoRA adapter as peft saves it. Raises ValueError naming the setting or the tensor that is
-    not supported, or is not of this model."""
-    settings, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
-    check_settings(folder / "adapter_config.json", settings)
-    tensors = open_file(path)
-    layers, shapes = {}, stored_shapes(empty_model(config))
-    for name in tensors:
-        found = re.fullmatch(r"base_model\.model\.(.+)\.lora_[AB]\.weight", name)
-        if not found:
-            raise ValueError(f"{path}: tensor {name} is not supported: an adapter may have lora_A "
-                             "and lora_B of linear layers")
-        layers.setdefault(found[1], name.removesuffix("A.weight").removesuffix("B.weight"))
-    sizes = {part: (rows, shapes[name][-1]) for name, parts in hf_parts(config).items()
-             for part, rows in parts.items() if len(shapes[name]) == 2 and name != "embed.weight"}
-    adapter = {}
-    for layer, stem in layers.items():
-        if layer + ".weight" not in sizes:
-            raise ValueError(f"{path}: tensor {stem}A.weight is of another model: this one has no "
-                             f"linear layer {layer}")
-        N, K = sizes[layer + ".weight"]
-        r, s = rank_and_scale(folder / "adapter_config.json", settings, layer)
-        for kind, shape in (("A", (r, K)), ("B", (N, r))):
-            tensor = tensors.get(f"{stem}{kind}.weight")
-            if tensor is None:
-                raise ValueError(f"{path}: tensor {stem}{kind}.weight is missing")
-            if tuple(tensor.shape) != shape or not tensor.isfinite().all():
-                raise ValueError(f"{path}: tensor {stem}{kind}.weight has shape "
-                                 f"{tuple(tensor.shape)} or values that are not finite; of this "
-                                 f"model and the adapter's rank it is {shape}")
-        adapter[layer + ".weight"] = (tensors[stem + "A.weight"], tensors[stem + "B.weight"], s)
-    if not adapter:
-        raise ValueError(f"{path}: no tensors in it")
-    return adapter
-
-
-def check_settings(path: Path, settings: dict) -> None:
-    for file in ADAPTER:
-        if not (path.parent / file).exists():
-            raise ValueError(f"{path.parent}: no {file}, which a LoRA adapter has")
-    try:
-        check_keys(settings, {"r": (int, 1, 2**20), "lora_alpha": (float, -1e9, 1e9),
-                              **dict.fromkeys(("rank_pattern", "alpha_pattern"), OBJECT)})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    odd = [key for key in NOT_PLAIN if settings.get(key)]
-    if settings.get("peft_type") != "LORA":
-        odd = ["peft_type"]
-    elif settings.get("bias", "none") != "none":
-        odd = ["bias"]
-    elif settings.get("init_lora_weights", True) not in (True, False, None, "gaussian", "eva"):
-        odd = ["init_lora_weights"]  # PiSSA and others change the base model's weights, too
-    if odd:
-        raise ValueError(f"{path}: {odd[0]} {settings.get(odd[0])!r} is not supported; plain LoRA "
-                         "is, of linear layers")
-
-
-def rank_and_scale(path: Path, settings: dict, layer: str) -> tuple[int, float]:
-    """r and s of a layer: alpha / r or, with rslora, alpha / sqrt(r) (Kalajdzievski, 2023). Keys of
-    rank_pattern and alpha_pattern are ends of a layer's name, as regular expressions."""
-    def of(patterns, default):
-        return next((value for key, value in (settings.get(patterns) or {}).items()
-                     if re.match(rf"(.*\.)?({key})$", layer)), default)
-    try:
-        r = of("rank_pattern", settings.get("r", 8))
-        alpha = of("alpha_pattern", settings.get("lora_alpha", 8))
-        return r, alpha / (r ** 0.5 if settings.get("use_rslora") else r)
-    except (re.error, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise ValueError(f"{path}: no rank or scale for {layer}: {error}") from None
-
-
-def merge(blocks: list[Tensor], parts: dict[str, int], adapters: list[Lora],
-          dtype: torch.dtype | None) -> list[Tensor]:
-    """The blocks of rows of one of our tensors, those that an adapter names merged: computed in
-    float32, and returned in dtype, or if it is None in their own. parts are the blocks' names."""
-    if not any(part in adapter for part in parts for adapter in adapters):
-        return blocks
-    if len(blocks) != len(parts):  # one of our folders, where they are stacked
-        blocks = blocks[0].split(list(parts.values()))
-    merged = []
-    for part, block in zip(parts, blocks):
-        weight = block.float()
-        for A, B, s in [adapter[part] for adapter in adapters if part in adapter]:
-            weight = weight + s * (B.float() @ A.float())
-        merged.append(weight.to(dtype or block.dtype))
-    return merged
-
-
-def digest(adapter: Lora) -> str:
-    """A hash of an adapter's tensors: not every one changes the first rows that `fingerprint` sees.
-    """
-    known = hashlib.sha256()
-    for name, (A, B, s) in sorted(adapter.items()):
-        known.update(f"{name} {s}".encode())
-        for tensor in (A, B):
-            known.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return known.hexdigest()[:16]
 
 

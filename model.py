@@ -10,7 +10,6 @@ D head_dim, G query heads that share one key-value head.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,26 +18,9 @@ from torch import Tensor, nn
 
 from attention import attend, attend_causal
 from kv_cache import KVCache, write
-from linear import Linear, in_memory, timed_step
+from linear import Linear, in_memory
+from threads import timed_step
 from tp import all_gather, all_reduce
-
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-ROPE_TYPES = ("default", "linear", "llama3")
-# What is read of a config.json: kind, least and greatest value (check_keys). The sizes'
-# bounds keep their products within 64 bits; what a size has to be, the weights say.
-COUNT, SIZE, POSITIVE = (int, 1, 2**16), (int, 1, 2**20), (float, 1e-6, 1e18)
-SWITCH, OBJECT = (bool, 0, 1), (dict, {}, None)
-SIZES = {"hidden_size": SIZE, "num_hidden_layers": COUNT, "num_attention_heads": COUNT,
-         "intermediate_size": SIZE, "vocab_size": SIZE, "max_position_embeddings": (int, 1, 2**40)}
-OPTIONAL = {"num_key_value_heads": COUNT, "head_dim": COUNT, "sliding_window": (int, 0, 2**40),
-            "rms_norm_eps": (float, 1e-20, 1), "attention_bias": SWITCH, "mlp_bias": SWITCH,
-            "tie_word_embeddings": SWITCH, "use_sliding_window": SWITCH,
-            **dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config"), OBJECT),
-            "gpt_stream": (dict, {"quantization": (dict, {"layers": OBJECT}, None)}, None)}
-ROPE = {"rope_theta": POSITIVE, "factor": POSITIVE, "low_freq_factor": POSITIVE,
-        "high_freq_factor": POSITIVE, "original_max_position_embeddings": POSITIVE,
-        "partial_rotary_factor": (float, 1, 1)}
-
 
 # ------------------------------------------------------------------------------ configuration
 
@@ -66,76 +48,6 @@ class ModelConfig:
     sliding_window: int | None = None  # the widest window that the model was trained with
     eos_ids: tuple[int, ...] = ()
     n_ranks: int = 1  # processes that share the model; heads and ffn_dim are then those of one
-
-    @classmethod
-    def from_hf(cls, hf: dict) -> ModelConfig:
-        """Read a Hugging Face config.json. Raises ValueError naming what is not supported."""
-        architecture = hf.get("architectures") or "none given"
-        architecture = architecture[0] if isinstance(architecture, list) else architecture
-        if architecture not in ARCHITECTURES:
-            raise ValueError(f"architecture {architecture!r:.80} is not supported; "
-                             f"known: {', '.join(ARCHITECTURES)}")
-        if (activation := hf.get("hidden_act", "silu")) not in ("silu", "swish"):
-            raise ValueError(f"hidden_act {activation!r:.80} is not supported; known: silu")
-        check_keys(hf, SIZES | OPTIONAL, needed=SIZES)
-
-        mistral, qwen2, qwen3 = (architecture.startswith(a) for a in ("Mistral", "Qwen2", "Qwen3"))
-        dim, n_heads = hf["hidden_size"], hf["num_attention_heads"]
-        n_kv_heads = hf.get("num_key_value_heads") or n_heads
-        head_dim = hf.get("head_dim") or (128 if qwen3 else dim // n_heads)
-        if n_heads % n_kv_heads or head_dim % 2:
-            raise ValueError(f"{n_heads} heads of size {head_dim} cannot share {n_kv_heads} "
-                             "key-value heads: the heads must divide evenly and have an even size")
-        bias = bool(hf.get("attention_bias")) and not mistral
-        windowed = mistral or hf.get("use_sliding_window")
-        eos = hf.get("eos_token_id")
-        theta, scaling = read_rope(hf)
-        return cls(
-            dim=dim, n_layers=hf["num_hidden_layers"], n_heads=n_heads, n_kv_heads=n_kv_heads,
-            head_dim=head_dim, ffn_dim=hf["intermediate_size"], vocab_size=hf["vocab_size"],
-            max_seq_len=hf["max_position_embeddings"], norm_eps=hf.get("rms_norm_eps") or 1e-6,
-            rope_theta=theta, rope_scaling=scaling, qkv_bias=bias or qwen2,
-            out_bias=bias and not qwen2, ffn_bias=bool(hf.get("mlp_bias", False)), qk_norm=qwen3,
-            tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            sliding_window=hf.get("sliding_window") if windowed else None,
-            eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
-
-
-def read_rope(hf: dict) -> tuple[float, dict | None]:
-    """(theta, scaling) of a config.json: newer files keep both in rope_parameters, older ones keep
-    rope_theta at the top level and the rest, if any, in rope_scaling."""
-    rope = {key: hf[key] for key in ("rope_theta", "partial_rotary_factor") if key in hf}
-    rope |= (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ROPE_TYPES:
-        raise ValueError(f"rope type {rope_type!r:.80} is not supported; "
-                         f"known: {', '.join(ROPE_TYPES)}")
-    needed = {"default": (), "linear": ("factor",),
-              "llama3": ("factor", "low_freq_factor", "high_freq_factor",
-                         "original_max_position_embeddings")}[rope_type]
-    check_keys(rope, ROPE, needed)
-    scaling = {"rope_type": rope_type, **{key: float(rope[key]) for key in needed}}
-    if needed[1:] and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-        raise ValueError(f"low_freq_factor {rope['low_freq_factor']} is not below high_freq_factor")
-    return float(rope.get("rope_theta") or 10000.0), scaling if needed else None
-
-
-def check_keys(raw: dict, kinds: dict[str, tuple], needed: Iterable[str] = ()) -> None:
-    """kinds has a type for each key, and the least and the greatest number, or the kinds of an
-    object's keys; a float may be written as an integer, and None is as if the key were missing.
-    Raises ValueError naming the key, the value, and what would be right."""
-    for key, (kind, low, high) in kinds.items():
-        value = raw.get(key)
-        if value is None and key not in needed:
-            continue
-        fits = type(value) in ((int, float) if kind is float else (kind,))
-        if fits and kind is dict:
-            check_keys(value, low)
-        elif not fits or kind in (int, float) and not low <= value <= high:
-            what = {bool: "true or false", dict: "an object",
-                    int: f"an integer from {low} to {high}",
-                    float: f"a number from {low} to {high}"}[kind]
-            raise ValueError(f"{key} is {value!r:.80}; it must be {what}")
 
 
 # ------------------------------------------------------------------------------ rotary positions

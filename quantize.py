@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from convert_hf import hf_parts, read_config, stack, write_checkpoint
+from formats.config import hf_parts
 from linear import GROUP_SIZES, MODES, quantized
 from model import ModelConfig, Transformer
 
@@ -138,23 +138,6 @@ def stored_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
 # ------------------------------------------------------------------------------ command line
 
 
-def quantize_checkpoint(source: Path, out: Path, mode: str, group_size: int, show=None) -> None:
-    """Write the checkpoint at `source`, quantized, to the new folder `out`, whole or not at all.
-    Raises ValueError naming the file, the tensor or the size."""
-    from published import open_weights  # which reads this file
-    raw, config = read_config(source)
-    quantization = quantization_of(raw, mode, group_size, source)
-    shapes = stored_shapes(empty_model(config, quantization))  # refuses what cannot be
-
-    def weights():
-        for name, blocks in open_weights(source, raw, config, None):
-            yield from store(name, stack(blocks), quantization).items()
-
-    new = {**raw, "gpt_stream": {"format": 1, "quantization": quantization}}
-    new.pop("quantization_config", None)
-    write_checkpoint(out, source, new, weights(), len(shapes), show)
-
-
 def quantization_of(raw: dict, mode: str | None, group_size: int, source: Path) -> dict | None:
     """What a checkpoint's config.json says, or what is asked for: {"mode", "group_size"} or None.
     Raises ValueError where both do."""
@@ -175,8 +158,12 @@ def store(name: str, tensor: Tensor, quantization: dict) -> dict[str, Tensor]:
 
 
 def main():
-    from cli import plain_parser, progress, user_errors, wrote  # which reads this file
-    from hub import find
+    """What convert_hf.py --quantize does. (This file stands before those that read checkpoints, so
+    its command is the one place that imports them.)"""
+    from cli import plain_parser
+    from convert_hf import convert
+    from formats.hub import find
+    from terminal import progress, user_errors, wrote
     parser = plain_parser(__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="NAME",
                         help="a folder, smollm2, or org/model[@revision] on the Hugging Face Hub")
@@ -188,10 +175,10 @@ def main():
     with user_errors(parser):
         args = parser.parse_args()
         if args.checkpoint.endswith(".gguf"):  # whose own integers that keeps, where it can
-            raise ValueError(f"{args.checkpoint}: use convert_gguf.py --quantize {args.mode}")
+            raise ValueError(f"{args.checkpoint}: use convert_hf.py --quantize {args.mode}")
         source, _ = find(args.checkpoint)
         with progress("quantizing", "tensors") as show:
-            quantize_checkpoint(source, args.out, args.mode, args.group_size, show)
+            convert(source, args.out, None, args.mode, args.group_size, show)
         wrote(args.out)
 
 

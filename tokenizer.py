@@ -18,6 +18,8 @@ from pathlib import Path
 
 import sentencepiece
 
+from formats.files import read_json
+
 # The form that Vicuna was trained on, for checkpoints without a template.
 VICUNA_TEMPLATE = (
     "{% for m in messages %}"
@@ -347,29 +349,6 @@ def ids_of(tokenizer, text: str, special: bool = False) -> list[int]:
 def strftime_now(form: str) -> str:
     from datetime import datetime
     return datetime.now().strftime(form)
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object, {} when there is no such file. Raises ValueError naming a broken one."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a JSON object is needed, not {type(content).__name__}")
-    return content
-
-
-def eos_ids(path: Path) -> list[int]:
-    """The end-of-sequence ids that a JSON file gives. Raises ValueError naming one that is none."""
-    ids = read_json(path).get("eos_token_id")
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if wrong := [i for i in ids if type(i) is not int or not 0 <= i < 2**31]:
-        raise ValueError(f"{path}: eos_token_id is {wrong[0]!r:.80}; it must be a token's number, "
-                         "or a list of them")
-    return ids
 
 
 def read_template(folder: Path, settings: dict) -> str:

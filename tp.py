@@ -21,9 +21,6 @@ import datetime
 import functools
 import json
 import os
-import signal
-import threading
-import time
 
 import torch
 import torch.distributed as dist
@@ -70,26 +67,6 @@ def join(device: str | None) -> str | None:
         if not on_gpu:  # to destroy NCCL's would wait for ever for the CUDA graphs that use it
             atexit.register(dist.destroy_process_group)
     return device or "cpu"
-
-
-@functools.cache
-def behave_as_rank() -> None:
-    """What the programs call as they begin: under torchrun rank 0 alone writes to stdout, Ctrl-C
-    ends the process, and so does the end of torchrun."""
-    if n_ranks() == 1:
-        return
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # torchrun ends then, and with it every rank
-    threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
-    if rank():
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-def end_with(parent: int) -> None:
-    """End this rank when torchrun has gone without ending it, as kill -9 does. (Whoever starts the
-    ranks by other means, a shell for one, may leave them.)"""
-    while os.getppid() == parent or "TORCHELASTIC_RUN_ID" not in os.environ:
-        time.sleep(0.3)
-    os._exit(1)
 
 
 @functools.cache

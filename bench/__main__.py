@@ -33,7 +33,8 @@ from bench.sampling import bench_sampling
 from bench.steps import bench_steps
 from bench.streams import bench_streams
 from bench.turns import bench_turns
-from cli import make_parser, number, user_errors
+from cli import make_parser, number
+from terminal import user_errors
 
 
 def check(args) -> None:

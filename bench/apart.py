@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from cli import say
+from terminal import say
 
 
 @contextlib.contextmanager

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 import torch
 
 from bench.clocks import compile_all, step
-from cli import say
 from generate import make_cache
 from kv_cache import KVCache
-from linear import adapt_threads, keep_threads
 from model import Transformer
+from terminal import say
+from threads import adapt_threads, keep_threads
 
 TURN, ROUNDS = 10.0, 3  # seconds
 

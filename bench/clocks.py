@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from cli import progress
 from generate import warm
 from kv_cache import KVCache
 from load import compile_model
 from model import Transformer
+from terminal import progress
 
 STEPS, ROUNDS = 16, 9  # decode steps a round; rounds a figure
 

@@ -38,8 +38,8 @@ from bench.gpu_figures import (
     warm_figures,
 )
 from bench.models import peer_settings
-from cli import say
 from load import check_device
+from terminal import say
 
 WINDOW = 2044  # and 4 sinks: the context of the smallest shapes
 

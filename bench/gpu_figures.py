@@ -21,7 +21,8 @@ from bench.models import open_model, random_model, shape_config
 from bench.steps import bytes_a_step, prefill_anew, seconds_a_token
 from bench.turns import bench_turns
 from cli import EMBEDDED
-from convert_hf import write_checkpoint
+from formats.config import config_from_hf
+from formats.folder import write_checkpoint
 from generate import decode, make_cache, start_reading, warm, weight_bytes
 from kv_cache import KVCache
 from load import compile_model, load
@@ -189,7 +190,7 @@ def draft_figures(args) -> Iterator[dict]:
     is zero says token 0, whatever it read, as fast as any other."""
     model, cache, _ = open_compiled(args)
     shape = {**shape_config("160m"), "vocab_size": model.config.vocab_size}
-    draft = random_model(ModelConfig.from_hf(shape), cache.length.device, model.norm.weight.dtype)
+    draft = random_model(config_from_hf(shape), cache.length.device, model.norm.weight.dtype)
     compile_model(draft)
     its, size = make_cache(draft, args.sink, args.window), args.speculate or 5
     model.norm.weight.zero_()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from convert_hf import DTYPES
+from cli import DTYPES, load_arguments
+from formats.config import config_from_hf
 from kv_cache import KVCache
-from load import check_device, finish, load, load_arguments
+from load import check_device, finish, load
 from model import ModelConfig, Transformer
 from quantize import empty_model, quantization_of
 
@@ -54,7 +55,7 @@ def open_model(args) -> Transformer:
         return load(args.checkpoint, **load_arguments(args))[0]
     if args.adapter:
         raise ValueError("--adapter goes with --checkpoint, not with --shape")
-    return random_model(ModelConfig.from_hf(shape_config(args.shape)), check_device(args.device),
+    return random_model(config_from_hf(shape_config(args.shape)), check_device(args.device),
                         DTYPES[args.dtype or "bf16"],
                         quantization_of({}, args.quantize, args.group_size, args.shape))
 

@@ -9,10 +9,10 @@ import torch
 
 from bench.clocks import STEPS, compile_all, rounds
 from bench.models import sizes
-from cli import say
 from generate import make_cache
 from model import Transformer
 from sample import Rows, Sampling
+from terminal import say
 
 SETTINGS = {  # what the rows ask for, in turns
     "greedy": [Sampling()],

@@ -15,12 +15,12 @@ from bench import peers
 from bench.apart import apart
 from bench.clocks import compile_all, decode_at, median_step, peak_bytes, rounds, seconds
 from bench.models import open_model, peer_settings, random_model, sizes
-from cli import say
 from generate import generate, make_cache, prefill, warm, weight_bytes
 from kv_cache import KVCache
 from load import compile_model
 from model import Transformer
 from speculate import Speculation
+from terminal import say
 
 
 def prefill_anew(model: Transformer, cache: KVCache, length: int) -> None:

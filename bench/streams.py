@@ -11,8 +11,8 @@ from bench import peers
 from bench.apart import beside
 from bench.clocks import compile_all, decode_at, rounds, seconds
 from bench.models import peer_settings, sizes
-from cli import progress, say
 from model import Transformer
+from terminal import progress, say
 
 
 def synthetic(n: int, vocab_size: int) -> tuple[list[list[int]], list[int]]:

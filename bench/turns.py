@@ -14,10 +14,11 @@ from bench.apart import beside
 from bench.clocks import compile_all, forget_peak, peak_bytes
 from bench.models import peer_settings, sizes
 from chat import from_file
-from cli import progress, read_prompts, say
+from cli import read_prompts
+from formats.hub import find
 from generate import generate, make_cache
-from hub import find
 from model import Transformer
+from terminal import progress, say
 from tokenizer import Tokenizer
 
 

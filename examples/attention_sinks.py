@@ -18,9 +18,10 @@ import torch
 
 import model as engine
 from attention import grouped
-from cli import add_checkpoint, plain_parser, user_errors
+from cli import add_checkpoint, plain_parser
 from eval import read_text
 from generate import load, make_cache
+from terminal import user_errors
 
 S, W = 4, 252
 SPANS = [(0, 0), (1, 1), *((2 ** i, 2 ** (i + 1) - 1) for i in range(1, 7)), (128, W - 1)]

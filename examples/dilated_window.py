@@ -18,10 +18,11 @@ So as many keys are better spent on the latest tokens.
 
 import torch
 
-from cli import add_checkpoint, plain_parser, user_errors
+from cli import add_checkpoint, plain_parser
 from eval import read_text, streamed
 from generate import load
 from kv_cache import KVCache
+from terminal import user_errors
 
 S, W, CHUNK = 4, 252, 128
 NEAR, EVERY = 60, 4  # the latest 60 tokens, and of the 192 before them every fourth: 108 keys

@@ -5,8 +5,9 @@
 
 import sys
 
-from cli import add_checkpoint, plain_parser, show, user_errors
+from cli import add_checkpoint, plain_parser
 from generate import generate, load, make_cache
+from terminal import show, user_errors
 
 
 def main():

@@ -21,8 +21,9 @@ import contextlib
 
 import torch
 
-from cli import add_checkpoint, plain_parser, user_errors
+from cli import add_checkpoint, plain_parser
 from generate import generate, load, make_cache
+from terminal import user_errors
 
 TOWARDS = ["I love this so much, it is wonderful", "What a beautiful and happy day",
            "She smiled, full of joy and delight", "This is the best thing that ever happened"]

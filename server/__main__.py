@@ -23,17 +23,11 @@ from pathlib import Path
 
 import uvicorn
 
-from cli import (
-    check_text,
-    ending_signals,
-    make_parser,
-    number,
-    say,
-    user_errors,
-)
-from load import load, load_arguments
+from cli import check_text, load_arguments, make_parser, number
+from load import load
 from server.app import Settings, make_app
 from server.engine import Engine
+from terminal import ending_signals, say, user_errors
 from tp import n_ranks
 
 

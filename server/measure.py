@@ -16,7 +16,8 @@ import statistics
 import time
 from urllib.parse import urlsplit
 
-from cli import number, plain_parser, read_prompts, user_errors
+from cli import number, plain_parser, read_prompts
+from terminal import user_errors
 
 
 async def post(url: str, content: dict, key: str = "none"):

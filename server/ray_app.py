@@ -33,12 +33,12 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from cli import number
-from linear import adapt_threads
 from server.__main__ import arguments, check, make_engine, model_name, read_keys
 from server.app import Settings, check_host, failure, make_app, read_body, refusal
 from server.forms import event_of
 from server.keep import chain
 from server.protocol import ApiError, text_of
+from threads import adapt_threads
 
 ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 # Serve says these itself: where it listens, how long it waits for answers at the end.

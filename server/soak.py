@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from cli import number, plain_parser, user_errors
+from cli import number, plain_parser
 from server.measure import post
+from terminal import user_errors
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "said", "<|im_end|>", "\u00e9t\u00e9",
          "\u65e5\u672c", "\U0001f642", "</s>"]

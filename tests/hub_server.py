@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 from huggingface_hub import constants
 
-import hub
+from formats import hub
 
 
 def write_wheel(folder: Path, weights: bytes) -> None:

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from cli import add_generation, make_parser
+from formats.session import read_session
 from generate import answer, generate, load, make_cache
 from helpers import TINY, run
-from session import read_session
 from test_generate import records
 
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import cli
-import convert_hf
-from convert_hf import convert, hf_parts, read_config
+from convert_hf import convert
+from formats.config import config_from_hf, hf_parts
+from formats.folder import read_config
 from generate import load
 from helpers import TINY, random_model, run
-from model import ModelConfig, Transformer
+from model import Transformer
+from terminal import progress
 
 LLAMA = dict(architectures=["LlamaForCausalLM"], hidden_size=32, intermediate_size=48,
              vocab_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -30,7 +31,7 @@ def hf_folder(tmp_path):
     (folder / "config.json").write_text(json.dumps(LLAMA))
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
     shutil.copy(TINY / "tokenizer.model", folder)
-    config = ModelConfig.from_hf(LLAMA)
+    config = config_from_hf(LLAMA)
     ours = random_model().state_dict()
     weights = {}
     for name, parts in hf_parts(config).items():
@@ -68,15 +69,15 @@ def test_rows_are_stacked_in_order_and_files_come_along(hf_folder, tmp_path):
 def test_in_a_log_and_on_a_dumb_terminal_progress_is_few_plain_lines(terminal, capsys, monkeypatch):
     monkeypatch.setenv("TERM", terminal or "xterm")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: bool(terminal))
-    with cli.progress("reading", "books") as show:
+    with progress("reading", "books") as show:
         for n in range(1, 48):
             show(n, 47, f"page {n}")
     assert capsys.readouterr().err == "reading: 47 of 47 books, 00:00 passed, page 47\n"
-    with pytest.raises(KeyError), cli.progress("reading a{x}.txt", "books") as show:
+    with pytest.raises(KeyError), progress("reading a{x}.txt", "books") as show:
         show(3, 47)
         raise KeyError
     assert capsys.readouterr().err == "reading a{x}.txt: 3 of 47 books, 00:00 passed\n"
-    with pytest.raises(KeyError), cli.progress("reading", "books"):
+    with pytest.raises(KeyError), progress("reading", "books"):
         raise KeyError
     assert capsys.readouterr().err == ""
 
@@ -95,7 +96,7 @@ def test_on_a_terminal_progress_is_one_moving_line(hf_folder, tmp_path):
 
 
 def test_several_files_are_written_one_after_the_other(hf_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert_hf, "FILE_BYTES", 10_000)
+    monkeypatch.setattr("formats.folder.FILE_BYTES", 10_000)
     convert(hf_folder, tmp_path / "out")
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
@@ -143,7 +144,7 @@ def test_loading_maps_the_file_instead_of_copying_it(tmp_path):
     shutil.copy(TINY / "tokenizer.model", tmp_path)
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in Transformer(
-            ModelConfig.from_hf(config)).named_parameters()}
+            config_from_hf(config)).named_parameters()}
     weights = {n: torch.zeros(s) for n, s in shapes.items()}
     save_file(weights, tmp_path / "model.safetensors")
     script = ("import sys; from generate import load\n"

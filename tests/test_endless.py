@@ -11,7 +11,7 @@ import pytest
 @pytest.mark.slow
 def test_an_old_stream_is_as_exact_as_a_young_one_and_takes_no_more_memory():
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("endless.py"), "--tokens", "700",
+        [sys.executable, Path(__file__).parent / "stress" / "endless.py", "--tokens", "700",
          "--window", "8", "--turns", "1"], capture_output=True, text=True)
     record = json.loads(done.stdout)
     assert done.returncode == 0 and record["off_by"] < 1e-4 and record["grown_bytes"] < 1e6

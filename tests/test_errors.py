@@ -14,9 +14,10 @@ import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
-from cli import hold_interrupt, make_parser, user_errors
+from cli import make_parser
 from helpers import TINY, run
 from load import check_device
+from terminal import hold_interrupt, user_errors
 
 ROOT = TINY.parent.parent
 DOC = "What it is.\n\n    python x.py"

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from examples import attention_sinks, dilated_window, steering
+from formats.hub import CHECKPOINTS
 from generate import load, make_cache
 from helpers import TINY, hf_model, random_model, run
-from hub import CHECKPOINTS
 from kv_cache import KVCache
 from load import compile_model
 from oracle import Stream
@@ -21,7 +21,7 @@ from test_errors import refused
 ROOT = TINY.parent.parent
 SMOLLM2 = CHECKPOINTS / "smollm2-135m-instruct"
 released = [pytest.mark.released, pytest.mark.slow, pytest.mark.skipif(
-    not SMOLLM2.exists(), reason="needs SmolLM2: python hub.py smollm2")]
+    not SMOLLM2.exists(), reason="needs SmolLM2: python -m formats.hub smollm2")]
 PROMPT = [5, 17, 300, 2, 9]
 
 

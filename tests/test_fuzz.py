@@ -1,4 +1,4 @@
-"""Whatever is damaged, a program ends with its output or with one line; tests/fuzz.py has more."""
+"""Whatever is damaged, a program ends with its output or one line; tests/stress has more."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from helpers import TINY, run
 
 @pytest.mark.slow
 def test_sixty_damaged_checkpoints():
-    done = subprocess.run([sys.executable, "tests/fuzz.py", "--cases", "60", "--seed", "1"],
+    done = subprocess.run([sys.executable, "tests/stress/fuzz.py", "--cases", "60", "--seed", "1"],
                           cwd=TINY.parent.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     ends = json.loads(done.stdout)
@@ -23,7 +23,7 @@ def test_sixty_damaged_checkpoints():
     ("kills", ["--kills", "1"], 15),  # seven programs, by two signals; two that save one session
     ("disks", ["--sizes", "1", "--limit"], 13)])  # eight programs that write, and five that print
 def test_what_is_written_is_what_was_there_or_what_comes(script, argv, lines):
-    done = subprocess.run([sys.executable, f"tests/{script}.py", *argv],
+    done = subprocess.run([sys.executable, f"tests/stress/{script}.py", *argv],
                           cwd=TINY.parent.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(done.stdout.splitlines()) == lines

@@ -17,9 +17,10 @@ from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-import convert_gguf
+import convert_hf
 import quantize
-from convert_gguf import convert
+from formats import gguf as convert_gguf
+from formats.gguf import convert
 from generate import load
 from helpers import TINY, hf_model, run
 from linear import Int4Linear, Int8Linear, Linear
@@ -293,7 +294,7 @@ def test_a_file_is_a_checkpoint_s_name_and_is_converted_once(small, tmp_path, mo
     for name in matrices(tensors):
         tensors[name] = in_type(tensors[name], "Q4_0")
     file = write(tmp_path / "a.gguf", metadata, tensors)
-    monkeypatch.setattr("hub.CHECKPOINTS", tmp_path / "checkpoints")
+    monkeypatch.setattr("formats.hub.CHECKPOINTS", tmp_path / "checkpoints")
     flags = ["--quantize", quantize] if quantize else []
     said = []
     for _ in range(2):
@@ -314,7 +315,7 @@ def test_q4_0_becomes_int4_without_a_change(small, tmp_path):
         other = {"blk.1.attn_k.weight": "Q8_0", "blk.1.ffn_up.weight": "Q4_1"}.get(name, "Q4_0")
         tensors[name] = in_type(tensors[name], other)
     file = write(tmp_path / "a.gguf", metadata, tensors)
-    status, _, _ = run("convert_gguf", file, tmp_path / "out", "--quantize", "int4")
+    status, _, _ = run("convert_hf", file, tmp_path / "out", "--quantize", "int4")
     assert status == 0
     ours, theirs = weights_of(tmp_path / "out"), read_by_gguf(file)
     for layer in (0, 1):
@@ -348,7 +349,7 @@ def test_other_types_are_quantized_as_quantize_does(small, tmp_path, quantizatio
     file = write(tmp_path / "a.gguf", *small)
     convert(file, tmp_path / "ours", quantization=quantization)
     convert(file, tmp_path / "plain")
-    quantize.quantize_checkpoint(tmp_path / "plain", tmp_path / "theirs", quantization["mode"], 32)
+    convert_hf.convert(tmp_path / "plain", tmp_path / "theirs", None, quantization["mode"], 32)
     ours, theirs = weights_of(tmp_path / "ours"), weights_of(tmp_path / "theirs")
     assert ours.keys() == theirs.keys() and "layers.0.attention.qkv.scale" in ours
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -497,7 +498,7 @@ def test_a_file_may_put_no_space_in_front_and_add_tokens_of_its_own(spm, tmp_pat
 
 
 def is_refused(file, tmp_path, *named):
-    status, out, err = run("convert_gguf", file, tmp_path / "new" / "out")
+    status, out, err = run("convert_hf", file, tmp_path / "new" / "out")
     assert status == 2 and out == "" and len(err.splitlines()) == 1, err
     assert str(file) in err and all(word in err for word in named), err
     assert not (tmp_path / "new").exists()

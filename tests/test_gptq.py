@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gptq
+from convert_hf import convert
 from eval import read_text
 from generate import load, make_cache, prefill
 from gptq import DAMPENING, DRIFT, gptq_checkpoint, quantize_gptq, sequences_of
 from helpers import TINY, run
-from quantize import dequantize, quantize_checkpoint, quantize_int4
+from quantize import dequantize, quantize_int4
 from test_errors import refused
 
 pytestmark = pytest.mark.slow
@@ -167,7 +168,7 @@ def written(tmp_path_factory):
 def test_a_written_folder_is_in_our_format_and_runs_as_what_it_stands_for(written, tmp_path):
     out, _ = written
     assert [p.name for p in out.parent.iterdir()] == ["out"]
-    quantize_checkpoint(TINY, tmp_path / "nearest", "int4", 64)
+    convert(TINY, tmp_path / "nearest", None, "int4", 64)
     ours, nearest = (load_file(folder / "model.safetensors")
                      for folder in (out, tmp_path / "nearest"))
     assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {

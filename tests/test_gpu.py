@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 import generate as generate_module
 from batch import Batch, generate_batch
+from formats.session import load_session, save_session
 from generate import decode, generate, load, make_cache, prefill, warm
 from helpers import TINY, random_model
 from kv_cache import KVCache
@@ -19,7 +20,6 @@ from load import compile_model
 from oracle import Stream
 from quantize import dequantize, quantize_int4, quantize_int8
 from sample import Rows, Sampling, sample
-from session import load_session, save_session
 from speculate import Speculation
 from test_errors import refused
 from test_model import hf  # noqa: F401

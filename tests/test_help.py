@@ -15,10 +15,10 @@ from gptq import LENGTH
 from helpers import TINY, random_model
 
 ROOT = TINY.parent.parent
-PROGRAMS = ["generate", "chat", "batch", "eval", "quantize", "gptq", "convert_hf", "convert_gguf",
-            "hub", "bench.__main__", "server.__main__", "server.measure", "server.soak",
+PROGRAMS = ["generate", "chat", "batch", "eval", "quantize", "gptq", "convert_hf",
+            "formats.hub", "bench.__main__", "server.__main__", "server.measure", "server.soak",
             *sorted(f"examples.{path.stem}" for path in ROOT.glob("examples/[a-z]*.py")),
-            "fuzz", "kills", "disks", "endless"]
+            "stress.fuzz", "stress.kills", "stress.disks", "stress.endless"]
 # Options that are explained differently, each because it is another thing in one program.
 OTHERWISE = {"--checkpoint": "quantize takes no .gguf", "--limit": "turns, or prompts",
              "--prompts": "all turns, or the first", "--sink": "several in eval",
@@ -117,7 +117,8 @@ def test_the_examples_at_the_end_of_the_help_are_commands_that_work(parsers, nam
         python, *argv = shlex.split(line, comments=True)
         program = " ".join(argv[:2] if argv[0] == "-m" else argv[:1])
         assert python == "python" and f"python {program}".endswith(parser.prog)
-        assert program in (f"-m {name.removesuffix('.__main__')}", f"{name}.py", f"tests/{name}.py")
+        assert program in (f"-m {name.removesuffix('.__main__')}", f"{name}.py",
+                           f"tests/{name.replace('.', '/')}.py")
         parser.parse_args(argv[len(program.split()):])
 
 

@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import huggingface_hub
@@ -25,13 +24,14 @@ from safetensors.torch import load_file, save
 
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
-import cli  # noqa: E402
-import convert_hf  # noqa: E402
-import hub  # noqa: E402
 import tp  # noqa: E402
+from formats import hub  # noqa: E402
+from formats.config import hf_parts  # noqa: E402
+from formats.folder import read_config  # noqa: E402
 from generate import load  # noqa: E402
 from helpers import TINY  # noqa: E402
 from hub_server import Hub, commit, point_at, write_wheel  # noqa: E402
+from terminal import open_streams  # noqa: E402
 
 ROOT = TINY.parent.parent
 GGUF = b"GGUF, for all that the stand-in knows"
@@ -91,7 +91,7 @@ def test_what_is_nothing_of_these_lists_the_forms(name, no_network):
 
 
 def stand_in(source, out, dtype=None, quantization=None, progress=None):
-    """convert_gguf.convert: a folder that tells what it was made of."""
+    """formats.gguf.convert: a folder that tells what it was made of."""
     out.mkdir()
     (out / "config.json").write_bytes(source.read_bytes())
     progress(1, 2)
@@ -103,7 +103,7 @@ def stand_in(source, out, dtype=None, quantization=None, progress=None):
 def checkpoints(tmp_path, monkeypatch):
     """An empty folder checkpoints/, and a converter."""
     monkeypatch.setattr(hub, "CHECKPOINTS", tmp_path / "checkpoints")
-    monkeypatch.setitem(sys.modules, "convert_gguf", types.SimpleNamespace(convert=stand_in))
+    monkeypatch.setattr("formats.gguf.convert", stand_in)
     return tmp_path / "checkpoints"
 
 
@@ -128,9 +128,9 @@ def test_a_gguf_is_converted_once_and_anew_when_it_has_changed(gguf, checkpoints
     assert str(gguf) in line and str(folder) in line and "once" in line
     assert "2 of 2 tensors" in capsys.readouterr().err  # the bar
     monkeypatch.chdir(gguf.parent)
-    monkeypatch.setitem(sys.modules, "convert_gguf", None)  # it is not needed any more
+    monkeypatch.setattr("formats.gguf.convert", None)  # it is not needed any more
     assert hub.find(gguf.name) == (folder, None)
-    monkeypatch.setitem(sys.modules, "convert_gguf", types.SimpleNamespace(convert=stand_in))
+    monkeypatch.setattr("formats.gguf.convert", stand_in)
     gguf.write_bytes(GGUF + b"!")
     other, _ = hub.find(str(gguf))
     assert other != folder and (other / "config.json").read_bytes() == GGUF + b"!"
@@ -163,7 +163,7 @@ def test_a_failed_conversion_leaves_nothing_and_the_next_succeeds(gguf, checkpoi
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["convert_gguf"], "convert", fail)
+        patch.setattr("formats.gguf.convert", fail)
         refused(gguf, said)
     assert kept(checkpoints) == []
     assert hub.find(gguf)[0].is_dir()
@@ -261,10 +261,10 @@ def test_smollm2_on_a_full_disk(checkpoints, monkeypatch):
 @pytest.fixture(scope="module")
 def tiny():
     """The embedded checkpoint as people publish theirs: two shards, and much that nobody reads."""
-    raw, config = convert_hf.read_config(TINY)
+    raw, config = read_config(TINY)
     raw.pop("gpt_stream")
     weights, ours = {}, load_file(TINY / "model.safetensors")
-    for name, parts in convert_hf.hf_parts(config).items():
+    for name, parts in hf_parts(config).items():
         rows = ours[name].split(list(parts.values()))
         weights.update(zip(parts, (r.contiguous() for r in rows)))
     names = sorted(weights)
@@ -328,7 +328,7 @@ def test_the_library_s_bars_are_for_cursors_that_move(terminal, plain, monkeypat
     stderr = io.StringIO()
     stderr.isatty = lambda: terminal is not None
     monkeypatch.setattr(sys, "stderr", stderr)
-    cli.open_streams()
+    open_streams()
     assert ("HF_HUB_DISABLE_PROGRESS_BARS" in os.environ) == plain
 
 
@@ -339,8 +339,8 @@ def test_on_a_terminal_without_colour_a_download_is_a_line(server, tiny, tmp_pat
     env = {**os.environ, "TERM": "xterm", "NO_COLOR": "1", "HF_ENDPOINT": server.url,
            "HF_HOME": str(tmp_path)}
     env.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
-    child = pexpect.spawn(sys.executable, ["hub.py", "org/model"], cwd=ROOT, env=env, timeout=60,
-                          encoding="utf-8")
+    child = pexpect.spawn(sys.executable, ["-m", "formats.hub", "org/model"], cwd=ROOT, env=env,
+                          timeout=60, encoding="utf-8")
     child.expect(pexpect.EOF)
     said, folder, end = child.before.split("\r\n")
     assert (said, end) == ("asking the Hugging Face Hub for org/model", "")
@@ -498,14 +498,14 @@ def ends(process):
 def test_sigterm_ends_a_download_that_hangs_and_the_next_run_finishes_it(server, tmp_path):
     server.repos["org/model"], server.stuck = {"main": SMALL}, {"model.safetensors"}
     home = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
-    process = start(["hub.py", "org/model"], **home)
+    process = start(["-m", "formats.hub", "org/model"], **home)
     while "model.safetensors" not in server.asked:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) in (-signal.SIGTERM, 128 + signal.SIGTERM)
     server.stuck = set()
-    ends(start(["hub.py", "org/model"], **home))
+    ends(start(["-m", "formats.hub", "org/model"], **home))
     assert set(server.served) == set(SMALL)
 
 
@@ -518,7 +518,7 @@ def of_a_first_start(folder, number):
         stand_in(source, out, **options)
 
     hub.CHECKPOINTS, hub.SHA256 = folder / "checkpoints", hashlib.sha256(GGUF).hexdigest()
-    sys.modules["convert_gguf"] = types.SimpleNamespace(convert=convert)
+    hub.gguf.convert = convert
     (folder / f"ready-{number}").touch()
     while len(list(folder.glob("ready-*"))) < 2:
         time.sleep(0.01)

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from convert_hf import convert
+from formats.config import config_from_hf
 from generate import generate, load
 from helpers import TINY, hf_model
 from kv_cache import KVCache
-from model import ModelConfig
 
 SIZES = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
@@ -101,13 +101,13 @@ OLD = dict(architectures=["LlamaForCausalLM"], hidden_size=64, intermediate_size
 
 
 def test_older_files_say_rope_at_the_top_level():
-    old = ModelConfig.from_hf({**OLD, "rope_theta": 5e5,
+    old = config_from_hf({**OLD, "rope_theta": 5e5,
                                "rope_scaling": {"type": "linear", "factor": 2}})
-    new = ModelConfig.from_hf({**OLD, "rope_parameters": {
+    new = config_from_hf({**OLD, "rope_parameters": {
         "rope_type": "linear", "factor": 2, "rope_theta": 5e5}})
     assert old == new and old.rope_theta == 5e5 and old.rope_scaling["factor"] == 2
     assert old.n_kv_heads == 4 and old.head_dim == 16
-    assert ModelConfig.from_hf({**OLD, "rope_scaling": None}).rope_scaling is None
+    assert config_from_hf({**OLD, "rope_scaling": None}).rope_scaling is None
 
 
 @pytest.mark.parametrize("change, named", [
@@ -131,7 +131,7 @@ def test_older_files_say_rope_at_the_top_level():
     (dict(gpt_stream={"quantization": {"layers": 3}}), "layers is 3")])
 def test_what_is_not_supported_is_named(change, named):
     with pytest.raises(ValueError, match=named):
-        ModelConfig.from_hf({**OLD, **change})
+        config_from_hf({**OLD, **change})
 
 
 def test_eos_ids_come_from_both_files(tmp_path):

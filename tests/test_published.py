@@ -17,10 +17,11 @@ from safetensors.torch import load as parse
 from safetensors.torch import load_file, save_file
 
 import tp_worker
-from convert_hf import hf_parts, read_config
+from formats.config import hf_parts
+from formats.folder import read_config
+from formats.published import open_weights, read_quantization
 from generate import generate, load, make_cache
 from helpers import TINY, hf_model, run
-from published import open_weights, read_quantization
 from test_errors import refused
 from test_tp import ONE_THREAD, TORCHRUN
 

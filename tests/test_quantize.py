@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from convert_hf import convert
 from generate import generate, load, make_cache, prefill, weight_bytes
 from helpers import TINY, run
 from linear import Int4Linear, Int8Linear
-from quantize import dequantize, quantize_checkpoint, quantize_int4, quantize_int8, quantize_weight
+from quantize import dequantize, quantize_int4, quantize_int8, quantize_weight
 
 DRAFT = TINY.parent / "tiny-draft"
 KINDS = [("int8", 32), ("int4", 32), ("int4", 64), ("int4", 128)]
@@ -80,7 +81,7 @@ def test_a_quantized_folder_equals_quantizing_at_load(mode, group_size, tmp_path
     """And both are the plain model with the weights that the file stands for, in fp32: bf16 rounds
     otherwise on other CPUs."""
     out = tmp_path / "any-name"
-    quantize_checkpoint(TINY, out, mode, group_size)
+    convert(TINY, out, None, mode, group_size)
     stored, _ = load(out, device="cpu", dtype=torch.float32)
     at_load, _ = load(TINY, device="cpu", dtype=torch.float32, quantize=mode, group_size=group_size)
     plain, _ = load(TINY, device="cpu", dtype=torch.float32)
@@ -100,7 +101,7 @@ def test_a_quantized_folder_equals_quantizing_at_load(mode, group_size, tmp_path
 
 
 def test_rows_and_group_aligned_columns_of_the_file_stand_alone(tmp_path):
-    quantize_checkpoint(TINY, tmp_path / "q", "int4", 32)
+    convert(TINY, tmp_path / "q", None, "int4", 32)
     whole = load_file(tmp_path / "q" / "model.safetensors")
     name = "layers.1.feed_forward.down."
     full = dequantize({part: whole[name + part] for part in ("weight", "scale", "zero")})
@@ -132,7 +133,7 @@ def test_what_is_refused(tmp_path):
         status, _, err = run(program, "--checkpoint", tmp_path / "q", *flags)
         assert status == 2 and "quantized already (int8)" in err.splitlines()[-1]
     status, _, err = run("quantize", "--checkpoint", "a.gguf", "--mode", "int4", "--out", "r")
-    assert status == 2 and "convert_gguf.py --quantize int4" in err
+    assert status == 2 and "convert_hf.py --quantize int4" in err
     # draft: dim 64, so groups of 128 do not divide
     status, _, err = run("quantize", "--checkpoint", DRAFT, "--mode", "int4", "--group-size", 128,
                          "--out", tmp_path / "r")
@@ -157,7 +158,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(bad, tmp_path):
 
 
 def test_a_truncated_quantized_file_and_an_unknown_scheme_are_refused(tmp_path):
-    quantize_checkpoint(DRAFT, tmp_path / "q", "int8", 32)
+    convert(DRAFT, tmp_path / "q", None, "int8", 32)
     path = tmp_path / "q" / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:len(whole) // 2])

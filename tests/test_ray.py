@@ -115,8 +115,9 @@ def test_figures_of_all_replicas_are_told_apart():
 
 
 def test_clients_hardly_notice_that_a_replica_is_killed():
-    done = subprocess.run([sys.executable, "tests/ray_replicas.py", "--json", "--turns", "2"],
-                          cwd=TINY.parent.parent, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "tests/stress/ray_replicas.py", "--json", "--turns",
+                           "2"], cwd=TINY.parent.parent, capture_output=True, text=True,
+                          timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     for part in ("before", "killed", "after"):

@@ -1,4 +1,4 @@
-"""The released model, SmolLM2-135M-Instruct, where `python hub.py smollm2` has put it."""
+"""The released model, SmolLM2-135M-Instruct, where `python -m formats.hub smollm2` has put it."""
 
 import dataclasses
 import json
@@ -10,15 +10,15 @@ import tokenizers
 import torch
 import transformers
 
-from convert_hf import hf_parts
 from eval import measure
+from formats.config import hf_parts
+from formats.hub import CHECKPOINTS
 from generate import generate, load, make_cache
 from helpers import run
-from hub import CHECKPOINTS
 
 FOLDER = CHECKPOINTS / "smollm2-135m-instruct"
 pytestmark = [pytest.mark.released, pytest.mark.slow, pytest.mark.skipif(
-    not FOLDER.exists(), reason="needs SmolLM2: python hub.py smollm2")]
+    not FOLDER.exists(), reason="needs SmolLM2: python -m formats.hub smollm2")]
 ASK = "What is the capital of France? Answer in one sentence."
 
 

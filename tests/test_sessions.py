@@ -10,11 +10,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import chat
-import session
+from formats import session
+from formats.session import load_session, save_session
 from generate import generate, load, make_cache
 from helpers import TINY, random_model, run
 from kv_cache import KVCache
-from session import load_session, save_session
 from speculate import Speculation
 from test_errors import refused
 from test_generate import records

@@ -9,11 +9,11 @@ import torch
 from torch._dynamo.utils import counters
 
 from cli import add_generation, make_parser
+from convert_hf import convert
 from generate import answer, generate, load, make_cache, warm
 from helpers import TINY, random_model, run
 from kv_cache import KVCache
 from load import compile_model
-from quantize import quantize_checkpoint
 from sample import Sampling, distribution
 from speculate import Speculation, look_up, verify
 from tokenizer import Tokenizer
@@ -227,7 +227,7 @@ def test_the_rate_counts_every_round(monkeypatch):
 
 @pytest.mark.slow
 def test_quantized_models_and_stop_texts_inside_a_run(tmp_path):
-    quantize_checkpoint(DRAFT, tmp_path / "draft", "int4", 32)
+    convert(DRAFT, tmp_path / "draft", None, "int4", 32)
     shared = ["--max-new-tokens", 60, "--temperature", 0, "--json", "--dtype", "fp32",
               "--quantize", "int8", "--window", 40]
     _, out, _ = run("generate", *shared)

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from formats.config import config_from_hf
+from formats.session import read_session
 from helpers import TINY, run
-from model import ModelConfig
 from quantize import empty_model, stored_shapes
-from session import read_session
 from tokenizer import Tokenizer
 
 pexpect = pytest.importorskip("pexpect")
@@ -74,7 +74,7 @@ def parrot(tmp_path_factory):
     raw = json.loads((TINY / "config.json").read_text())
     raw.update(num_hidden_layers=1, hidden_size=64, intermediate_size=64, tie_word_embeddings=False)
     (folder / "config.json").write_text(json.dumps(raw))
-    shapes = stored_shapes(empty_model(ModelConfig.from_hf(raw)))
+    shapes = stored_shapes(empty_model(config_from_hf(raw)))
     weights = {name: torch.full(shape, float("norm" in name)) for name, shape in shapes.items()}
     for dimension, (token, following) in enumerate(zip([colon, *ids], [*ids, ids[0]])):
         weights["embed.weight"][token, dimension] = 1

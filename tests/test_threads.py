@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-import linear
+import threads
 from generate import make_cache
 from helpers import TINY, random_model
-from linear import Threads
 from load import compile_model, load
+from threads import Threads
 
 
 class Machine:
@@ -76,44 +76,44 @@ def test_steps_are_compared_with_their_own_kind():
 
 
 @pytest.fixture
-def threads():
+def own_threads():
     """Whatever a test does to them, the process has its threads again."""
     most = torch.get_num_threads()
     yield
-    linear.keep_threads()
+    threads.keep_threads()
     torch.set_num_threads(most)
 
 
-def test_a_step_runs_on_what_was_found_and_the_users_own_number_counts(threads, monkeypatch):
+def test_a_step_runs_on_what_was_found_and_the_users_own_number_counts(own_threads, monkeypatch):
     model, seen = random_model(), []
     step = model.step
     model.step = lambda *args: (seen.append(torch.get_num_threads()), step(*args))[1]
     tokens = torch.zeros(1, 1, dtype=torch.int64)
     torch.set_num_threads(4)
-    linear.adapt_threads()
+    threads.adapt_threads()
     model(tokens)
-    assert seen == [4] and linear.adaptive.most == 4
-    monkeypatch.setattr(linear.adaptive, "now", 2)
+    assert seen == [4] and threads.adaptive.most == 4
+    monkeypatch.setattr(threads.adaptive, "now", 2)
     torch.set_num_threads(2)
     model(tokens)
-    assert seen == [4, 2] and linear.adaptive.most == 4
+    assert seen == [4, 2] and threads.adaptive.most == 4
     torch.set_num_threads(3)
     model(tokens)
-    assert seen == [4, 2, 3] and linear.adaptive.most == 3
-    monkeypatch.setattr(linear.adaptive, "now", 1)
+    assert seen == [4, 2, 3] and threads.adaptive.most == 3
+    monkeypatch.setattr(threads.adaptive, "now", 1)
     torch.set_num_threads(1)
-    linear.keep_threads()
-    assert torch.get_num_threads() == 3 and linear.adaptive is None
+    threads.keep_threads()
+    assert torch.get_num_threads() == 3 and threads.adaptive is None
 
 
 @pytest.mark.slow
-def test_a_compiled_step_says_the_same_on_any_number_of_threads(threads):
+def test_a_compiled_step_says_the_same_on_any_number_of_threads(own_threads):
     """Also one that was compiled while others had the cores, and on more threads than it was
     compiled for. (Inductor's own cpp.dynamic_threads, in 2.13, does not.)"""
     eager, _ = load(TINY, device="cpu", dtype=torch.float32)
     torch.set_num_threads(2)
-    linear.adapt_threads()
-    linear.adaptive.now = 1
+    threads.adapt_threads()
+    threads.adaptive.now = 1
     torch.set_num_threads(1)  # as if it had been found
     model, _ = load(TINY, device="cpu", dtype=torch.float32, compile=True)
     for n in (1, 2, 4, 1):
@@ -125,7 +125,7 @@ def test_a_compiled_step_says_the_same_on_any_number_of_threads(threads):
 
 
 @pytest.mark.slow
-def test_a_compiled_step_leaves_the_callers_threads_alone(threads):
+def test_a_compiled_step_leaves_the_callers_threads_alone(own_threads):
     model, cache = random_model(), None
     torch.set_num_threads(2)
     compile_model(model)

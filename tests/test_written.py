@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from formats.session import load_session
 from generate import load, make_cache
 from helpers import TINY, run
-from session import load_session
 
 WRITTEN = Path(__file__).parent / "written"
 FINGERPRINTS = {"converted": "3e68ebbe2ceb5b71", "int4": "5153bfbb9cb0fbc7",

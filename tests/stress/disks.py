@@ -1,7 +1,7 @@
 """A full disk: one line that names the file, status 2, nothing half-written, the older one whole.
 
-    python tests/disks.py --sizes 20
-    python tests/disks.py --only gptq --limit
+    python tests/stress/disks.py --sizes 20
+    python tests/stress/disks.py --only gptq --limit
 
 Every program that writes is run with its target on a disk of its own, in memory, that is too small
 for it, in as many sizes. Where that is not allowed (see `unshare -Urm`), and with --limit, the
@@ -24,7 +24,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-
 from fuzz import how_it_ended, in_a_fork
 from fuzz_kinds import SHORT, make_kinds
 from kills import PROGRAMS, TEXT, held, left, open_sources, start, undisturbed, workplace
@@ -36,7 +35,7 @@ PROGRAMS["eval"] = [*EVAL, "--plot", "{disk}/plot.png"]
 NAMING = {"download": "org/model: "}  # the others name the file
 TOLD = [*TINY, *SHORT, "--prompts", "{made}/turns.jsonl"]
 PRINTING = {"generate": ["generate", *TINY, *SHORT], "chat": ["chat", *TOLD],
-            "batch": ["batch", *TOLD], "eval": EVAL, "hub": ["hub", "{made}/ours"]}
+            "batch": ["batch", *TOLD], "eval": EVAL, "hub": ["formats.hub", "{made}/ours"]}
 
 
 def fill(program: str, made: Path, sizes: int, rng: random.Random, limit: bool) -> Counter:

