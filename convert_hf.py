@@ -15,43 +15,24 @@ from pathlib import Path
 import torch
 
 from cli import DTYPES, plain_parser
-from formats import gguf
-from formats.folder import read_config, stack, write_checkpoint
+from formats.folder import open_checkpoint, write_converted
+from formats.gguf import convert_gguf
 from formats.hub import find
-from formats.published import open_weights, read_quantization
-from quantize import GROUP_SIZES, MODES, empty_model, quantization_of, store, stored_shapes
+from quantize import GROUP_SIZES, MODES, asked_quantization
 from terminal import progress, user_errors, wrote
 
 
-def convert(source: Path, out: Path, dtype: torch.dtype | None = None, mode: str | None = None,
-            group_size: int = 32, show=None) -> None:
-    """Write the checkpoint folder at `source` to the new folder `out`, whole or not at all. dtype
-    None keeps the checkpoint's own; what others have quantized keeps its integers, unless mode asks
-    for int8 or int4. Raises ValueError naming the file, the tensor or the size."""
-    raw, config = read_config(source)
-    if (raw.get("gpt_stream") or {}).get("quantization") and not mode:
-        raise ValueError(f"{source}: is quantized; convert the original instead")
-    if mode:
-        stored, quantization = None, quantization_of(raw, mode, group_size, source)
+def convert(source: Path, out: Path, dtype: torch.dtype | None = None,
+            quantization: dict | None = None, show=None) -> None:
+    """Write the folder or .gguf file at `source` to the new folder `out`, whole or not at all.
+
+    dtype None keeps the checkpoint's own. quantization None keeps what is stored, a .gguf file's in
+    floating point; quantize.asked_quantization makes others. Raises ValueError naming the file, the
+    tensor or the size."""
+    if source.suffix.lower() == ".gguf" and not source.is_dir():
+        convert_gguf(source, out, dtype, quantization, show)
     else:
-        stored = quantization = read_quantization(source, raw, config)
-    shapes = stored_shapes(empty_model(config, quantization))  # refuses what cannot be
-
-    def weights():
-        for name, blocks in open_weights(source, raw, config, stored):
-            whole = stack(blocks)
-            parts = store(name, whole, quantization) if mode else {name: whole}
-            for part, tensor in parts.items():
-                keep = dtype is None or not tensor.is_floating_point() or part.endswith(".scale")
-                yield part, tensor if keep else tensor.to(dtype)
-
-    ours = {"format": 1, **({"quantization": quantization} if quantization else {})}
-    new = {**raw, "gpt_stream": ours}
-    new.pop("quantization_config", None)
-    if dtype:
-        new.pop("torch_dtype", None)  # what older files call it
-        new["dtype"] = str(dtype).removeprefix("torch.")
-    write_checkpoint(out, source, new, weights(), len(shapes), show)
+        write_converted(open_checkpoint(source), out, dtype, quantization, show)
 
 
 def main():
@@ -66,13 +47,12 @@ def main():
                         help="columns of a weight that share an int4 scale")
     with user_errors(parser):
         args = parser.parse_args()
-        dtype, path = DTYPES.get(args.dtype), Path(args.name).expanduser()
+        source = Path(args.name).expanduser()
+        if source.suffix.lower() != ".gguf":
+            source, _ = find(args.name)
+        quantization = asked_quantization(args.quantize, args.group_size)
         with progress("converting", "tensors") as show:
-            if args.name.lower().endswith(".gguf") and not path.is_dir():
-                quantization = quantization_of({}, args.quantize, args.group_size, path)
-                gguf.convert(path, args.out, dtype, quantization, show)
-            else:
-                convert(find(args.name)[0], args.out, dtype, args.quantize, args.group_size, show)
+            convert(source, args.out, DTYPES.get(args.dtype), quantization, show)
         wrote(args.out)
 
 

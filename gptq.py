@@ -26,15 +26,25 @@ from torch import Tensor
 import tp
 from cli import add_checkpoint, number, plain_parser
 from eval import read_text
-from formats.folder import read_config, read_weights, stack, write_checkpoint
+from formats.checkpoint import check_not_ours_quantized, float_tensors, stack
+from formats.config import block_layers, model_layers
+from formats.folder import open_checkpoint, our_config, write_checkpoint
 from formats.hub import find
+from linear import pack_nibbles
 from load import check_device
 from model import Block, ModelConfig, Step, rope, rope_frequencies
-from quantize import dequantize, empty_model, quantization_of, quantize_int4, store, stored_shapes
+from quantize import (
+    asked_quantization,
+    dequantize,
+    empty_model,
+    kind_of_tensor,
+    quantize_int4,
+    store,
+    stored_shapes,
+)
 from terminal import progress, user_errors, wrote
 from tokenizer import Tokenizer
 
-LINEARS = ("attention.qkv", "attention.out", "feed_forward.gate_up", "feed_forward.down")
 DAMPENING = 0.01  # of the mean of the Hessian's diagonal, added to it: the paper's
 COLUMNS = 128  # rounded before the rest of the matrix hears of them: the paper's lazy batches
 DRIFT = 0.5  # the share of the drift that is made up for
@@ -70,7 +80,7 @@ def quantize_gptq(weight: Tensor, hessian: Tensor, drift: Tensor, group_size: in
     scale = refit(weight, steps, hessian, scale)
     back, groups = order.argsort(), order[::group_size].div(group_size, rounding_mode="floor")
     nibbles, groups = nibbles[:, back].to(torch.uint8), groups.argsort()
-    return {"weight": nibbles[:, ::2] | nibbles[:, 1::2] << 4, "scale": scale[:, groups],
+    return {"weight": pack_nibbles(nibbles), "scale": scale[:, groups],
             "zero": zero[:, groups].to(torch.uint8)}
 
 
@@ -159,12 +169,14 @@ def sequences_of(path: str, tokenizer: Tokenizer, count: int, length: int) -> Te
     return torch.cat([torch.tensor(bos).long().expand(count, len(bos)), pieces[drawn]], dim=1)
 
 
-def read_inputs(block: Block, seen: Tensor, exact: Tensor, at: Step) -> dict[str, list[Tensor]]:
-    """For each linear of a block, the Hessian of its inputs x when the block reads `seen`, and how
-    far they are from those y when it reads `exact`: [x^T x, (y - x)^T x], each (K, K) float32.
+def read_inputs(block: Block, linears: list[str], seen: Tensor, exact: Tensor,
+                at: Step) -> dict[str, list[Tensor]]:
+    """For each of these linears of a block, the Hessian of its inputs x when the block reads `seen`
+    and how far they are from those y when it reads `exact`: [x^T x, (y - x)^T x], each (K, K)
+    float32.
     `exact` (N, L, dim) becomes what the block makes of it."""
     sums, hooks = {}, []
-    for name in LINEARS:
+    for name in linears:
         linear = block.get_submodule(name)
         K = linear.in_features
         sums[name] = [seen.new_zeros(K, K), seen.new_zeros(K, K)]
@@ -190,7 +202,7 @@ def batches(states: Tensor) -> tuple[Tensor, ...]:
 def quantize_layer(block: Block, prefix: str, sums: dict[str, list[Tensor]],
                    group_size: int) -> Iterator[tuple[str, Tensor]]:
     """Yield the stored tensors of a block's linears, whose weights become what those stand for."""
-    for name in LINEARS:
+    for name in sums:
         weight = block.get_submodule(name).weight
         parts = quantize_gptq(weight, *sums[name], group_size, f"{prefix}{name}.weight")
         weight.copy_(dequantize(parts))
@@ -202,7 +214,7 @@ def quantized_tensors(tensors: dict[str, list[Tensor]], config: ModelConfig, qua
                       sequences: Tensor, device: torch.device,
                       show=None) -> Iterator[tuple[str, Tensor]]:
     """Yield all stored tensors, calibrated on sequences (N, L) int64. tensors are the float ones
-    by name, each as what it stacks (convert_hf.read_weights).
+    by name, each as what it stacks (float_tensors).
 
     It holds one layer in float32, its Hessians, and the hidden states of all sequences twice:
     read through the quantized layers, and through the original ones."""
@@ -210,7 +222,12 @@ def quantized_tensors(tensors: dict[str, list[Tensor]], config: ModelConfig, qua
     def whole(name):
         return stack(tensors[name]).to(device)
 
-    embedding = store("embed.weight", whole("embed.weight"), quantization)
+    layers = model_layers(config)
+
+    def stored_whole(name: str) -> dict[str, Tensor]:
+        return store(name, whole(name), kind_of_tensor(name, layers, quantization))
+
+    embedding = stored_whole("embed.weight")
     yield from embedding.items()
     sequences, table = sequences.to(device), embedding["embed.weight"]
     seen = table[sequences] * embedding["embed.scale"][sequences][..., None]  # (N, L, dim)
@@ -221,7 +238,7 @@ def quantized_tensors(tensors: dict[str, list[Tensor]], config: ModelConfig, qua
         prefix = f"layers.{layer}."
         stored = {name: whole(name) for name in tensors if name.startswith(prefix)}
         block = make_block(config, stored, prefix)
-        sums = read_inputs(block, seen, exact, at)
+        sums = read_inputs(block, list(block_layers(config)), seen, exact, at)
         yield from quantize_layer(block, prefix, sums, quantization["group_size"])
         yield from ((name, tensor) for name, tensor in stored.items() if tensor.ndim == 1)
         for x in batches(seen):
@@ -229,8 +246,8 @@ def quantized_tensors(tensors: dict[str, list[Tensor]], config: ModelConfig, qua
         if show:
             show(layer + 1, config.n_layers)
     yield "norm.weight", whole("norm.weight")
-    if not config.tied_embeddings:
-        yield from store("output.weight", whole("output.weight"), quantization).items()
+    if "output.weight" in tensors:  # not where it is the embedding
+        yield from stored_whole("output.weight").items()
 
 
 def make_block(config: ModelConfig, stored: dict[str, Tensor], prefix: str) -> Block:
@@ -252,10 +269,11 @@ def gptq_checkpoint(source: Path, text: str, out: Path, n_sequences: int = 128,
     all, calibrated on a text file; length None is LENGTH, or the trained context when that is less.
     Raises ValueError naming the file, the tensor or the size."""
     device = check_device(device)
-    raw, config = read_config(source)
-    if raw.get("quantization_config"):
+    checkpoint = open_checkpoint(source)
+    config, quantization = checkpoint.config, asked_quantization("int4", group_size)
+    if "quantization_config" in checkpoint.raw:
         raise ValueError(f"{source}: others have quantized it already; quantize the original")
-    quantization = quantization_of(raw, "int4", group_size, source)
+    check_not_ours_quantized(checkpoint)
     shapes = stored_shapes(empty_model(config, quantization))  # refuses what cannot be
     longest = min(config.max_seq_len, config.sliding_window or config.max_seq_len)
     if length and length > longest:
@@ -264,13 +282,12 @@ def gptq_checkpoint(source: Path, text: str, out: Path, n_sequences: int = 128,
     def weights():  # begun when `out` is known to be free
         sequences = sequences_of(text, Tokenizer(source), n_sequences,
                                  length or min(LENGTH, longest))
-        tensors = dict(read_weights(source, raw, config, stored_shapes(empty_model(config))))
+        tensors = dict(float_tensors(checkpoint))
         for name, tensor in quantized_tensors(tensors, config, quantization, sequences, device,
                                               show):
             yield name, tensor.cpu()
 
-    new = {**raw, "gpt_stream": {"format": 1, "quantization": quantization}}
-    write_checkpoint(out, source, new, weights(), len(shapes))
+    write_checkpoint(out, source, our_config(checkpoint, quantization), weights(), len(shapes))
 
 
 def main():

@@ -15,6 +15,17 @@ from torch import Tensor, nn
 PACKED_BYTES = 1 << 22
 MODES, GROUP_SIZES = ("int8", "int4"), (32, 64, 128)
 
+
+def pack_nibbles(nibbles: Tensor) -> Tensor:
+    """Integers from 0 to 15 (N, K) uint8 as (N, K / 2): the even column in the low four bits."""
+    return nibbles[:, ::2] | nibbles[:, 1::2] << 4
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """(N, K / 2) uint8 as (N, K): what pack_nibbles packed."""
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
+
+
 # ------------------------------------------------------------------------------ kernels
 
 define, implement = torch.library.define, torch.library.impl
@@ -225,8 +236,8 @@ class Int4Linear(nn.Module):
             tiles = next(tiles for tiles in (8, 4, 2) if K % (16 * tiles) == 0)
             self.weight = torch._convert_weight_to_int4pack(swapped, tiles)
         else:
-            nibbles = torch.stack([self.weight & 15, self.weight >> 4], dim=-1).flatten(1)
-            self.weight = torch._convert_weight_to_int4pack_for_cpu(nibbles.int(), 1)
+            nibbles = unpack_nibbles(self.weight).int()
+            self.weight = torch._convert_weight_to_int4pack_for_cpu(nibbles, 1)
         del self.scale, self.zero
 
     def forward(self, x: Tensor) -> Tensor:

@@ -17,15 +17,20 @@ import torch
 from torch import Tensor
 
 import tp
-from formats.adapters import digest, merge, read_adapter
-from formats.config import hf_parts
-from formats.folder import read_config, stack
+from formats.adapters import Lora, digest, merge, read_adapter
+from formats.checkpoint import (
+    Checkpoint,
+    check_not_ours_quantized,
+    stack,
+    stored_tensors,
+)
+from formats.config import Layer, hf_parts, layer_name, model_layers
+from formats.folder import in_dtype, open_checkpoint
 from formats.hub import find, find_adapter
-from formats.published import open_weights, read_quantization
 from kv_cache import KVCache
 from linear import PACKED_BYTES, Int4Linear, Linear, check_types
 from model import ModelConfig, Transformer, rope_frequencies
-from quantize import empty_model, quantization_of, store
+from quantize import asked_quantization, empty_model, kind_of_tensor, store
 from threads import at_most, most_threads
 from tokenizer import Tokenizer
 
@@ -49,33 +54,22 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
     folder, quantize = find(checkpoint, quantize, group_size)
     adapter_folders = [find_adapter(name) for name in adapters]
     with tp.together():
-        raw, config = read_config(folder)
-        theirs = None if quantize else read_quantization(folder, raw, config)
-        quantization = theirs or quantization_of(raw, quantize, group_size, folder)
-        if adapter_folders and (raw.get("quantization_config") or quantization and not quantize):
+        opened, asked = open_checkpoint(folder), asked_quantization(quantize, group_size)
+        if asked:
+            check_not_ours_quantized(opened)
+        if adapters and opened.quantization:
             raise ValueError(f"{folder}: is stored quantized; an adapter needs the original, which "
                              "--quantize quantizes after merging")
-        lora = [read_adapter(at, config) for at in adapter_folders]
+        lora = [read_adapter(at, opened.config) for at in adapter_folders]
         tokenizer = Tokenizer(folder)
+        quantization = asked or opened.quantization
         n = tp.n_ranks() if parallel else 1
-        local = config if n == 1 else tp.share(config, n, (quantization or {}).get("group_size"))
-        model = empty_model(local, quantization)
-        parts, weights = hf_parts(config), {}
-        for name, blocks in open_weights(folder, raw, config, None if quantize else quantization):
-            if lora:
-                blocks = merge(blocks, parts[name], lora, torch.float32 if quantize else dtype)
-            weights.update(own_parts(name, blocks, config, n, quantization if quantize else None,
-                                     device))
+        config, group = opened.config, (quantization or {}).get("group_size")
+        model = empty_model(config if n == 1 else tp.share(config, n, group), quantization)
+        weights = read_weights(opened, asked, lora, dtype, n, device)
         dtype = dtype or default_dtype(weights)
-        if device.type == "cuda" and has_int4(weights) and dtype != torch.bfloat16:
-            raise ValueError(f"int4 on a GPU computes in bf16, not {dtype}; give --dtype bf16")
-        for name, tensor in weights.items():
-            if tensor.is_floating_point() and not name.endswith(".scale"):
-                weights[name] = tensor.to(dtype)
-        if config.tied_embeddings:
-            for part in [name for name in weights if name.startswith("embed.")]:
-                name = part.replace("embed", "output")
-                weights[name] = tp.own_slice(name, [weights[part]], config, n)
+        convert_floats(weights, dtype, device)
+        share_tied(weights, config, n)
         settings = settings_of(config), dtype, quantization, *map(digest, lora)
         model.fingerprint = fingerprint(settings, weights)
         finish(model, weights, device)
@@ -85,6 +79,52 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
         elif device.type == "cpu":
             pack(model, compile=False)
     return model, tokenizer
+
+
+def read_weights(opened: Checkpoint, asked: dict | None, lora: list[Lora],
+                 dtype: torch.dtype | None, n: int, device: torch.device) -> dict[str, Tensor]:
+    """This rank's part, of n, of every stored tensor: adapters are merged in, and then it is
+    quantized as asked for."""
+    config, weights = opened.config, {}
+    layers, parts = model_layers(config), hf_parts(config)
+    for name, blocks in stored_tensors(opened, asked):
+        if lora:
+            blocks = merge(blocks, parts[name], lora, torch.float32 if asked else dtype)
+        kind = kind_of_tensor(name, layers, asked) if blocks[0].is_floating_point() else None
+        layer = layers.get(layer_name(name, layers))
+        weights.update(own_part(name, layer, blocks, config, kind, n, device))
+    return weights
+
+
+def own_part(name: str, layer: Layer | None, blocks: list[Tensor], config: ModelConfig,
+             kind: dict | None, n: int, device: torch.device) -> dict[str, Tensor]:
+    """This rank's part, of n, of one tensor, stored as that kind."""
+    if n == 1:
+        return store(name, stack(blocks).to(device), kind)
+    if kind and layer.sharded == "columns":  # a row's scale needs the whole row
+        parts = store(name, stack(blocks).to(device), kind)
+        return {part: tp.shard(part, layer, [tensor], config, n) for part, tensor in parts.items()}
+    return store(name, tp.shard(name, layer, blocks, config, n).to(device), kind)
+
+
+def share_tied(weights: dict[str, Tensor], config: ModelConfig, n: int) -> None:
+    """Give layers that share another's weight this rank's part of it."""
+    for name, layer in model_layers(config).items():
+        if layer.tied_to is None:
+            continue
+        for part in [part for part in weights if part.startswith(layer.tied_to + ".")]:
+            own = name + part.removeprefix(layer.tied_to)
+            whole = weights[part]
+            weights[own] = whole if n == 1 else tp.shard(own, layer, [whole], config, n)
+
+
+def convert_floats(weights: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+    """Convert in place to the dtype that the model computes in. Raises ValueError where the device
+    does not compute in it."""
+    if device.type == "cuda" and has_int4(weights) and dtype != torch.bfloat16:
+        raise ValueError(f"int4 on a GPU computes in bf16, not {dtype}; give --dtype bf16")
+    for name, tensor in weights.items():
+        weights[name] = in_dtype(name, tensor, dtype)
 
 
 def has_int4(weights: dict[str, Tensor]) -> bool:
@@ -101,19 +141,6 @@ def default_dtype(weights: dict[str, Tensor]) -> torch.dtype:
         log.info("the checkpoint is in fp16; int4 computes in bf16 (--dtype says otherwise)")
         return torch.bfloat16
     return dtype
-
-
-def own_parts(name: str, blocks: list[Tensor], config: ModelConfig, n: int, wanted: dict | None,
-              device: torch.device) -> dict[str, Tensor]:
-    """This rank's part, of n, of a stored tensor: as it is, or quantized as is wanted."""
-    if n == 1:
-        tensor = stack(blocks).to(device)
-        return store(name, tensor, wanted) if wanted else {name: tensor}
-    if wanted and tp.is_cut_by_columns(name):  # after quantizing: a row's scale needs the whole row
-        parts = store(name, stack(blocks).to(device), wanted)
-        return {part: tp.own_slice(part, [tensor], config, n) for part, tensor in parts.items()}
-    tensor = tp.own_slice(name, blocks, config, n).to(device)
-    return store(name, tensor, wanted) if wanted else {name: tensor}
 
 
 def settings_of(config: ModelConfig) -> dict:

@@ -26,10 +26,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from formats.config import hf_parts
-from linear import GROUP_SIZES, MODES, quantized
+from formats.config import Layer, layer_name, model_layers
+from linear import GROUP_SIZES, MODES, pack_nibbles, quantized, unpack_nibbles
 from model import ModelConfig, Transformer
 
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a group's range, to choose from
@@ -70,33 +70,47 @@ def quantize_int4(weight: Tensor, group_size: int) -> dict[str, Tensor]:
     best = torch.stack(errors, -1).argmin(-1, keepdim=True)  # (N, K / g, 1)
     scale = torch.cat(candidates, -1).gather(-1, best)
     nibbles = (nearest(scale) + zero).flatten(1).to(torch.uint8)
-    return {"weight": nibbles[:, ::2] | nibbles[:, 1::2] << 4, "scale": scale[..., 0],
+    return {"weight": pack_nibbles(nibbles), "scale": scale[..., 0],
             "zero": sixteenths[..., 0].to(torch.uint8)}
 
 
 def dequantize(parts: dict[str, Tensor]) -> Tensor:
-    """The float32 weight (N, K) that the stored tensors of a layer stand for."""
-    weight, scale = parts["weight"], parts["scale"]
+    """The weight (N, K) that the stored tensors of a layer stand for: in float32, or where it is
+    stored in floating point as it is."""
+    weight, scale = parts["weight"], parts.get("scale")
+    if scale is None:
+        return weight
     if scale.ndim == 1:
         return weight.float() * scale[:, None]
     zero = parts["zero"].float()[..., None]
     if weight.dtype == torch.uint8:
-        weight, zero = torch.stack([weight & 15, weight >> 4], dim=-1).flatten(1), zero / 16
+        weight, zero = unpack_nibbles(weight), zero / 16
     groups = weight.unflatten(1, (scale.shape[1], -1)).float()
     columns = ((groups - zero) * scale[..., None]).flatten(1)
     return columns[:, parts["order"].argsort()] if "order" in parts else columns
 
 
-def quantize_weight(name: str, weight: Tensor, mode: str, group_size: int) -> dict[str, Tensor]:
-    """The stored tensors of a float weight, by their full names. Raises ValueError naming it when
-    it has NaN or infinite values."""
+def quantize_weight(weight: Tensor, kind: dict) -> dict[str, Tensor]:
+    """The stored tensors of a float weight (N, K); kind is {"mode": "int8"}, or {"mode": "int4",
+    "group_size": g}. Raises ValueError when it has NaN or infinite values."""
     if not weight.isfinite().all():
-        raise ValueError(f"tensor {name} has NaN or infinite values and cannot be quantized")
-    layer = name.removesuffix("weight")
-    int8 = mode == "int8" or not layer.startswith("layers.")
-    pieces = [quantize_int8(rows) if int8 else quantize_int4(rows, group_size)
+        raise ValueError("has NaN or infinite values and cannot be quantized")
+    pieces = [quantize_int8(rows) if kind["mode"] == "int8" else
+              quantize_int4(rows, kind["group_size"])
               for rows in weight.split(256)]  # few rows at a time stay in a CPU's caches
-    return {layer + part: torch.cat([piece[part] for piece in pieces]) for part in pieces[0]}
+    return {part: torch.cat([piece[part] for piece in pieces]) for part in pieces[0]}
+
+
+def store(name: str, tensor: Tensor, kind: dict | None) -> dict[str, Tensor]:
+    """The tensors that a float tensor is stored as, by name: as it is where kind is None. Raises
+    ValueError naming it when it cannot be quantized."""
+    if kind is None:
+        return {name: tensor}
+    try:
+        parts = quantize_weight(tensor, kind)
+    except ValueError as error:
+        raise ValueError(f"tensor {name} {error}") from None
+    return {name.removesuffix("weight") + part: stored for part, stored in parts.items()}
 
 
 # ------------------------------------------------------------------------------ models
@@ -108,58 +122,61 @@ def empty_model(config: ModelConfig, quantization: dict | None = None) -> Transf
     does not divide a layer's inputs."""
     with torch.device("meta"):
         model = Transformer(config)
-        if quantization is None:
-            return model
-        parts = hf_parts(config)
-        for name, plain in list(model.named_modules()):
-            if isinstance(plain, (nn.Linear, nn.Embedding)) and (
-                    kind := kind_of(name, quantization)):
-                stacked = list(parts.get(f"{name}.weight", {}).values())
-                model.set_submodule(name, quantized(name, plain, kind, stacked))
+        for name, layer in model_layers(config).items():
+            if kind := kind_of(name, layer, quantization):
+                plain = model.get_submodule(name)
+                rows = list(layer.parts.values())
+                model.set_submodule(name, quantized(name, plain, kind, rows))
     return model
 
 
-def kind_of(name: str, quantization: dict) -> dict | list | None:
+def kind_of(name: str, layer: Layer, quantization: dict | None) -> dict | list | None:
     """How a layer is stored: {"mode", "group_size", "order"}, None for in floating point, or one of
-    these for each part that it stacks. quantization is such a kind, {"mode": "int8"} or {"mode":
-    "int4", "group_size": ...} for all, or has "layers", a kind for each name."""
+    these for each part that it stacks.
+
+    quantization is such a kind, {"mode": "int8"} or {"mode": "int4", "group_size": ...} for all
+    layers, or has "layers", a kind for each name, or is None."""
+    if quantization is None:
+        return None
     if "layers" in quantization:
         return quantization["layers"].get(name)
-    return quantization if name.startswith("layers.") else {"mode": "int8"}
+    return quantization if layer.int4 else {"mode": "int8"}
+
+
+def kind_of_tensor(tensor: str, layers: dict[str, Layer],
+                   quantization: dict | None) -> dict | list | None:
+    """How the layer of a tensor is stored, if the tensor is its weight: nothing else is quantized.
+    """
+    name = layer_name(tensor, layers)
+    if name is None or not tensor.endswith(".weight"):
+        return None
+    return kind_of(name, layers[name], quantization)
 
 
 def stored_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor that a checkpoint of this model stores, by name."""
-    tied = "output." if model.config.tied_embeddings else None
-    return {name: tuple(t.shape) for name, t in model.state_dict().items()
-            if tied is None or not name.startswith(tied)}
+    layers = model_layers(model.config)
+    shapes = {}
+    for tensor, value in model.state_dict().items():
+        name = layer_name(tensor, layers)
+        if name is None or layers[name].tied_to is None:
+            shapes[tensor] = tuple(value.shape)
+    return shapes
 
 
 # ------------------------------------------------------------------------------ command line
 
 
-def quantization_of(raw: dict, mode: str | None, group_size: int, source: Path) -> dict | None:
-    """What a checkpoint's config.json says, or what is asked for: {"mode", "group_size"} or None.
-    Raises ValueError where both do."""
-    stored = (raw.get("gpt_stream") or {}).get("quantization")
-    if stored and mode:
-        raise ValueError(f"{source}: is quantized already ({stored.get('mode')}); "
-                         "quantize the original instead")
-    if stored or not mode:
-        return stored
-    return {"mode": mode, **({"group_size": group_size} if mode == "int4" else {})}
-
-
-def store(name: str, tensor: Tensor, quantization: dict) -> dict[str, Tensor]:
-    """The tensors that a float tensor is stored as: norms and biases as they are."""
-    if tensor.ndim == 1:
-        return {name: tensor}
-    return quantize_weight(name, tensor, quantization["mode"], quantization.get("group_size", 0))
+def asked_quantization(mode: str | None, group_size: int) -> dict | None:
+    """A config.json's words for what a command line asks for: {"mode", "group_size"} or None."""
+    if mode is None:
+        return None
+    return {"mode": mode, "group_size": group_size} if mode == "int4" else {"mode": mode}
 
 
 def main():
-    """What convert_hf.py --quantize does. (This file stands before those that read checkpoints, so
-    its command is the one place that imports them.)"""
+    """What convert_hf.py --quantize does, by its older name. (This file stands before those that
+    read checkpoints, so its command is the one place that imports them.)"""
     from cli import plain_parser
     from convert_hf import convert
     from formats.hub import find
@@ -177,8 +194,9 @@ def main():
         if args.checkpoint.endswith(".gguf"):  # whose own integers that keeps, where it can
             raise ValueError(f"{args.checkpoint}: use convert_hf.py --quantize {args.mode}")
         source, _ = find(args.checkpoint)
+        quantization = asked_quantization(args.mode, args.group_size)
         with progress("quantizing", "tensors") as show:
-            convert(source, args.out, None, args.mode, args.group_size, show)
+            convert(source, args.out, None, quantization, show)
         wrote(args.out)
 
 

@@ -225,44 +225,44 @@ def share(config, n: int, group_size: int | None = None):
         n_kv_heads=max(config.n_kv_heads // n, 1))
 
 
-def is_cut_by_columns(name: str) -> bool:
-    """Whether a rank holds some inputs of this layer, and not some of its outputs."""
-    return "attention.out." in name or "feed_forward.down." in name
+def shard(tensor: str, layer, blocks: list[Tensor], config, n: int) -> Tensor:
+    """This rank's part of a stored tensor, of a weight, a bias, or of int8's or int4's parts, given
+    as the blocks of rows that it stacks or as a whole. layer is its formats.config.Layer, None for
+    a norm's; config is the whole model's. Raises ValueError naming what ranks cannot share.
 
-
-def own_slice(name: str, blocks: list[Tensor], config, n: int) -> Tensor:
-    """This rank's part of a stored tensor, given as what it stacks or as a whole; of a weight, or
-    of its int8 or int4 parts. config is the whole model's.
-
-    They are slices of memory-mapped tensors: of the file, only their pages are read."""
-    if name.endswith(".order"):
-        if is_cut_by_columns(name):
-            raise ValueError(f"{name.removesuffix('.order')} is stored in activation order, in "
-                             f"which its groups cannot be shared by {n} processes; one can run it")
+    Parts are slices of memory-mapped tensors: of the file, only their pages are read."""
+    owner, _, part = tensor.rpartition(".")
+    if layer is None or layer.is_table:
         return blocks[0]
-    apart = name.split(".")[-2]  # the number of one of the stacked layers, where they are apart
-    if "attention.qkv." in name:
+    if part == "order":
+        if layer.sharded == "columns":
+            raise ValueError(f"{owner} is stored in activation order, in which its groups cannot "
+                             f"be shared by {n} processes; one can run it")
+        return blocks[0]
+    if layer.sharded == "columns":
+        return shard_columns(blocks[0], part, n)
+    places = [(rank(), n)] * len(layer.parts)  # which part of how many, for each of those stacked
+    if layer.sharded == "heads":
         # With more ranks than key-value heads, several hold the same one.
         holders = max(n // config.n_kv_heads, 1)
-        own = [(rank(), n)] + 2 * [(rank() // holders, n // holders)]
-        if apart.isdigit():
-            return nth(blocks[0], *own[int(apart)])
-        q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        blocks = blocks if len(blocks) == 3 else blocks[0].split([q, kv, kv])
-        return torch.cat([nth(block, *mine) for block, mine in zip(blocks, own)])
-    if "feed_forward.gate_up." in name:
-        if apart.isdigit():
-            return nth(blocks[0], rank(), n)
-        gate, up = blocks if len(blocks) == 2 else blocks[0].chunk(2)
-        return torch.cat([nth(gate, rank(), n), nth(up, rank(), n)])
-    [whole] = blocks
-    if name.startswith("output."):
-        return nth(whole, rank(), n)
-    if is_cut_by_columns(name) and name.endswith(".bias"):
-        return whole if rank() == 0 else torch.zeros_like(whole)  # the sum has it once
-    if is_cut_by_columns(name) and whole.ndim == 2:
-        return nth(whole.t(), rank(), n).t().contiguous()
-    return whole
+        places[1:] = 2 * [(rank() // holders, n // holders)]
+    number = owner.rpartition(".")[2]
+    if number.isdigit():  # one of several that are stored apart
+        return nth(blocks[0], *places[int(number)])
+    if len(blocks) != len(layer.parts):
+        blocks = blocks[0].split(list(layer.parts.values()))
+    mine = [nth(block, *place) for block, place in zip(blocks, places, strict=True)]
+    return mine[0] if len(mine) == 1 else torch.cat(mine)
+
+
+def shard_columns(whole: Tensor, part: str, n: int) -> Tensor:
+    """This rank's part of a tensor of a layer of which ranks share the inputs: its outputs are
+    added up, so that one rank alone adds the bias."""
+    if part == "bias":
+        return whole if rank() == 0 else torch.zeros_like(whole)
+    if whole.ndim == 1:  # a scale for each row
+        return whole
+    return nth(whole.t(), rank(), n).t().contiguous()
 
 
 def nth(x: Tensor, index: int, n: int) -> Tensor:

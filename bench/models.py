@@ -7,9 +7,9 @@ import torch
 from cli import DTYPES, load_arguments
 from formats.config import config_from_hf
 from kv_cache import KVCache
-from load import check_device, finish, load
+from load import check_device, finish, load, share_tied
 from model import ModelConfig, Transformer
-from quantize import empty_model, quantization_of
+from quantize import asked_quantization, empty_model
 
 SHAPES = {  # dim, layers, heads, KV heads, ffn, vocabulary, context, tied
     "135m": (576, 30, 9, 3, 1536, 49152, 8192, True),  # SmolLM2
@@ -43,8 +43,7 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype,
         else:
             weights[name] = torch.empty(stored.shape, dtype=dtype, device=device)
             weights[name].fill_(1) if stored.ndim == 1 else weights[name].normal_(std=0.02)
-        if config.tied_embeddings and name.startswith("output."):
-            weights[name] = weights[name.replace("output", "embed")]
+    share_tied(weights, config, 1)
     finish(model, weights, device)
     return model
 
@@ -57,7 +56,7 @@ def open_model(args) -> Transformer:
         raise ValueError("--adapter goes with --checkpoint, not with --shape")
     return random_model(config_from_hf(shape_config(args.shape)), check_device(args.device),
                         DTYPES[args.dtype or "bf16"],
-                        quantization_of({}, args.quantize, args.group_size, args.shape))
+                        asked_quantization(args.quantize, args.group_size))
 
 
 def peer_settings(args) -> tuple:

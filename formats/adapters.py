@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from formats.config import OBJECT, check_keys, hf_parts
+from formats.config import OBJECT, check_keys, model_layers
 from formats.files import read_json
 from formats.folder import open_file
 from model import ModelConfig
-from quantize import empty_model, stored_shapes
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # Settings of peft's under which a weight is not W + s B A, or not the layers' alone.
@@ -31,21 +30,22 @@ def read_adapter(folder: Path, config: ModelConfig) -> Lora:
     settings, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
     check_settings(folder / "adapter_config.json", settings)
     tensors = open_file(path)
-    layers, shapes = {}, stored_shapes(empty_model(config))
+    layers = {}
     for name in tensors:
         found = re.fullmatch(r"base_model\.model\.(.+)\.lora_[AB]\.weight", name)
         if not found:
             raise ValueError(f"{path}: tensor {name} is not supported: an adapter may have lora_A "
                              "and lora_B of linear layers")
         layers.setdefault(found[1], name.removesuffix("A.weight").removesuffix("B.weight"))
-    sizes = {part: (rows, shapes[name][-1]) for name, parts in hf_parts(config).items()
-             for part, rows in parts.items() if len(shapes[name]) == 2 and name != "embed.weight"}
+    sizes = {part: (rows, layer.columns) for layer in model_layers(config).values()
+             for part, rows in layer.parts.items()
+             if not layer.is_table and layer.tied_to is None}
     adapter = {}
     for layer, stem in layers.items():
-        if layer + ".weight" not in sizes:
+        if layer not in sizes:
             raise ValueError(f"{path}: tensor {stem}A.weight is of another model: this one has no "
                              f"linear layer {layer}")
-        N, K = sizes[layer + ".weight"]
+        N, K = sizes[layer]
         r, s = rank_and_scale(folder / "adapter_config.json", settings, layer)
         for kind, shape in (("A", (r, K)), ("B", (N, r))):
             tensor = tensors.get(f"{stem}{kind}.weight")
@@ -96,14 +96,15 @@ def rank_and_scale(path: Path, settings: dict, layer: str) -> tuple[int, float]:
         raise ValueError(f"{path}: no rank or scale for {layer}: {error}") from None
 
 
-def merge(blocks: list[Tensor], parts: dict[str, int], adapters: list[Lora],
+def merge(blocks: list[Tensor], parts: dict[str, tuple[int, ...]], adapters: list[Lora],
           dtype: torch.dtype | None) -> list[Tensor]:
     """The blocks of rows of one of our tensors, those that an adapter names merged: computed in
-    float32, and returned in dtype, or if it is None in their own. parts are the blocks' names."""
+    float32, and returned in dtype, or if it is None in their own. parts are the blocks' names and
+    shapes."""
     if not any(part in adapter for part in parts for adapter in adapters):
         return blocks
     if len(blocks) != len(parts):  # one of our folders, where they are stacked
-        blocks = blocks[0].split(list(parts.values()))
+        blocks = blocks[0].split([shape[0] for shape in parts.values()])
     merged = []
     for part, block in zip(parts, blocks):
         weight = block.float()

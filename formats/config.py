@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from formats.files import read_json
 from model import ModelConfig
@@ -112,30 +113,102 @@ def eos_ids(path: Path) -> list[int]:
 # ------------------------------------------------------------------------------ names
 
 
-def hf_parts(config: ModelConfig) -> dict[str, dict[str, int]]:
-    """For each tensor of ours, the Hugging Face tensors that it stacks and the rows of each."""
+class Layer(NamedTuple):
+    """A linear layer of ours, or the embedding: what it stacks, and how it is treated."""
+
+    parts: dict[str, int]  # Hugging Face's layers that it stacks, and the rows of each
+    columns: int
+    bias: bool = False
+    sharded: str = "rows"  # what ranks share out (tp.shard): heads, rows of each part, or columns
+    int4: bool = True  # whether it may be int4; if not, it is int8 where the others are int4
+    is_table: bool = False  # an embedding, which every rank holds whole
+    tied_to: str | None = None  # the layer whose weight it shares; a file holds that alone
+
+
+def block_layers(config: ModelConfig) -> dict[str, Layer]:
+    """The linear layers of one block by our names, in the order in which it computes them."""
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    dim, ffn, vocab = config.dim, config.ffn_dim, config.vocab_size
-    parts = {"embed.weight": {"model.embed_tokens.weight": vocab}}
+    dim, ffn = config.dim, config.ffn_dim
+    return {
+        "attention.qkv": Layer(
+            {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv},
+            columns=dim, bias=config.qkv_bias, sharded="heads"),
+        "attention.out": Layer(
+            {"self_attn.o_proj": dim}, columns=q, bias=config.out_bias, sharded="columns"),
+        "feed_forward.gate_up": Layer(
+            {"mlp.gate_proj": ffn, "mlp.up_proj": ffn}, columns=dim, bias=config.ffn_bias),
+        "feed_forward.down": Layer(
+            {"mlp.down_proj": dim}, columns=ffn, bias=config.ffn_bias, sharded="columns"),
+    }
+
+
+def model_layers(config: ModelConfig) -> dict[str, Layer]:
+    """Every linear layer of a model and its embedding, by our names."""
+    layers = {"embed": Layer({"model.embed_tokens": config.vocab_size}, columns=config.dim,
+                             int4=False, is_table=True)}
     for i in range(config.n_layers):
-        ours, hf = f"layers.{i}.", f"model.layers.{i}."
-        linears = {
-            "attention.qkv": (config.qkv_bias, {"self_attn.q_proj": q, "self_attn.k_proj": kv,
-                                                "self_attn.v_proj": kv}),
-            "attention.out": (config.out_bias, {"self_attn.o_proj": dim}),
-            "feed_forward.gate_up": (config.ffn_bias, {"mlp.gate_proj": ffn, "mlp.up_proj": ffn}),
-            "feed_forward.down": (config.ffn_bias, {"mlp.down_proj": dim}),
-        }
-        for name, (bias, stacked) in linears.items():
-            for kind in ("weight", "bias") if bias else ("weight",):
-                parts[f"{ours}{name}.{kind}"] = {f"{hf}{n}.{kind}": r for n, r in stacked.items()}
-        parts[ours + "attention_norm.weight"] = {hf + "input_layernorm.weight": dim}
-        parts[ours + "ffn_norm.weight"] = {hf + "post_attention_layernorm.weight": dim}
-        if config.qk_norm:
-            for n in "qk":
-                parts[f"{ours}attention.{n}_norm.weight"] = {
-                    f"{hf}self_attn.{n}_norm.weight": config.head_dim}
-    parts["norm.weight"] = {"model.norm.weight": dim}
-    if not config.tied_embeddings:
-        parts["output.weight"] = {"lm_head.weight": vocab}
+        for name, layer in block_layers(config).items():
+            parts = {f"model.layers.{i}.{part}": rows for part, rows in layer.parts.items()}
+            layers[f"layers.{i}.{name}"] = layer._replace(parts=parts)
+    layers["output"] = Layer({"lm_head": config.vocab_size}, columns=config.dim, int4=False,
+                             tied_to="embed" if config.tied_embeddings else None)
+    return layers
+
+
+def block_norms(config: ModelConfig) -> dict[str, tuple[str, int]]:
+    """The norms of one block by our names: Hugging Face's name, and the size."""
+    norms = {"attention_norm": ("input_layernorm", config.dim),
+             "ffn_norm": ("post_attention_layernorm", config.dim)}
+    if config.qk_norm:
+        norms["attention.q_norm"] = ("self_attn.q_norm", config.head_dim)
+        norms["attention.k_norm"] = ("self_attn.k_norm", config.head_dim)
+    return norms
+
+
+def hf_parts(config: ModelConfig) -> dict[str, dict[str, tuple[int, ...]]]:
+    """For each tensor of ours that a file holds, the Hugging Face tensors that it stacks, and the
+    shape of each."""
+    parts, layers = {}, model_layers(config)
+
+    def add_layer(name: str) -> None:
+        layer = layers[name]
+        if layer.tied_to is None:
+            parts[f"{name}.weight"] = {f"{part}.weight": (rows, layer.columns)
+                                       for part, rows in layer.parts.items()}
+        if layer.bias:
+            parts[f"{name}.bias"] = {f"{part}.bias": (rows,) for part, rows in layer.parts.items()}
+
+    add_layer("embed")
+    for i in range(config.n_layers):
+        for name in block_layers(config):
+            add_layer(f"layers.{i}.{name}")
+        for name, (theirs, size) in block_norms(config).items():
+            parts[f"layers.{i}.{name}.weight"] = {f"model.layers.{i}.{theirs}.weight": (size,)}
+    parts["norm.weight"] = {"model.norm.weight": (config.dim,)}
+    add_layer("output")
     return parts
+
+
+def layer_name(tensor: str, layers: dict[str, Layer]) -> str | None:
+    """The layer that a stored tensor belongs to: layers.0.attention.qkv of its weight, bias or
+    scale, or of those of the first layer that it stacks (layers.0.attention.qkv.0.scale). None for
+    a norm's."""
+    owner, _, _ = tensor.rpartition(".")
+    if owner not in layers:
+        owner, _, _ = owner.rpartition(".")
+    return owner if owner in layers else None
+
+
+def check_tensors(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]],
+                  asked_by: str = "the config") -> None:
+    """Raises ValueError naming the first tensor that is missing, of another shape, or extra."""
+    for name, shape in expected.items():
+        if name not in found:
+            raise ValueError(f"tensor {name} is missing")
+        if tuple(found[name]) != tuple(shape):
+            raise ValueError(f"tensor {name} has shape {tuple(found[name])}; {asked_by} asks for "
+                             f"{tuple(shape)}")
+    for extra in sorted(set(found) - set(expected)):
+        # Old files carry two that no model reads: a table that is computed, and a tied copy.
+        if not extra.endswith("rotary_emb.inv_freq") and extra != "lm_head.weight":
+            raise ValueError(f"tensor {extra} does not belong to this architecture")

@@ -13,7 +13,7 @@ import pickle
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import safetensors
@@ -21,9 +21,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from formats.config import config_from_hf, eos_ids, hf_parts
+from formats.checkpoint import (
+    Checkpoint,
+    check_not_ours_quantized,
+    float_tensors,
+    quantized_tensors,
+    stack,
+    stored_tensors,
+)
+from formats.config import check_tensors, config_from_hf, eos_ids, hf_parts
 from formats.files import read_json, write_json
+from formats.published import read_published
 from model import ModelConfig
+from quantize import empty_model, stored_shapes
 
 FILE_BYTES = 1 << 30  # size of an output file, and so about the memory that converting takes
 COPIED = ("generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
@@ -31,6 +41,39 @@ COPIED = ("generation_config.json", "tokenizer.model", "tokenizer.json", "tokeni
 
 
 # ------------------------------------------------------------------------------ reading
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """What a checkpoint folder holds: Hugging Face's, one of ours, or one that others have
+    quantized. Raises ValueError naming the folder, and in it the file, key or tensor."""
+    raw, config = read_config(folder)
+    tensors = open_tensors(folder)
+    check_layers(folder, config, tensors)
+    try:
+        if "gpt_stream" in raw:
+            quantization = raw["gpt_stream"].get("quantization")
+            expected = stored_shapes(empty_model(config, quantization))
+            check_tensors({name: tensor.shape for name, tensor in tensors.items()}, expected)
+            blocks = {name: [tensors[name]] for name in expected}
+        elif raw.get("quantization_config"):
+            quantization, blocks = read_published(folder, raw, tensors, config)
+        else:
+            quantization, blocks = None, stacked(tensors, config)
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(str(folder)) else f"{folder}: {text}") from None
+    return Checkpoint(folder, raw, config, quantization, blocks)
+
+
+def stacked(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, list[Tensor]]:
+    """Hugging Face's tensors under our names. Raises ValueError naming one that is wrong."""
+    parts = hf_parts(config)
+    expected = {part: shape for each in parts.values() for part, shape in each.items()}
+    check_tensors({name: tensor.shape for name, tensor in tensors.items()}, expected)
+    for part in expected:
+        if not tensors[part].is_floating_point():
+            raise ValueError(f"tensor {part} holds {tensors[part].dtype}, no floats")
+    return {name: [tensors[part] for part in each] for name, each in parts.items()}
 
 
 def read_config(folder: Path) -> tuple[dict, ModelConfig]:
@@ -46,14 +89,18 @@ def read_config(folder: Path) -> tuple[dict, ModelConfig]:
         raw.setdefault("quantization_config", {"quant_method": "gptq", **gptq})
     ids = {*eos_ids(path), *eos_ids(folder / "generation_config.json")}
     try:
-        config = config_from_hf({**raw, "eos_token_id": sorted(ids)})
+        return raw, config_from_hf({**raw, "eos_token_id": sorted(ids)})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    layers = len({m[1] for n in open_tensors(folder) if (m := re.search(r"\blayers\.(\d+)\.", n))})
-    if layers != config.n_layers:  # before so many are built
-        raise ValueError(f"{path}: num_hidden_layers is {config.n_layers}; the weights have "
-                         f"{layers} layers")
-    return raw, config
+
+
+def check_layers(folder: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError unless there are as many layers as the config says, before they are built.
+    """
+    numbers = {found[1] for name in tensors if (found := re.search(r"\blayers\.(\d+)\.", name))}
+    if len(numbers) != config.n_layers:
+        raise ValueError(f"{folder / 'config.json'}: num_hidden_layers is {config.n_layers}; the "
+                         f"weights have {len(numbers)} layers")
 
 
 def open_tensors(folder: Path) -> dict[str, Tensor]:
@@ -102,44 +149,45 @@ def open_file(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: damaged or not a weights file: {reason}") from None
 
 
-def read_weights(folder: Path, raw: dict, config: ModelConfig,
-                 shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, list[Tensor]]]:
-    """Every tensor of a checkpoint by our name, as the blocks of rows that it stacks: q, k and v of
-    a Hugging Face one, which have to have these shapes (quantize.stored_shapes).
-    Raises ValueError naming a missing, extra or misshapen tensor, before the first is yielded."""
-    ours = {name: {name: shape[0]} for name, shape in shapes.items()}
-    parts = ours if "gpt_stream" in raw else hf_parts(config)
-    tensors = open_tensors(folder)
-    check_tensors(folder, tensors, parts, shapes, config)
-    for name, stacked in parts.items():
-        yield name, [tensors[part] for part in stacked]
-
-
-def check_tensors(folder: Path, tensors: dict[str, Tensor], parts: dict[str, dict[str, int]],
-                  shapes: dict[str, tuple[int, ...]], config: ModelConfig) -> None:
-    for name, stacked in parts.items():
-        for part, rows in stacked.items():
-            expected = (rows, *shapes[name][1:])
-            if part not in tensors:
-                raise ValueError(f"{folder}: tensor {part} is missing")
-            if tuple(tensors[part].shape) != expected:
-                raise ValueError(f"{folder}: tensor {part} has shape {tuple(tensors[part].shape)}; "
-                                 f"the config asks for {expected}")
-            if part != name and not tensors[part].is_floating_point():  # ours may be integers
-                raise ValueError(f"{folder}: tensor {part} holds {tensors[part].dtype}, no floats")
-    used = {part for stacked in parts.values() for part in stacked}
-    for extra in sorted(set(tensors) - used):
-        # Two that old files carry and no model reads: a table that is computed, and a tied copy.
-        if not (extra.endswith("rotary_emb.inv_freq")
-                or extra == "lm_head.weight" and config.tied_embeddings):
-            raise ValueError(f"{folder}: tensor {extra} does not belong to this architecture")
-
-
-def stack(blocks: list[Tensor]) -> Tensor:
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-
-
 # ------------------------------------------------------------------------------ writing
+
+
+def our_config(checkpoint: Checkpoint, quantization: dict | None,
+               dtype: torch.dtype | None = None) -> dict:
+    """The config.json of a folder of ours with this checkpoint's weights, quantized so."""
+    raw = {**checkpoint.raw, "gpt_stream": {**checkpoint.raw.get("gpt_stream", {}), "format": 1}}
+    if quantization:
+        raw["gpt_stream"]["quantization"] = quantization
+    raw.pop("quantization_config", None)
+    if dtype:
+        raw.pop("torch_dtype", None)  # what older files call it
+        raw["dtype"] = str(dtype).removeprefix("torch.")
+    return raw
+
+
+def write_converted(checkpoint: Checkpoint, out: Path, dtype: torch.dtype | None = None,
+                    quantization: dict | None = None, show=None) -> None:
+    """Write a checkpoint as a folder of ours, whole or not at all. dtype None keeps its own, and
+    quantization None what it is stored as; show is called with a count of tensors and their number.
+    Raises ValueError naming the tensor or the size."""
+    check_not_ours_quantized(checkpoint)
+    stored = quantization or checkpoint.quantization
+    shapes = stored_shapes(empty_model(checkpoint.config, stored))  # refuses what cannot be
+    if quantization:
+        tensors = quantized_tensors(checkpoint, quantization)
+    else:
+        blocks = stored_tensors(checkpoint) if stored else float_tensors(checkpoint, dtype)
+        tensors = ((name, stack(each)) for name, each in blocks)
+    write_checkpoint(out, checkpoint.folder, our_config(checkpoint, stored, dtype),
+                     ((name, in_dtype(name, tensor, dtype)) for name, tensor in tensors),
+                     len(shapes), show)
+
+
+def in_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A stored tensor in the dtype that is asked for; integers and their scales stay."""
+    if dtype is None or not tensor.is_floating_point() or name.endswith(".scale"):
+        return tensor
+    return tensor.to(dtype)
 
 
 def write_checkpoint(out: Path, source: Path, raw: dict, weights: Iterable[tuple[str, Tensor]],

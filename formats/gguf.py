@@ -10,11 +10,13 @@ Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import contextlib
 import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,11 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from formats.config import config_from_hf, hf_parts
-from formats.folder import stack, write_checkpoint
+from formats.checkpoint import Checkpoint, Encoded
+from formats.config import check_tensors, config_from_hf, hf_parts
+from formats.folder import write_converted
 from formats.gguf_tokenizer import write_tokenizer
+from linear import pack_nibbles
 from model import ModelConfig, rope_frequencies
-from quantize import empty_model, store, stored_shapes
 from tokenizer import Tokenizer
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
@@ -41,6 +44,7 @@ NAMES = {"model.embed_tokens": "token_embd", "model.layers": "blk", "model.norm"
          "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output",
          "self_attn.": "attn_", "mlp.": "ffn_", "_proj": ""}  # replaced in this order
 ORIGINALS = [8192, *(2**n for n in range(5, 21))]  # contexts before a scaling: Llama 3's, others
+INT4_OF_Q4_0 = {"mode": "int4", "group_size": 32}
 ROWS = 4096  # dequantized at a time: an embedding in float32 can be larger than the file
 
 
@@ -193,33 +197,34 @@ def find_llama3(divisors: Tensor, plain: ModelConfig, originals: list[int]) -> d
 # ------------------------------------------------------------------------------ tensors
 
 
-def find_parts(config: ModelConfig, tensors: dict[str, Stored],
-               interleaved: bool) -> dict[str, list[Stored]]:
+def find_blocks(config: ModelConfig, tensors: dict[str, Stored],
+                interleaved: bool) -> dict[str, list[Encoded]]:
     """Our tensors, each as what it stacks. interleaved is for q and k as llama.cpp's own
     architecture rotates them. Raises ValueError naming a missing, extra or misshapen tensor."""
-    shapes, heads = stored_shapes(empty_model(config)), {}
-    if interleaved:
-        heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads}
-    parts, used = {}, {"rope_freqs.weight"}
-    for ours, stacked in hf_parts(config).items():
-        parts[ours] = []
-        for hf_name, rows in stacked.items():
-            name, expected = gguf_name(hf_name), (rows, *shapes[ours][1:])
-            if name not in tensors:
-                raise ValueError(f"tensor {name} is missing")
-            if tensors[name].shape != expected:
-                raise ValueError(f"tensor {name} has shape {tensors[name].shape}; the metadata "
-                                 f"asks for {expected}")
-            try:
-                dequantize(tensors[name]._replace(rows=tensors[name].rows[:1]))
-            except NotImplementedError as error:
-                raise ValueError(f"tensor {name}: {error}") from None
-            used.add(name)
-            parts[ours].append(tensors[name]._replace(
-                interleaved_heads=heads.get(name.split(".")[-2], 0)))
-    if extra := sorted(set(tensors) - used):
-        raise ValueError(f"tensor {extra[0]} does not belong to this architecture")
-    return parts
+    heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads} if interleaved else {}
+    parts = {name: {gguf_name(part): shape for part, shape in each.items()}
+             for name, each in hf_parts(config).items()}
+    expected = {part: shape for each in parts.values() for part, shape in each.items()}
+    found = {name: tensor.shape for name, tensor in tensors.items() if name != "rope_freqs.weight"}
+    check_tensors(found, expected, asked_by="the metadata")
+    for name in expected:
+        check_type(name, tensors[name])
+        layer = name.split(".")[-2]
+        tensors[name] = tensors[name]._replace(interleaved_heads=heads.get(layer, 0))
+    return {name: [encoded(part, tensors[part]) for part in each] for name, each in parts.items()}
+
+
+def check_type(name: str, tensor: Stored) -> None:
+    """Raises ValueError naming a tensor of a type that cannot be dequantized."""
+    try:
+        dequantize(tensor._replace(rows=tensor.rows[:1]))
+    except NotImplementedError as error:
+        raise ValueError(f"tensor {name}: {error}") from None
+
+
+def encoded(name: str, tensor: Stored) -> Encoded:
+    kind = INT4_OF_Q4_0 if tensor.kind.name == "Q4_0" and len(tensor.shape) > 1 else None
+    return Encoded(kind, partial(decode, name, tensor, kind))
 
 
 def gguf_name(hf_name: str) -> str:
@@ -243,6 +248,14 @@ def dequantize(tensor: Stored) -> Tensor:
     return torch.from_numpy(np.require(weight, requirements="W")).reshape(-1, *tensor.shape[1:])
 
 
+def decode(name: str, tensor: Stored, kind: dict | None) -> Iterator[dict[str, Tensor]]:
+    """A tensor's rows as we store them, some at a time: int4 of Q4_0, and floats of other types."""
+    tensor = split_halves(tensor)
+    for first in range(0, len(tensor.rows), ROWS):
+        piece = tensor._replace(rows=tensor.rows[first:first + ROWS])
+        yield regroup_q4_0(name, piece) if kind else {"weight": dequantize(piece)}
+
+
 def regroup_q4_0(name: str, tensor: Stored) -> dict[str, Tensor]:
     """Our int4, of groups of 32, from blocks of Q4_0: a float16 scale, then 16 bytes whose low four
     bits are columns 0 to 15 and whose high four bits are columns 16 to 31, all of them less 8."""
@@ -251,61 +264,48 @@ def regroup_q4_0(name: str, tensor: Stored) -> dict[str, Tensor]:
     if not scale.isfinite().all():
         raise ValueError(f"tensor {name} has NaN or infinite scales")
     nibbles = torch.cat([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], dim=-1).flatten(1)  # (N, K)
-    layer = name.removesuffix("weight")
-    return {layer + "weight": nibbles[:, ::2] | nibbles[:, 1::2] << 4, layer + "scale": scale,
-            layer + "zero": torch.full(scale.shape, 8 * 16, dtype=torch.uint8)}
+    return {"weight": pack_nibbles(nibbles), "scale": scale,
+            "zero": torch.full(scale.shape, 8 * 16, dtype=torch.uint8)}
 
 
-def stored_pieces(name: str, tensor: Stored, dtype: torch.dtype,
-                  quantization: dict | None) -> Iterator[dict[str, Tensor]]:
-    """What we store of one of the file's tensors, some of its rows at a time, by name."""
-    ours = quantization == {"mode": "int4", "group_size": 32} and name.startswith("layers.")
-    for first in range(0, len(tensor.rows), ROWS):
-        piece = tensor._replace(rows=tensor.rows[first:first + ROWS])
-        if ours and tensor.kind.name == "Q4_0":
-            yield regroup_q4_0(name, piece)
-        elif quantization and len(tensor.shape) > 1:
-            yield store(name, dequantize(piece), quantization)
-        else:
-            yield {name: dequantize(piece).to(dtype)}
+# ------------------------------------------------------------------------------ the checkpoint
 
 
-def stored_weights(parts: dict[str, list[Stored]], dtype: torch.dtype,
-                   quantization: dict | None) -> Iterator[tuple[str, Tensor]]:
-    for name, stacked in parts.items():
-        pieces = [piece for tensor in stacked
-                  for piece in stored_pieces(name, split_halves(tensor), dtype, quantization)]
-        for key in pieces[0]:
-            yield key, stack([piece[key] for piece in pieces])
-
-
-# ------------------------------------------------------------------------------ converting
-
-
-def convert(source: Path, out: Path, dtype: torch.dtype | None = None,
-            quantization: dict | None = None, progress=None) -> None:
-    """Write the GGUF file at `source` to the new folder `out`, whole or not at all. dtype None is
-    the file's own, bf16 of a quantized one; quantization is that of a config.json. Raises
-    ValueError naming the file, and in it the key or the tensor."""
+@contextlib.contextmanager
+def open_gguf(source: Path) -> Iterator[Checkpoint]:
+    """What a GGUF file holds, as the folder that it can be converted to: its tokenizer's files lie
+    in a temporary folder as long as this is open. Raises ValueError naming the file, and in it the
+    key or the tensor, also where its damage is found only when a tensor is read."""
     with tempfile.TemporaryDirectory() as made:
         try:
-            metadata, tensors = read_gguf(source)
-            raw, config = read_settings(metadata, tensors)
-            parts = find_parts(config, tensors, interleaved=raw["model_type"] == "llama")
-            shapes = stored_shapes(empty_model(config, quantization))  # refuses what cannot be
-            try:
-                write_tokenizer(Path(made), metadata)
-            except OSError as error:  # the system's temporary files may lie on another, fuller disk
-                raise OSError(f"{made}: cannot be written: {error}") from None
-            Tokenizer(made)
-            # Vectors are in float32 whatever the file.
-            kinds = Counter(t.kind.name for t in tensors.values() if len(t.shape) > 1)
-            bulk = kinds.most_common(1)[0][0]
-            dtype = dtype or {"F32": torch.float32, "F16": torch.float16}.get(bulk, torch.bfloat16)
-            raw["dtype"] = str(dtype).removeprefix("torch.")
-            raw["gpt_stream"] = {"format": 1, "source": f"{source.name}, {bulk}",
-                                 **({"quantization": quantization} if quantization else {})}
-            weights = stored_weights(parts, dtype, quantization)
-            write_checkpoint(out, Path(made), raw, weights, len(shapes), progress)
+            yield read_checkpoint(source, Path(made))
         except (ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
             raise ValueError(f"{source}: {error}") from error  # of a damaged file come all of these
+
+
+def read_checkpoint(source: Path, made: Path) -> Checkpoint:
+    """A Checkpoint whose tokenizer is written to the folder `made`."""
+    metadata, tensors = read_gguf(source)
+    raw, config = read_settings(metadata, tensors)
+    blocks = find_blocks(config, tensors, interleaved=raw["model_type"] == "llama")
+    try:
+        write_tokenizer(made, metadata)
+    except OSError as error:  # the system's temporary files may lie on another, fuller disk
+        raise OSError(f"{made}: cannot be written: {error}") from None
+    Tokenizer(made)
+    # Vectors are in float32 whatever the file.
+    kinds = Counter(t.kind.name for t in tensors.values() if len(t.shape) > 1)
+    bulk = kinds.most_common(1)[0][0]
+    raw["dtype"] = {"F32": "float32", "F16": "float16"}.get(bulk, "bfloat16")
+    raw["gpt_stream"] = {"format": 1, "source": f"{source.name}, {bulk}"}
+    return Checkpoint(made, raw, config, None, blocks)
+
+
+def convert_gguf(source: Path, out: Path, dtype: torch.dtype | None = None,
+                 quantization: dict | None = None, show=None) -> None:
+    """Write the GGUF file at `source` to the new folder `out`, whole or not at all. dtype None is
+    the file's own, bf16 of a quantized one. Raises ValueError naming the file, and in it the key or
+    the tensor."""
+    with open_gguf(source) as checkpoint:
+        dtype = dtype or getattr(torch, checkpoint.raw["dtype"])
+        write_converted(checkpoint, out, dtype, quantization, show)

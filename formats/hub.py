@@ -30,10 +30,10 @@ from pathlib import Path
 
 import tp
 from cli import plain_parser
-from formats import gguf
 from formats.adapters import ADAPTER
 from formats.files import first_line, once, package
 from formats.folder import COPIED, open_tensors
+from formats.gguf import convert_gguf
 from terminal import progress, show, unheld_signals, user_errors
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
@@ -134,7 +134,7 @@ def from_gguf(path: Path, quantize: str | None, group_size: int) -> tuple[Path, 
 def convert(source: Path, out: Path, quantization: dict | None = None) -> None:
     """Convert a .gguf file, with a progress bar."""
     with progress(f"converting {source.name}", "tensors") as show:
-        gguf.convert(source, out, quantization=quantization, progress=show)
+        convert_gguf(source, out, quantization=quantization, show=show)
 
 
 # ------------------------------------------------------------------------------ smollm2

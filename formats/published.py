@@ -23,16 +23,17 @@ GPTQ: Frantar et al., 2022. AWQ: Lin et al., 2023.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from formats.config import hf_parts
-from formats.folder import check_tensors, open_tensors, read_weights
+from formats.checkpoint import Encoded
+from formats.config import check_tensors, hf_parts, model_layers
+from linear import GROUP_SIZES, pack_nibbles
 from model import ModelConfig
-from quantize import GROUP_SIZES, dequantize, empty_model, stored_shapes
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output that each nibble of a word holds
 TENSORS = ("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_shape",
@@ -292,7 +293,7 @@ def our_tensors(tensors: dict[str, Tensor], layer: Layer) -> dict[str, Tensor]:
         ours = {"weight": (integers ^ 128).view(torch.int8), "scale": scale, "zero": zero - 128}
     else:  # a zero of 16 does not fit into a byte in sixteenths
         dtype = torch.uint8 if bool((zero < 16).all()) else torch.int16
-        ours = {"weight": integers[:, ::2] | integers[:, 1::2] << 4, "scale": scale,
+        ours = {"weight": pack_nibbles(integers), "scale": scale,
                 "zero": (zero * 16).to(dtype)}
     if layer.order is not None:
         ours["order"] = layer.order
@@ -302,46 +303,36 @@ def our_tensors(tensors: dict[str, Tensor], layer: Layer) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------ folders
 
 
-def is_plain(name: str, part: str, tensors: dict[str, Tensor]) -> bool:
-    """Whether a part of our tensor `name` is no integers: nothing but a weight of layers can be."""
-    weight = tensors.get(part)
-    return (not name.endswith(".weight") or "norm" in name or name == "embed.weight"
-            or weight is not None and weight.is_floating_point())
-
-
-def open_layers(folder: Path, raw: dict, tensors: dict[str, Tensor],
-                config: ModelConfig) -> Iterator[tuple[str, dict[str, Layer | None]]]:
-    """Our tensors' names, each with the layers that it stacks, by the names of their weights; None
-    is one in floating point. Raises ValueError naming a tensor that is missing or misshapen."""
-    ways, shapes = read_ways(folder, raw), stored_shapes(empty_model(config))
+def read_published(folder: Path, raw: dict, tensors: dict[str, Tensor], config: ModelConfig
+                   ) -> tuple[dict | None, dict[str, list[Tensor | Encoded]]]:
+    """What a Checkpoint says of a published folder: its quantization, {"mode": its method,
+    "group_size": the largest, "layers": a kind for each}, and its blocks, by our names. Raises
+    ValueError naming what is not supported, or a tensor that is not as it should be."""
+    schemes, layers = read_ways(folder, raw), model_layers(config)
+    blocks, kinds, sizes, integers = {}, {}, [], {}
     for name, parts in hf_parts(config).items():
-        layers = dict.fromkeys(parts)
-        for part, N in parts.items():
-            if not is_plain(name, part, tensors):
-                try:
-                    layers[part] = open_layer(tensors, part.removesuffix("weight"), N,
-                                              shapes[name][1], ways)
-                except ValueError as error:
-                    raise ValueError(f"{folder}: {error}") from None
-        yield name, layers
-
-
-def read_quantization(folder: Path, raw: dict, config: ModelConfig) -> dict | None:
-    """How a published folder's layers are stored here, for quantize.empty_model: {"mode": its
-    method, "group_size": the largest, "layers": a kind for each}. None for any other folder.
-    Raises ValueError naming what is not supported, or a tensor that is not as it should be."""
-    if not raw.get("quantization_config"):
-        return None
-    tensors, kinds, sizes = open_tensors(folder), {}, []
-    check_rest(folder, tensors, config)
-    for name, layers in open_layers(folder, raw, tensors, config):
-        each = [layer and layer.kind for layer in layers.values()]
+        blocks[name] = [tensors.get(part) for part in parts]
+        layer = layers.get(name.removesuffix(".weight"))
+        if layer is None or layer.is_table:  # a norm, a bias or the embedding
+            continue
+        found = [open_layer(tensors, part.removesuffix("weight"), *shape, schemes)
+                 for part, shape in parts.items()]
+        integers.update({part: one for part, one in zip(parts, found) if one})
+        blocks[name] = [Encoded(one.kind, partial(decode_layer, tensors, one)) if one else plain
+                        for one, plain in zip(found, blocks[name])]
+        each = [one and one.kind for one in found]
         sizes += [kind["group_size"] for kind in each if kind and "group_size" in kind]
         if any(each):
-            same = alike(each, [layer and layer.order for layer in layers.values()])
+            same = alike(each, [one and one.order for one in found])
             kinds[name.removesuffix(".weight")] = each[0] if same else each
-    return {"mode": raw["quantization_config"]["quant_method"], "layers": kinds,
-            **({"group_size": max(sizes)} if sizes else {})}
+    check_rest(tensors, integers, config)
+    quantization = {"mode": raw["quantization_config"]["quant_method"], "layers": kinds,
+                    **({"group_size": max(sizes)} if sizes else {})}
+    return quantization, blocks
+
+
+def decode_layer(tensors: dict[str, Tensor], layer: Layer) -> Iterator[dict[str, Tensor]]:
+    yield our_tensors(tensors, layer)
 
 
 def alike(kinds: list[dict | None], orders: list[Tensor | None]) -> bool:
@@ -350,45 +341,18 @@ def alike(kinds: list[dict | None], orders: list[Tensor | None]) -> bool:
                for kind, order in zip(kinds, orders))
 
 
-def check_rest(folder: Path, tensors: dict[str, Tensor], config: ModelConfig) -> None:
+def check_rest(tensors: dict[str, Tensor], integers: dict[str, Layer], config: ModelConfig) -> None:
     """Raises ValueError naming a tensor in floating point that is missing or misshapen, or one that
-    belongs to nothing."""
-    plain, rest, stacked = {}, dict(tensors), hf_parts(config)
-    biases = {part for name, parts in stacked.items() if name.endswith(".bias") for part in parts}
-    for name, parts in stacked.items():
-        plain[name] = {part: rows for part, rows in parts.items()
-                       if is_plain(name, part, tensors)}
-        for part in parts.keys() - plain[name].keys():
-            layer = part.removesuffix("weight")
-            for last in TENSORS:
-                rest.pop(layer + last, None)
-            if layer + "bias" not in biases and not rest.get(layer + "bias", torch.ones(1)).any():
-                del rest[layer + "bias"]  # old tools gave every layer one, of zeros
-    check_tensors(folder, rest, plain, stored_shapes(empty_model(config)), config)
-
-
-def open_weights(folder: Path, raw: dict, config: ModelConfig,
-                 quantization: dict | None) -> Iterator[tuple[str, list[Tensor]]]:
-    """The tensors of any folder, as convert_hf.read_weights yields them: stored as quantization,
-    the folder's own, says, or if that is None, in floating point. Of a published folder, one layer
-    at a time is unpacked."""
-    if not raw.get("quantization_config"):
-        shapes = stored_shapes(empty_model(config, quantization))
-        yield from read_weights(folder, raw, config, shapes)
-        return
-    tensors = open_tensors(folder)
-    check_rest(folder, tensors, config)
-    for name, layers in open_layers(folder, raw, tensors, config):
-        stem = name.removesuffix("weight")
-        blocks = [our_tensors(tensors, layer) if layer else {"weight": tensors[part]}
-                  for part, layer in layers.items()]
-        if quantization is None or not any(layers.values()):
-            yield name, [dequantize(block) if len(block) > 1 else block["weight"]
-                         for block in blocks]
-        elif isinstance(quantization["layers"][stem[:-1]], list):
-            for i, block in enumerate(blocks):
-                yield from ((f"{stem}{i}.{kind}", [tensor]) for kind, tensor in block.items())
-        else:
-            for kind in blocks[0]:
-                alike = blocks[:1] if kind == "order" else blocks
-                yield stem + kind, [block[kind] for block in alike]
+    belongs to nothing. integers are the layers that are not in floating point, by the names that
+    their weights would have."""
+    expected = {part: shape for parts in hf_parts(config).values()
+                for part, shape in parts.items() if part not in integers}
+    rest = dict(tensors)
+    for part in integers:
+        layer = part.removesuffix("weight")
+        for last in TENSORS:
+            rest.pop(layer + last, None)
+        bias = layer + "bias"
+        if bias not in expected and bias in rest and not rest[bias].any():
+            del rest[bias]  # old tools gave every layer one, of zeros
+    check_tensors({name: tensor.shape for name, tensor in rest.items()}, expected)

@@ -13,6 +13,7 @@ import tp_worker
 from convert_hf import convert
 from generate import load, make_cache
 from helpers import TINY, hf_model, run
+from quantize import asked_quantization
 from test_errors import refused
 from test_tp import ONE_THREAD, TORCHRUN
 
@@ -217,7 +218,7 @@ def test_what_is_no_adapter_or_has_no_base(made, tmp_path):
     for name, naming in ((tmp_path / "none", "no such adapter folder"),
                          (base_folder, "adapter_config.json"), ("nonsense", "adapter 'nonsense'")):
         refused("generate", "--checkpoint", base_folder, "--adapter", name, naming=[name, naming])
-    convert(base_folder, tmp_path / "q", None, "int8", 32)
+    convert(base_folder, tmp_path / "q", None, asked_quantization("int8", 32))
     refused("generate", "--checkpoint", tmp_path / "q", "--adapter", two,
             naming=[tmp_path / "q", "is stored quantized", "--quantize"])
     refused("generate", "--checkpoint", TINY, "--adapter", two, naming=[two, "of this model"])

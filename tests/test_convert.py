@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from convert_hf import convert
 from formats.config import config_from_hf, hf_parts
-from formats.folder import read_config
+from formats.folder import open_file, read_config
 from generate import load
 from helpers import TINY, random_model, run
 from model import Transformer
+from quantize import empty_model
 from terminal import progress
 
 LLAMA = dict(architectures=["LlamaForCausalLM"], hidden_size=32, intermediate_size=48,
@@ -35,8 +36,8 @@ def hf_folder(tmp_path):
     ours = random_model().state_dict()
     weights = {}
     for name, parts in hf_parts(config).items():
-        rows = torch.randn(sum(parts.values()), *ours[name].shape[1:]).split(list(parts.values()))
-        weights.update(dict(zip(parts, (r.contiguous() for r in rows))))
+        assert sum(shape[0] for shape in parts.values()) == len(ours[name])
+        weights.update({part: torch.randn(shape) for part, shape in parts.items()})
     names = sorted(weights)
     files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}  # q, k, v apart
     for file, held in files.items():
@@ -168,3 +169,14 @@ def test_on_a_cpu_bf16_weights_are_laid_out_for_its_library_and_others_stay():
         weight = packed.layers[0].feed_forward.down.weight
         assert packed.layers[0].feed_forward.down.packed and packed.output.packed
         assert torch.equal(weight.to_dense(), rows.layers[0].feed_forward.down.weight.bfloat16())
+
+
+def test_loading_opens_every_file_once_and_builds_one_empty_model(hf_folder, monkeypatch):
+    """Whatever a folder holds is read into one value, which everything else is made of."""
+    opened, built = [], []
+    monkeypatch.setattr("formats.folder.open_file",
+                        lambda path, read=open_file: opened.append(path.name) or read(path))
+    monkeypatch.setattr("load.empty_model",
+                        lambda *args, make=empty_model: built.append(args) or make(*args))
+    load(hf_folder, device="cpu", quantize="int8")
+    assert sorted(opened) == ["a.safetensors", "b.safetensors"] and len(built) == 1

@@ -19,8 +19,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 import convert_hf
 import quantize
-from formats import gguf as convert_gguf
-from formats.gguf import convert
+from formats.gguf import convert_gguf
 from generate import load
 from helpers import TINY, hf_model, run
 from linear import Int4Linear, Int8Linear, Linear
@@ -70,7 +69,7 @@ def bpe():
     tok = tokenizers.Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.train_from_iterator(CORPUS, trainers.BpeTrainer(
-        vocab_size=360, special_tokens=SPECIALS, show_progress=False,
+        vocab_size=360, special_tokens=SPECIALS, show_show=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     saved = json.loads(tok.to_str())["model"]
     tokens = sorted(saved["vocab"], key=saved["vocab"].get) + ["<tool>", "Ġzzq"]
@@ -181,7 +180,7 @@ def test_logits_equal_transformers(name, bpe, tmp_path):
         tensors["rope_freqs.weight"] = (plain / theirs.model.rotary_emb.inv_freq.numpy()
                                         ).astype(np.float32)
     write(tmp_path / "a.gguf", {**metadata, **keys}, tensors)
-    convert(tmp_path / "a.gguf", tmp_path / "out")
+    convert_gguf(tmp_path / "a.gguf", tmp_path / "out")
     model, _ = load(tmp_path / "out", device="cpu")
     assert model.embed.weight.dtype == torch.float32 and model.config.eos_ids == (1,)
     tokens = torch.randint(0, 512, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -205,7 +204,7 @@ def test_llama_3_1s_own_scaling_is_found_again(bpe, tmp_path):
     for original in ({}, {"llama.rope.scaling.original_context_length": 8192}):
         file = write(tmp_path / "a.gguf", {**metadata, **original},
                      {**tensors, "rope_freqs.weight": divisors})
-        convert(file, tmp_path / f"out{len(original)}")
+        convert_gguf(file, tmp_path / f"out{len(original)}")
         raw = json.loads((tmp_path / f"out{len(original)}/config.json").read_text())
         found = {key: round(value, 3) if isinstance(value, float) else value
                  for key, value in raw["rope_parameters"].items()}
@@ -257,14 +256,14 @@ def matrices(tensors):
 
 def test_every_type_is_read_to_the_bit(bpe, tmp_path, monkeypatch):
     """Each matrix of a model in another type, a few rows at a time."""
-    monkeypatch.setattr(convert_gguf, "ROWS", 7)
+    monkeypatch.setattr("formats.gguf.ROWS", 7)
     metadata, tensors = file_of(small_model("Llama", hidden_size=256, intermediate_size=256,
                                          head_dim=64, num_hidden_layers=4), "llama", bpe)
     for i, name in enumerate(matrices(tensors)):
         tensors[name] = in_type(tensors[name], (MADE + RANDOM)[i % len(MADE + RANDOM)])
     assert len({kind for t in tensors.values() if isinstance(t, tuple) for kind in t[1:]}) == 24
     file = write(tmp_path / "a.gguf", metadata, tensors)
-    convert(file, tmp_path / "out", dtype=torch.float32)
+    convert_gguf(file, tmp_path / "out", dtype=torch.float32)
     ours, theirs = weights_of(tmp_path / "out"), read_by_gguf(file)
     assert all(t.isfinite().all() for t in theirs.values())
     for layer in range(4):
@@ -280,7 +279,7 @@ def test_the_dtype_is_that_of_most_matrices(small, tmp_path, name, dtype):
     metadata, tensors = small
     for matrix in matrices(tensors)[1:]:
         tensors[matrix] = gguf.quants.quantize(tensors[matrix], Kind[name]), Kind[name]
-    convert(write(tmp_path / "a.gguf", metadata, tensors), tmp_path / "out")
+    convert_gguf(write(tmp_path / "a.gguf", metadata, tensors), tmp_path / "out")
     assert {t.dtype for t in weights_of(tmp_path / "out").values()} == {dtype}
     raw = json.loads((tmp_path / "out/config.json").read_text())
     assert raw["dtype"] == str(dtype)[6:]
@@ -340,16 +339,16 @@ def test_q4_0_becomes_int4_without_a_change(small, tmp_path):
 
 
 def load_plain(file, tmp_path):
-    convert(file, tmp_path / "plain")
+    convert_gguf(file, tmp_path / "plain")
     return load(tmp_path / "plain", device="cpu")
 
 
 @pytest.mark.parametrize("quantization", [{"mode": "int8"}, {"mode": "int4", "group_size": 32}])
 def test_other_types_are_quantized_as_quantize_does(small, tmp_path, quantization):
     file = write(tmp_path / "a.gguf", *small)
-    convert(file, tmp_path / "ours", quantization=quantization)
-    convert(file, tmp_path / "plain")
-    convert_hf.convert(tmp_path / "plain", tmp_path / "theirs", None, quantization["mode"], 32)
+    convert_gguf(file, tmp_path / "ours", quantization=quantization)
+    convert_gguf(file, tmp_path / "plain")
+    convert_hf.convert(tmp_path / "plain", tmp_path / "theirs", None, quantization)
     ours, theirs = weights_of(tmp_path / "ours"), weights_of(tmp_path / "theirs")
     assert ours.keys() == theirs.keys() and "layers.0.attention.qkv.scale" in ours
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -389,7 +388,7 @@ def published(bpe, pre):
 def test_ids_equal_the_published_tokenizer(small, bpe, tmp_path, pre):
     metadata, tensors = small
     keys = tokenizer_keys(bpe, pre, **{"ggml.add_bos_token": True})
-    convert(write(tmp_path / "a.gguf", {**metadata, **keys}, tensors), tmp_path / "out")
+    convert_gguf(write(tmp_path / "a.gguf", {**metadata, **keys}, tensors), tmp_path / "out")
     ours, theirs = Tokenizer(tmp_path / "out"), published(bpe, pre)
     ids = ours.encode(NASTY)
     assert ids == theirs.encode(NASTY).ids
@@ -404,7 +403,7 @@ def test_the_default_cuts_are_llama_cpps(small, bpe, tmp_path):
     engine; a file without the key is a default one."""
     metadata, tensors = small
     del metadata["tokenizer.ggml.pre"]
-    convert(write(tmp_path / "a.gguf", metadata, tensors), tmp_path / "out")
+    convert_gguf(write(tmp_path / "a.gguf", metadata, tensors), tmp_path / "out")
     cuts = [r"[\p{P}\$\+<=>\^~\|]+",
             r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
             r"\p{N}+", r"[0-9][0-9][0-9]"]
@@ -425,7 +424,7 @@ def test_the_default_cuts_are_llama_cpps(small, bpe, tmp_path):
 def test_bos_comes_where_the_file_or_its_family_says(small, bpe, tmp_path, pre, key, begins):
     metadata, tensors = small
     keys = tokenizer_keys(bpe, pre, **({} if key is None else {"ggml.add_bos_token": key}))
-    convert(write(tmp_path / "a.gguf", {**metadata, **keys}, tensors), tmp_path / "out")
+    convert_gguf(write(tmp_path / "a.gguf", {**metadata, **keys}, tensors), tmp_path / "out")
     tokenizer = Tokenizer(tmp_path / "out")
     assert (tokenizer.encode("Hello")[0] == 0) == begins
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|begin|>", "<|end|>")
@@ -435,7 +434,7 @@ def test_turns_equal_transformers_reading_the_same_file(bpe, tmp_path):
     metadata, tensors = file_of(small_model("Qwen2"), "qwen2", bpe, "qwen2")
     metadata |= {"tokenizer.chat_template": CHATML, "tokenizer.ggml.eot_token_id": 3,
                  "tokenizer.ggml.padding_token_id": 1}
-    convert(write(tmp_path / "a.gguf", metadata, tensors), tmp_path / "out")
+    convert_gguf(write(tmp_path / "a.gguf", metadata, tensors), tmp_path / "out")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="a.gguf")
     model, ours = load(tmp_path / "out", device="cpu")
     said = NASTY.strip()
@@ -470,7 +469,7 @@ def spm(small):
 
 
 def test_a_sentencepiece_model_is_written_again(spm, tmp_path):
-    convert(write(tmp_path / "a.gguf", *spm), tmp_path / "out")
+    convert_gguf(write(tmp_path / "a.gguf", *spm), tmp_path / "out")
     ours, theirs = Tokenizer(tmp_path / "out"), Tokenizer(TINY)
     rng = random.Random(0)
     texts = [NASTY, "", " ", "\n", "a  b", "</s>so<unk>", " lead", "\u2581", "\x00\x7f",
@@ -487,7 +486,7 @@ def test_a_file_may_put_no_space_in_front_and_add_tokens_of_its_own(spm, tmp_pat
     for key, values in {"tokens": ["<|im_end|>", "<tool>", "<think>"],
                         "scores": [-1e3, 0.0, -1e3], "token_type": [4, 4, 4]}.items():
         metadata[f"tokenizer.ggml.{key}"] = metadata[f"tokenizer.ggml.{key}"] + values
-    convert(write(tmp_path / "a.gguf", metadata, tensors), tmp_path / "out")
+    convert_gguf(write(tmp_path / "a.gguf", metadata, tensors), tmp_path / "out")
     ours, theirs = Tokenizer(tmp_path / "out"), Tokenizer(TINY)
     assert ours.encode("the cat<|im_end|>the<tool>") == [
         *theirs.inner.encode("the cat"), 4096, *theirs.inner.encode("the"), 4097]
@@ -584,7 +583,7 @@ def test_damage_never_ends_in_a_traceback(small, tmp_path):
         data[max(at, 0)] = rng.randrange(256)
         file.write_bytes(data)
         try:
-            convert(file, tmp_path / f"out{i}")
+            convert_gguf(file, tmp_path / f"out{i}")
         except ValueError as error:
             refused += str(file) in str(error) and "\n" not in str(error)
             assert not (tmp_path / f"out{i}").exists()

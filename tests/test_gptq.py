@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 import gptq
 from convert_hf import convert
 from eval import read_text
+from formats.config import block_layers
 from generate import load, make_cache, prefill
 from gptq import DAMPENING, DRIFT, gptq_checkpoint, quantize_gptq, sequences_of
 from helpers import TINY, run
-from quantize import dequantize, quantize_int4
+from quantize import asked_quantization, dequantize, quantize_int4
 from test_errors import refused
 
 pytestmark = pytest.mark.slow
@@ -168,7 +169,7 @@ def written(tmp_path_factory):
 def test_a_written_folder_is_in_our_format_and_runs_as_what_it_stands_for(written, tmp_path):
     out, _ = written
     assert [p.name for p in out.parent.iterdir()] == ["out"]
-    convert(TINY, tmp_path / "nearest", None, "int4", 64)
+    convert(TINY, tmp_path / "nearest", None, asked_quantization("int4", 64))
     ours, nearest = (load_file(folder / "model.safetensors")
                      for folder in (out, tmp_path / "nearest"))
     assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {
@@ -195,11 +196,11 @@ def test_a_layer_is_calibrated_on_what_the_quantized_ones_before_it_say(written,
     quantized = stands_for(load(TINY, device="cpu", dtype=torch.float32)[0], before)
     sequences, inputs = sequences_of(str(TEXT), tokenizer, 2, 40), {}
     for kind, model in (("seen", quantized), ("exact", plain)):
-        for name in gptq.LINEARS:
+        for name in block_layers(plain.config):
             model.layers[layer].get_submodule(name).register_forward_pre_hook(
                 lambda _, args, key=(kind, name): inputs.update({key: args[0].flatten(0, 1)}))
         model(sequences)
-    for name in gptq.LINEARS:
+    for name in block_layers(plain.config):
         weight, hessian, drift = calls[f"layers.{layer}.{name}.weight"]
         x, y = inputs["seen", name].double(), inputs["exact", name].double()
         assert torch.equal(weight, plain.layers[layer].get_submodule(name).weight)

@@ -90,20 +90,20 @@ def test_what_is_nothing_of_these_lists_the_forms(name, no_network):
 # ------------------------------------------------------------------------------ .gguf
 
 
-def stand_in(source, out, dtype=None, quantization=None, progress=None):
-    """formats.gguf.convert: a folder that tells what it was made of."""
+def stand_in(source, out, dtype=None, quantization=None, show=None):
+    """formats.gguf.convert_gguf: a folder that tells what it was made of."""
     out.mkdir()
     (out / "config.json").write_bytes(source.read_bytes())
-    progress(1, 2)
+    show(1, 2)
     (out / "quantization").write_text(json.dumps(quantization))
-    progress(2, 2)
+    show(2, 2)
 
 
 @pytest.fixture
 def checkpoints(tmp_path, monkeypatch):
     """An empty folder checkpoints/, and a converter."""
     monkeypatch.setattr(hub, "CHECKPOINTS", tmp_path / "checkpoints")
-    monkeypatch.setattr("formats.gguf.convert", stand_in)
+    monkeypatch.setattr("formats.hub.convert_gguf", stand_in)
     return tmp_path / "checkpoints"
 
 
@@ -128,9 +128,9 @@ def test_a_gguf_is_converted_once_and_anew_when_it_has_changed(gguf, checkpoints
     assert str(gguf) in line and str(folder) in line and "once" in line
     assert "2 of 2 tensors" in capsys.readouterr().err  # the bar
     monkeypatch.chdir(gguf.parent)
-    monkeypatch.setattr("formats.gguf.convert", None)  # it is not needed any more
+    monkeypatch.setattr("formats.hub.convert_gguf", None)  # it is not needed any more
     assert hub.find(gguf.name) == (folder, None)
-    monkeypatch.setattr("formats.gguf.convert", stand_in)
+    monkeypatch.setattr("formats.hub.convert_gguf", stand_in)
     gguf.write_bytes(GGUF + b"!")
     other, _ = hub.find(str(gguf))
     assert other != folder and (other / "config.json").read_bytes() == GGUF + b"!"
@@ -163,7 +163,7 @@ def test_a_failed_conversion_leaves_nothing_and_the_next_succeeds(gguf, checkpoi
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr("formats.gguf.convert", fail)
+        patch.setattr("formats.hub.convert_gguf", fail)
         refused(gguf, said)
     assert kept(checkpoints) == []
     assert hub.find(gguf)[0].is_dir()
@@ -265,7 +265,7 @@ def tiny():
     raw.pop("gpt_stream")
     weights, ours = {}, load_file(TINY / "model.safetensors")
     for name, parts in hf_parts(config).items():
-        rows = ours[name].split(list(parts.values()))
+        rows = ours[name].split([shape[0] for shape in parts.values()])
         weights.update(zip(parts, (r.contiguous() for r in rows)))
     names = sorted(weights)
     shards = {f"model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
@@ -518,7 +518,7 @@ def of_a_first_start(folder, number):
         stand_in(source, out, **options)
 
     hub.CHECKPOINTS, hub.SHA256 = folder / "checkpoints", hashlib.sha256(GGUF).hexdigest()
-    hub.gguf.convert = convert
+    hub.convert_gguf = convert
     (folder / f"ready-{number}").touch()
     while len(list(folder.glob("ready-*"))) < 2:
         time.sleep(0.01)

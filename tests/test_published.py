@@ -17,9 +17,10 @@ from safetensors.torch import load as parse
 from safetensors.torch import load_file, save_file
 
 import tp_worker
+from convert_hf import convert
+from formats.checkpoint import float_tensors, stored_tensors
 from formats.config import hf_parts
-from formats.folder import read_config
-from formats.published import open_weights, read_quantization
+from formats.folder import open_checkpoint
 from generate import generate, load, make_cache
 from helpers import TINY, hf_model, run
 from test_errors import refused
@@ -103,9 +104,9 @@ def edit(folder, **changes):
 
 def weights_of(folder):
     """Every weight in floating point, by Hugging Face's names."""
-    raw, config = read_config(folder)
-    parts = hf_parts(config)
-    return {part: block for name, blocks in open_weights(folder, raw, config, None)
+    checkpoint = open_checkpoint(folder)
+    parts = hf_parts(checkpoint.config)
+    return {part: block for name, blocks in float_tensors(checkpoint)
             for part, block in zip(parts[name], blocks)}
 
 
@@ -147,8 +148,7 @@ def test_exported_folders(name, tmp_path):
         assert torch.equal(ours[layer], weight), layer
     model, _ = load(folder, device="cpu", dtype=torch.float32)
     check_logits(model, folder, read)
-    raw, config = read_config(folder)
-    stored = open_weights(folder, raw, config, read_quantization(folder, raw, config))
+    stored = stored_tensors(open_checkpoint(folder))
     assert all(block.is_contiguous() for _, blocks in stored for block in blocks)  # CUDA asks it
 
 
@@ -442,3 +442,18 @@ def test_two_processes_say_what_one_says(tmp_path):
                           env=ONE_THREAD, capture_output=True, text=True)
     [line] = [line for line in done.stderr.splitlines() if line.startswith("generate.py: error")]
     assert "layers.0.attention.out is stored in activation order" in line and "2 processes" in line
+
+
+def test_integers_of_the_kind_that_is_asked_for_stay_what_they_are(tmp_path):
+    """Quantizing them anew would choose other scales."""
+    folder = in_place(tmp_path, "gptq-auto-round")
+    kept, asked = tmp_path / "kept", tmp_path / "asked"
+    convert(folder, kept)
+    kinds = json.loads((kept / "config.json").read_text())["gpt_stream"]["quantization"]["layers"]
+    kind = kinds["layers.0.attention.out"]
+    convert(folder, asked, None, {"mode": "int4", "group_size": kind["group_size"]})
+    stored, again = (load_file(at / "model.safetensors") for at in (kept, asked))
+    names = [name for name in stored if name.startswith("layers.0.attention.out.")]
+    assert len(names) == 3 and kind == {"mode": "int4", "group_size": kind["group_size"]}
+    assert all(torch.equal(stored[name], again[name]) for name in names)
+    assert again["embed.weight"].dtype == torch.int8  # what was in floating point is quantized

@@ -12,7 +12,7 @@ from convert_hf import convert
 from generate import generate, load, make_cache, prefill, weight_bytes
 from helpers import TINY, run
 from linear import Int4Linear, Int8Linear
-from quantize import dequantize, quantize_int4, quantize_int8, quantize_weight
+from quantize import asked_quantization, dequantize, quantize_int4, quantize_int8, quantize_weight
 
 DRAFT = TINY.parent / "tiny-draft"
 KINDS = [("int8", 32), ("int4", 32), ("int4", 64), ("int4", 128)]
@@ -65,8 +65,7 @@ def test_int4_is_within_a_step_and_better_than_rounding_the_full_range(group_siz
 @pytest.mark.parametrize("mode, group_size", KINDS)
 @pytest.mark.parametrize("tokens", [1, 6, 40])
 def test_kernels_equal_explicit_dequantization(mode, group_size, tokens):
-    parts = {name.removeprefix("layers.x."): t for name, t in quantize_weight(
-        "layers.x.weight", random_weight(), mode, group_size).items()}
+    parts = quantize_weight(random_weight(), {"mode": mode, "group_size": group_size})
     layer, x = linear_of(parts, group_size), torch.randn(1, tokens, 256)
     expected = F.linear(x.double(), dequantize(parts).double())
     compiled = torch.compile(layer, dynamic=False)
@@ -81,7 +80,7 @@ def test_a_quantized_folder_equals_quantizing_at_load(mode, group_size, tmp_path
     """And both are the plain model with the weights that the file stands for, in fp32: bf16 rounds
     otherwise on other CPUs."""
     out = tmp_path / "any-name"
-    convert(TINY, out, None, mode, group_size)
+    convert(TINY, out, None, asked_quantization(mode, group_size))
     stored, _ = load(out, device="cpu", dtype=torch.float32)
     at_load, _ = load(TINY, device="cpu", dtype=torch.float32, quantize=mode, group_size=group_size)
     plain, _ = load(TINY, device="cpu", dtype=torch.float32)
@@ -101,7 +100,7 @@ def test_a_quantized_folder_equals_quantizing_at_load(mode, group_size, tmp_path
 
 
 def test_rows_and_group_aligned_columns_of_the_file_stand_alone(tmp_path):
-    convert(TINY, tmp_path / "q", None, "int4", 32)
+    convert(TINY, tmp_path / "q", None, asked_quantization("int4", 32))
     whole = load_file(tmp_path / "q" / "model.safetensors")
     name = "layers.1.feed_forward.down."
     full = dequantize({part: whole[name + part] for part in ("weight", "scale", "zero")})
@@ -158,7 +157,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(bad, tmp_path):
 
 
 def test_a_truncated_quantized_file_and_an_unknown_scheme_are_refused(tmp_path):
-    convert(DRAFT, tmp_path / "q", None, "int8", 32)
+    convert(DRAFT, tmp_path / "q", None, asked_quantization("int8", 32))
     path = tmp_path / "q" / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:len(whole) // 2])

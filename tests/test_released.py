@@ -95,8 +95,10 @@ def test_logits_equal_transformers(smollm2, text):
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         tie_word_embeddings=True)).eval()
     ours = model.state_dict()
-    state = {theirs: part for name, stacked in hf_parts(config).items()
-             for theirs, part in zip(stacked, ours[name].split(list(stacked.values())))}
+    state = {}
+    for name, parts in hf_parts(config).items():
+        rows = ours[name].split([shape[0] for shape in parts.values()])
+        state.update(zip(parts, rows, strict=True))
     state["lm_head.weight"] = ours["embed.weight"]
     other.load_state_dict(state)
     ids = torch.tensor([tokenizer.encode(text)[:600]])

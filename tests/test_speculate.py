@@ -14,6 +14,7 @@ from generate import answer, generate, load, make_cache, warm
 from helpers import TINY, random_model, run
 from kv_cache import KVCache
 from load import compile_model
+from quantize import asked_quantization
 from sample import Sampling, distribution
 from speculate import Speculation, look_up, verify
 from tokenizer import Tokenizer
@@ -227,7 +228,7 @@ def test_the_rate_counts_every_round(monkeypatch):
 
 @pytest.mark.slow
 def test_quantized_models_and_stop_texts_inside_a_run(tmp_path):
-    convert(DRAFT, tmp_path / "draft", None, "int4", 32)
+    convert(DRAFT, tmp_path / "draft", None, asked_quantization("int4", 32))
     shared = ["--max-new-tokens", 60, "--temperature", 0, "--json", "--dtype", "fp32",
               "--quantize", "int8", "--window", 40]
     _, out, _ = run("generate", *shared)

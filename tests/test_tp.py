@@ -21,6 +21,7 @@ import tp_worker
 from convert_hf import convert
 from helpers import TINY, random_model, run
 from model import ModelConfig
+from quantize import asked_quantization
 
 ROOT = TINY.parent.parent
 pytestmark = pytest.mark.slow
@@ -42,7 +43,7 @@ def folder(tmp_path_factory):
             weight.data.add_(0.3 * torch.randn(weight.shape))
     model.save_pretrained(folder / "wide")
     shutil.copy(TINY / "tokenizer.model", folder / "wide")
-    convert(folder / "wide", folder / "wide-int4", None, "int4", 32)
+    convert(folder / "wide", folder / "wide-int4", None, asked_quantization("int4", 32))
     prompts = [json.dumps({"prompt": "The cat " * n}) for n in (1, 9, 3, 20, 2)]
     (folder / "prompts.jsonl").write_text("\n".join(prompts))
     return folder

