@@ -102,12 +102,12 @@ flash = torch._scaled_dot_product_flash_attention_for_cpu  # -> (y, logsumexp of
 
 
 @torch.library.register_fake("gpt_stream::attend_held")
-def _(q_sink, q_recent, k, v, mask, n_sink, window):
+def attend_held_fake(q_sink, q_recent, k, v, mask, n_sink, window):
     return torch.empty_like(q_recent, memory_format=torch.contiguous_format)
 
 
 @torch.library.impl("gpt_stream::attend_held", "cpu")
-def _(q_sink, q_recent, k, v, mask, n_sink, window):
+def attend_held_cpu(q_sink, q_recent, k, v, mask, n_sink, window):
     """attend_all over the slots that the mask is about, which are all that are in use.
 
     Until the window slides, sinks are seen at their true distances, and one query does for all.

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cli import load_arguments, make_parser, number
-from formats.files import check_target, replaced
+from formats.files import check_target, written_whole
 from generate import default_window, make_cache
 from kv_cache import KVCache
 from load import load
@@ -131,7 +131,7 @@ def draw(path: str, curves: dict[str, Tensor], marks: dict[str, int], every: int
     axes.set(xlabel="tokens", ylabel=f"perplexity of the latest {SMOOTH} tokens", yscale="log")
     axes.legend()
     figure.tight_layout()
-    with replaced(Path(path)) as partial:
+    with written_whole(Path(path)) as partial:
         figure.savefig(partial, dpi=110, format=Path(path).suffix[1:])
 
 

@@ -36,12 +36,12 @@ define("gpt_stream::packed_linear", "(Tensor x, Tensor packed, int n) -> Tensor"
 
 
 @implement("gpt_stream::packed_linear", "default")
-def _(x, packed, n):
+def packed_linear_default(x, packed, n):
     return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
 @torch.library.register_fake("gpt_stream::packed_linear")
-def _(x, packed, n):
+def packed_linear_fake(x, packed, n):
     return x.new_empty(*x.shape[:-1], n)
 
 
@@ -55,12 +55,12 @@ implement("gpt_stream::int4_matmul", "cpu")(torch._weight_int4pack_mm_for_cpu)
 
 
 @torch.library.register_fake("gpt_stream::int8_matmul")
-def _(x, weight, scale):
+def int8_matmul_fake(x, weight, scale):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @torch.library.register_fake("gpt_stream::int4_matmul")
-def _(x, weight, group_size, scales_and_zeros):
+def int4_matmul_fake(x, weight, group_size, scales_and_zeros):
     return x.new_empty(x.shape[0], scales_and_zeros.shape[1])
 
 

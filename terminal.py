@@ -30,62 +30,100 @@ heeded: list[int] = []
 
 
 @contextlib.contextmanager
-def user_errors(parser: argparse.ArgumentParser):
-    """End the program with one line and status 2 for what the user gave, and quietly when nobody
-    reads its output any more, or on a signal. What the engine logs meanwhile is said."""
+def user_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """A program's main does its work in this context. An error of the user's ends it with one line
+    and status 2; a signal, or a stdout that nobody reads any more, ends it without a line. What
+    the engine logs meanwhile goes to stderr."""
     open_streams()
     behave_as_rank()
     adapt_threads()
-    log, handler, said = logging.getLogger("gpt_stream"), logging.Handler(), set()
-
-    def once(record: logging.LogRecord) -> None:  # a draft may be like its model
-        if (line := record.getMessage()) not in said or record.levelno > logging.INFO:
-            said.add(line)
-            say(line)
-
-    handler.emit = once
-    log.addHandler(handler)
-    # There is no flag for it: what is asked for in float32 is computed in float32.
+    # It advises a setting that no program has: what is asked for in float32 is computed in it.
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores for float32")
+    with log_to_stderr():
+        try:
+            with end_on_signals(), finish(parser):
+                yield
+        except (Exception, KeyboardInterrupt) as error:
+            status = report(parser, error)
+            if status is None:
+                raise
+            sys.exit(status)
+        finally:
+            keep_threads()
+            ending.clear()
+            heeded.clear()
+
+
+@contextlib.contextmanager
+def finish(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """At the end of a program's work, write out stdout, wait for the other ranks, and exit by the
+    signal that asked for it, if one did."""
+    try:
+        yield
+    except Exception as error:
+        if not ending:
+            raise
+        # Raised while saving during shutdown, or by C code that wrapped our SystemExit.
+        fail(parser, error_line(error))
+    finally:
+        sys.stdout.flush()  # here, so that a failure is reported here and not by Python at its exit
+    tp.part()
+    if ending:
+        sys.exit(128 + ending[0])
+
+
+def report(parser: argparse.ArgumentParser, error: BaseException) -> int | None:
+    """Say in one line what ended the program; its exit status. None for a fault of the program
+    itself, which a traceback should show."""
+    if isinstance(error, BrokenPipeError):  # nobody reads stdout any more
+        drop_output()
+        return 1
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, (ValueError, OSError, MemoryError, torch.OutOfMemoryError)):
+        if sys.flags.dev_mode:  # python -X dev: whoever changes the code wants to see where
+            return None
+        if tp.local_rank() == 0 or not isinstance(error, ValueError):  # once a machine
+            fail(parser, error_line(error))
+        return 2
+    if isinstance(error, RuntimeError) and "allocate memory" in str(error):  # a CPU's allocator
+        fail(parser, str(error).partition("] . ")[2] or str(error))
+        return 2
+    if isinstance(error, RuntimeError) and tp.n_ranks() > 1:
+        fail(parser, f"rank {tp.rank()}: a process was lost, or failed: {error}")
+        return 1
+    return None
+
+
+def error_line(error: Exception) -> str:
+    """What to say of an error. One of stdout's own, as a full disk, counts before it."""
+    return unwritten() or str(error) or type(error).__name__
+
+
+@contextlib.contextmanager
+def log_to_stderr() -> Iterator[None]:
+    """Say what the engine logs."""
+    log, handler = logging.getLogger("gpt_stream"), LogHandler()
+    log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
-        with end_on_signals():
-            try:
-                yield
-            except Exception as error:
-                if not ending:
-                    raise
-                # Of saving, before the end; or what C code, calling Python, makes of SystemExit.
-                fail(parser, unwritten() or str(error) or type(error).__name__)
-            finally:
-                sys.stdout.flush()  # what fails at this is said here, and not by Python at its end
-            tp.part()
-            if ending:
-                sys.exit(128 + ending[0])
-    except BrokenPipeError:
-        drop_output()
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        if sys.flags.dev_mode:  # python -X dev: whoever changes the code wants to see where
-            raise
-        if tp.local_rank() == 0 or not isinstance(error, ValueError):  # once a machine
-            fail(parser, unwritten() or str(error) or type(error).__name__)
-        sys.exit(2)
-    except RuntimeError as error:
-        if "allocate memory" in str(error):  # of a CPU
-            fail(parser, str(error).partition("] . ")[2] or str(error))
-            sys.exit(2)
-        if tp.n_ranks() == 1:
-            raise
-        fail(parser, f"rank {tp.rank()}: a process was lost, or failed: {error}")
-        sys.exit(1)
+        yield
     finally:
-        keep_threads()
-        ending.clear()
-        heeded.clear()
         log.removeHandler(handler)
+
+
+class LogHandler(logging.Handler):
+    """Says every record, but an information only once: a draft may log what its model did."""
+
+    def __init__(self):
+        super().__init__()
+        self.said = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        if line not in self.said or record.levelno > logging.INFO:
+            self.said.add(line)
+            say(line)
 
 
 @functools.cache
@@ -203,14 +241,14 @@ def progress(doing: str, unit: str) -> Iterator[Callable[..., None]]:
     with tqdm(desc=doing, unit=f" {unit}", miniters=1, mininterval=10 if plain else 0.1,
               delay=1e-9, dynamic_ncols=True, leave=False, disable=tp.rank() > 0,
               file=lines if plain else sys.stderr) as bar:
-        def show(count: int, total: int | None = None, note: str = "") -> None:
+        def update(count: int, total: int | None = None, note: str = "") -> None:
             bar.total, bar.leave = total, True  # of what never began, nothing is left
             if plain:
                 of = f" of {total}" if total else ""
                 bar.bar_format = f"{{desc}}: {count}{of} {unit}, {{elapsed}} passed{{postfix}}"
             bar.set_postfix_str(note, refresh=False)
             bar.update(count - bar.n)
-        yield show
+        yield update
 
 
 def wrote(path: Path) -> None:

@@ -135,7 +135,7 @@ torch.library.define("gpt_stream::all_gather", "(Tensor x, int n) -> Tensor")
 
 
 @torch.library.impl("gpt_stream::all_reduce", "default")
-def _(x):
+def all_reduce_default(x):
     if not x.is_cuda:
         return torch.stack(exchange(x)).sum(0)
     total = x.clone(memory_format=torch.contiguous_format)
@@ -144,12 +144,12 @@ def _(x):
 
 
 @torch.library.register_fake("gpt_stream::all_reduce")
-def _(x):
+def all_reduce_fake(x):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.impl("gpt_stream::all_gather", "default")
-def _(x, n):
+def all_gather_default(x, n):
     if not x.is_cuda:
         return torch.stack(exchange(x))
     every = x.new_empty(n, *x.shape)
@@ -161,7 +161,7 @@ def _(x, n):
 
 
 @torch.library.register_fake("gpt_stream::all_gather")
-def _(x, n):
+def all_gather_fake(x, n):
     return x.new_empty(n, *x.shape)
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -67,6 +68,15 @@ def check(args) -> None:
     args.max_new_tokens = args.max_new_tokens or 128
 
 
+def measured(args) -> Callable:
+    """The function that measures what the flags ask for."""
+    for flag, function in ((args.turns, bench_turns), (args.streams, bench_streams),
+                           (args.busy, bench_busy), (args.sampling, bench_sampling)):
+        if flag:
+            return function
+    return bench_steps
+
+
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
@@ -101,9 +111,7 @@ def main():
         start = time.perf_counter()
         model = open_model(args)
         load_s = time.perf_counter() - start
-        run = (bench_turns if args.turns else bench_streams if args.streams else bench_busy
-               if args.busy else bench_sampling if args.sampling else bench_steps)
-        figures = run(args, model)
+        figures = measured(args)(args, model)
     weight = model.norm.weight
     figures = dict(model=args.shape or str(args.checkpoint), device=str(weight.device),
                    torch=torch.__version__, threads=torch.get_num_threads(),

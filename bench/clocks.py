@@ -44,7 +44,7 @@ def decode_at(model: Transformer, cache: KVCache, position: int) -> float:
 
 def compile_all(model: Transformer, *caches: KVCache) -> float:
     """Compile and run every graph, as often as generate.warm says; seconds."""
-    def run():
+    def compile_and_run():
         compile_model(model)
         for cache in caches:
             if cache.batch_size == 1:
@@ -52,7 +52,7 @@ def compile_all(model: Transformer, *caches: KVCache) -> float:
                 continue
             for _ in range(3 if cache.length.is_cuda else 1):
                 step(model, cache)
-    return seconds(run)
+    return seconds(compile_and_run)
 
 
 def rounds() -> Iterator[int]:

@@ -217,7 +217,7 @@ def static_batches(config: dict, dtype: torch.dtype,
     model = llama(config, dtype, device)
     model.generation_config.eos_token_id = None  # random weights say it at random
 
-    def run(prompts: list[list[int]], max_new_tokens: int) -> None:
+    def generate_batch(prompts: list[list[int]], max_new_tokens: int) -> None:
         longest = max(map(len, prompts))
         tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
         mask = torch.zeros_like(tokens)
@@ -228,5 +228,5 @@ def static_batches(config: dict, dtype: torch.dtype,
                              max_new_tokens=max_new_tokens, do_sample=False)
         assert len(ids[0].tolist()) == longest + max_new_tokens
 
-    run([[7] * 32], 3)
-    return run
+    generate_batch([[7] * 32], 3)
+    return generate_batch

@@ -38,13 +38,13 @@ def recompute(model: Transformer, cache: KVCache) -> None:
 
 def bandwidth(buffers: list[torch.Tensor]) -> float:
     """GB/s: reading on a CPU, the best of three; reading and writing a copy on a GPU."""
-    def run():
+    def move_once():
         if buffers[0].is_cuda:
             buffers[1].copy_(buffers[0])
             torch.cuda.synchronize(buffers[0].device)
         else:
             buffers[0].sum()
-    return sum(b.nbytes for b in buffers) / min(seconds(run) for _ in range(3)) / 1e9
+    return sum(b.nbytes for b in buffers) / min(seconds(move_once) for _ in range(3)) / 1e9
 
 
 def matmul_rate(a: torch.Tensor) -> float:

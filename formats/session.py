@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from formats.files import check_target, replaced
+from formats.files import check_target, written_whole
 from kv_cache import KVCache
 
 log = logging.getLogger("gpt_stream")
@@ -34,7 +34,7 @@ def save_session(path: str | Path, caches: dict[str, tuple], **facts) -> None:
         facts[name] = {**traits(model, cache), "length": cache.length.tolist(),
                        "overhang": cache.overhang}
         tensors.update(filled(name, cache, facts[name]["length"]))
-    with replaced(path) as partial:
+    with written_whole(path) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial,
                   metadata={SESSION: json.dumps(facts)})
 

@@ -272,7 +272,8 @@ def how_it_ended(status: int, said: str, program: str) -> str:
         hung = number in (signal.SIGALRM, signal.SIGXCPU, signal.SIGKILL)
         return "hangs" if hung else f"dies of {signal.Signals(number).name}"
     lines = said.strip().splitlines()
-    errors = [line for line in lines if line.startswith(f"{program}.py: error: ")]
+    command = f"python -m {program}" if "." in program else f"{program}.py"
+    errors = [line for line in lines if line.startswith(f"{command}: error: ")]
     if any(word in said for word in ("Traceback", "panicked", "Error in")):
         return "traceback: " + (lines[-1] if lines else "")[:60]
     code = os.WEXITSTATUS(status)
