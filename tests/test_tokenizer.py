@@ -10,6 +10,7 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from chat_template import ChatTemplate
 from helpers import TINY
 from tokenizer import GeneratedText, Tokenizer, stop_at
 
@@ -332,6 +333,17 @@ def test_a_word_that_was_added_stays_a_word_unless_the_template_marks_turns_with
     assert ids.count(tokenizer.specials["<think>"]) == 1
     assert ids.count(tokenizer.specials["<turn>"]) == 1
     assert tokenizer.decode(ids).endswith("<think> <turn>")
+
+
+def test_a_template_renders_text_and_its_system_turn_comes_first():
+    template = ChatTemplate(CHATML, {"<|im_start|>", "<|im_end|>"}, set(), "", "")
+    opening, rest = template.conversation([{"role": "system", "content": "Be a cat. "},
+                                           {"role": "user", "content": "Who?"}])
+    assert opening == template.system_turn("Be a cat.") \
+        == "<|im_start|>system\nBe a cat.<|im_end|>\n"
+    assert rest == "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
+    assert template.next_turn("Why?") == "<|im_end|>\n" + rest.replace("Who", "Why")
+    assert template.conversation([{"role": "user", "content": "Who?"}]) == ("", rest)
 
 
 @pytest.mark.parametrize("text", ["\ue002", "a\ue002\ue002b <\ue002/s>", "</s>\ue002</s>"])
