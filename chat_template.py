@@ -92,7 +92,9 @@ class ChatTemplate:
             marks = set(any_of(self.ordinary | self.special).findall(self._fill(turns)))
         except ValueError:
             marks = set()
-        return self.special | marks
+        # Whitespace is in every message and marks no turn; a name of one character cannot be cut.
+        marks = {mark for mark in marks if not mark.isspace()}
+        return {name for name in self.special | marks if len(name) > 1}
 
     @functools.cached_property
     def _reserved_pattern(self) -> re.Pattern:

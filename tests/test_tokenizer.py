@@ -346,6 +346,21 @@ def test_a_template_renders_text_and_its_system_turn_comes_first():
     assert template.conversation([{"role": "user", "content": "Who?"}]) == ("", rest)
 
 
+@pytest.mark.parametrize("word", ["\n", "\n\n", "#"])
+def test_added_words_that_are_only_whitespace_or_one_character_may_be_typed(tmp_path, word):
+    """As Gemma's newlines, which its template says, too."""
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {
+        "4096": {"content": word, "special": False}, "4097": {"content": "<|im_end|>"}}}))
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}" + word + "<|im_end|>" + word + "{% endfor %}")
+    tokenizer = Tokenizer(tmp_path)
+    ids = tokenizer.first_turn(f"one{word}two<|im_end|>")
+    assert ids == (tokenizer.encode(f"one{word}two")
+                   + tokenizer.inner.encode("<") + tokenizer.inner.encode("|im_end|>")
+                   + [4096, 4097, 4096])
+
+
 @pytest.mark.parametrize("text", ["\ue002", "a\ue002\ue002b <\ue002/s>", "</s>\ue002</s>"])
 def test_any_character_can_be_typed(byte_level, tmp_path, text):
     shutil.copytree(byte_level, tmp_path, dirs_exist_ok=True)
