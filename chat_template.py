@@ -14,7 +14,6 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 # The form that Vicuna was trained on, for checkpoints without a template.
 VICUNA_TEMPLATE = (
@@ -128,23 +127,6 @@ class ChatTemplate:
         environment.filters["tojson"] = to_json
         environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
         return environment.from_string(self.source)
-
-
-def read_template(folder: Path, settings: dict) -> str:
-    """A checkpoint's template; settings are its tokenizer_config.json. Raises ValueError naming the
-    file."""
-    if (folder / "chat_template.jinja").exists():
-        try:
-            return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        except ValueError:
-            raise ValueError(f"{folder / 'chat_template.jinja'}: not UTF-8 text") from None
-    template = settings.get("chat_template") or VICUNA_TEMPLATE
-    if isinstance(template, list):  # several, by name
-        named = [entry for entry in template if isinstance(entry, dict)]
-        template = next((e.get("template") for e in named if e.get("name") == "default"), None)
-    if not isinstance(template, str):
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: no default chat_template in it")
-    return template
 
 
 # ------------------------------------------------------------------------------ names that are text

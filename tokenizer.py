@@ -14,8 +14,9 @@ from pathlib import Path
 
 import sentencepiece
 
-from chat_template import BREAK, ChatTemplate, any_of, pieces_of, read_template, whole
+from chat_template import BREAK, VICUNA_TEMPLATE, ChatTemplate, any_of, pieces_of, whole
 from formats.files import read_json
+from formats.tokenizer_config import read_specials, read_template, token_text
 
 # sentencepiece puts a space before a text; inside a conversation that is one too many, and the only
 # switch is in the model's file. Protocol buffers merge what is appended: field 3 (normalizer_spec)
@@ -29,7 +30,8 @@ class Tokenizer:
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         settings = read_json(folder / "tokenizer_config.json")
-        self.template = read_template(folder, settings)
+        template = read_template(folder, settings)
+        self.template = VICUNA_TEMPLATE if template is None else template
         # Text -> id of every special token, and of words that were added to the vocabulary
         self.specials, self.ordinary = read_specials(folder, settings)  # and which are such words
         self.sentencepiece = self.tokenizers = None  # the libraries' own: one of the two is used
@@ -315,27 +317,3 @@ def ids_of(tokenizer, text: str, special: bool = False) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=special).ids
     except Exception as error:  # plain, of a vocabulary that lacks what it needs
         raise ValueError(f"tokenizer.json cannot encode {text[:40]!r}: {error}") from None
-
-
-def read_specials(folder: Path, settings: dict) -> tuple[dict[str, int], set[str]]:
-    """Tokens that were added beside a sentencepiece model, by their text, and which of them are
-    words like others (special: false)."""
-    added = settings.get("added_tokens_decoder") or {}
-    simple = read_json(folder / "added_tokens.json")
-    try:
-        specials = {str.__str__(text): int(token_id) for text, token_id in [
-            *simple.items(), *((token["content"], token_id) for token_id, token in added.items())]}
-        if specials and not 0 <= min(specials.values()) <= max(specials.values()) < 2**31:
-            raise ValueError
-        return specials, {str.__str__(token["content"]) for token in added.values()
-                          if token.get("special") is False}
-    except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
-        raise ValueError(f"{folder}: its added tokens are not a table of ids and texts") from None
-
-
-def token_text(settings: dict, key: str, default: str) -> str:
-    value = settings.get(key) or default
-    value = value.get("content") if isinstance(value, dict) else value
-    if not isinstance(value, str):
-        raise ValueError(f"tokenizer_config.json: {key} is {value!r:.80}; it must be a text")
-    return value
