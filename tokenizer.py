@@ -1,38 +1,27 @@
-"""Text to token ids and back, and the turns of a conversation.
+"""Text to token ids and back, and a generated text as it comes.
 
 A checkpoint's `tokenizer.model` is read by sentencepiece; one that only ships a `tokenizer.json`
-(Llama 3, Qwen) needs the optional package `tokenizers`. Its chat template runs in jinja2's sandbox.
-
-A conversation is never rendered twice: `first_turn` renders its opening, and `next_turn` only what
-the template puts between an answer and the next one. The cache holds the rest. What stands in a
-message is text: a special token's name, typed by a user, becomes its characters.
+(Llama 3, Qwen) needs the optional package `tokenizers`. The text of a conversation's turns is
+chat_template.py's; what a message holds is text there, and never becomes a special token.
 """
 
 from __future__ import annotations
 
 import codecs
 import functools
-import json
-import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import sentencepiece
 
+from chat_template import BREAK, VICUNA_TEMPLATE, ChatTemplate, any_of, pieces_of, whole
 from formats.files import read_json
+from formats.tokenizer_config import read_specials, read_template, token_text
 
-# The form that Vicuna was trained on, for checkpoints without a template.
-VICUNA_TEMPLATE = (
-    "{% for m in messages %}"
-    "{% if m.role == 'system' %}{{ m.content }} "
-    "{% elif m.role == 'user' %}USER: {{ m.content }} "
-    "{% else %}ASSISTANT: {{ m.content }}{{ eos_token }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}")
 # sentencepiece puts a space before a text; inside a conversation that is one too many, and the only
 # switch is in the model's file. Protocol buffers merge what is appended: field 3 (normalizer_spec)
 # with its field 3 (add_dummy_prefix) false.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
-USER_MARK, ANSWER_MARK = "\ue000user\ue001", "\ue000answer\ue001"  # private-use: no one types them
-BREAK = "\ue002"  # after the first character of a special token's name that is only text
 
 
 class Tokenizer:
@@ -41,10 +30,11 @@ class Tokenizer:
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         settings = read_json(folder / "tokenizer_config.json")
-        self.template = read_template(folder, settings)
+        template = read_template(folder, settings)
+        self.template = VICUNA_TEMPLATE if template is None else template
         # Text -> id of every special token, and of words that were added to the vocabulary
         self.specials, self.ordinary = read_specials(folder, settings)  # and which are such words
-        self.sentencepiece = self.tokenizers = None
+        self.sentencepiece = self.tokenizers = None  # the libraries' own: one of the two is used
         if (folder / "tokenizer.model").exists():
             self._open_sentencepiece(folder / "tokenizer.model", settings)
         elif (folder / "tokenizer.json").exists():
@@ -55,6 +45,9 @@ class Tokenizer:
         self.bos_token = token_text(settings, "bos_token", names.get(self.bos_id, ""))
         self.eos_token = token_text(settings, "eos_token", names.get(self.eos_id, ""))
         self.special_pattern = any_of(self.specials)
+        self.chat_template = ChatTemplate(
+            self.template, set(self.specials) - self.ordinary, self.ordinary, self.bos_token,
+            self.eos_token)
 
     def _open_sentencepiece(self, path: Path, settings: dict) -> None:
         proto = path.read_bytes()
@@ -88,45 +81,65 @@ class Tokenizer:
         self.ordinary = {token.content for token in added.values() if not token.special}
         before_text = ids_of(self.tokenizers, "", True)  # what it puts in front: BOS or nothing
         self.bos_id = before_text[0] if before_text else None
-        self.eos_id = None
+        self.eos_id, self.spaced = None, False
 
     # -------------------------------------------------------------------------- text and ids
 
-    def encode(self, text: str, bos: bool = True, rendered: bool = False) -> list[int]:
+    def encode(self, text: str, bos: bool = True) -> list[int]:
         """Ids of a text, BOS first where the checkpoint uses one. A special token written out in
-        the text becomes that token, as in transformers; if it was `rendered`, not in messages.
-        `bos=False` is for text that goes on."""
-        ids, opening = [], bos
-        if self.tokenizers and not (rendered and BREAK in text):
+        the text becomes that token, as in transformers. `bos=False` is for text that goes on."""
+        if self.tokenizers:
             ids = ids_of(self.tokenizers, text)
         else:
-            for part in self.special_pattern.split(text):
-                if part in self.specials:
-                    ids.append(self.specials[part])
-                    opening = self.tokenizers or self.spaced or ids[-1] == self.bos_id
-                elif part:
-                    ids += self._encode_part(part, opening, rendered)
-                    opening = False
+            ids = self._encode_around_specials(text, bos, self._encode_plain)
+        return self._with_bos(ids, bos)
+
+    def encode_rendered(self, text: str, bos: bool = True) -> list[int]:
+        """Ids of what a ChatTemplate rendered: a special token that was written out in a message
+        becomes its characters."""
+        if BREAK not in text:
+            return self.encode(text, bos)
+        return self._with_bos(self._encode_around_specials(text, bos, self._encode_message), bos)
+
+    def _with_bos(self, ids: list[int], bos: bool) -> list[int]:
         if self.bos_id is None:
             return ids
         return [self.bos_id] * bos + [i for i in ids if i != self.bos_id]  # BOS comes once
 
-    def _encode_part(self, part: str, opening: bool, rendered: bool) -> list[int]:
-        """Ids of text between special tokens."""
+    def _encode_around_specials(self, text: str, spaced: bool,
+                                encode_part: Callable[[str, bool], list[int]]) -> list[int]:
+        """Ids of the special tokens in a text, and of the parts between them; spaced says whether
+        the first gets sentencepiece's space in front."""
+        ids = []
+        for part in self.special_pattern.split(text):
+            if part in self.specials:
+                ids.append(self.specials[part])
+                spaced = self.spaced or ids[-1] == self.bos_id
+            elif part:
+                ids += encode_part(part, spaced)
+                spaced = False
+        return ids
+
+    def _encode_plain(self, part: str, spaced: bool) -> list[int]:
+        """Ids of text without special tokens."""
         if self.tokenizers:
-            def encode(text: str) -> list[int]:
-                return ids_of(self._verbatim, text)
-        else:
-            encode = (self.sentencepiece if opening else self.inner).encode
-        if not rendered or BREAK not in part:
-            return encode(part)
-        ids, reserved = encode(whole(part)), {self.specials[text] for text in self._reserved}
-        if reserved.isdisjoint(ids):
+            return ids_of(self._verbatim, part)
+        return (self.sentencepiece if spaced else self.inner).encode(part)
+
+    def _encode_message(self, part: str, spaced: bool) -> list[int]:
+        """Ids of rendered text between special tokens."""
+        ids = self._encode_plain(whole(part), spaced)
+        if BREAK not in part:
+            return ids
+        reserved_ids = {self.specials[text] for text in self.chat_template.reserved}
+        if reserved_ids.isdisjoint(ids):
             return ids
         # A vocabulary may hold the name as a word: cut inside of it.
-        first, *others = re.split(f"(?<!{BREAK}){BREAK}(?!{BREAK})", part)
-        encode_on = encode if self.tokenizers else self.inner.encode
-        return encode(whole(first)) + [i for other in others for i in encode_on(whole(other))]
+        first, *others = pieces_of(part)
+        ids = self._encode_plain(first, spaced)
+        for other in others:
+            ids += self._encode_plain(other, False)
+        return ids
 
     @functools.cached_property
     def _verbatim(self):
@@ -143,78 +156,22 @@ class Tokenizer:
         stream = self.stream()
         return "".join(stream(token_id) for token_id in ids) + stream(None)
 
-    def stream(self):
+    def stream(self) -> SentencePieceStream | TokenizersStream:
         """A function that takes one id after the other and returns the text that each completes,
         never half a character; None ends the stream and returns what was still held back."""
-        return self._stream_tokenizers() if self.tokenizers else self._stream_sentencepiece()
-
-    def _stream_sentencepiece(self):
-        utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        words = {self.specials[word]: word.encode(errors="replace") for word in self.ordinary}
-        special_ids, sp = set(self.specials.values()), self.sentencepiece
-
-        def add(token_id: int | None) -> str:
-            if token_id is None:
-                return utf8.decode(b"", final=True)
-            if token_id in words and token_id not in (self.bos_id, self.eos_id):
-                return utf8.decode(words[token_id])
-            if token_id in special_ids or token_id >= sp.get_piece_size():
-                return ""
-            piece = sp.id_to_piece(token_id)
-            if sp.is_byte(token_id):  # "<0x0A>"
-                return utf8.decode(bytes([int(piece[3:-1], 16)]))
-            return utf8.decode(piece.replace("\u2581", " ").encode())
-
-        return add
-
-    def _stream_tokenizers(self):
-        from tokenizers.decoders import DecodeStream
-        # Something must come before, or the first token would lose the space in front of it.
-        before = ids_of(self.tokenizers, "a")
-
-        def fresh():
-            return DecodeStream(ids=before, skip_special_tokens=True)
-
-        stream, held = fresh(), []
-
-        def add(token_id: int | None) -> str:
-            nonlocal stream
-            if token_id is None:
-                return self.tokenizers.decode(held)
-            held.append(token_id)
-            try:
-                text = stream.step(self.tokenizers, token_id)
-            except Exception:  # bytes that can never become a character: show them, begin anew
-                text, stream = self.tokenizers.decode(held), fresh()
-            if text:
-                held.clear()
-            return text or ""
-
-        return add
+        return TokenizersStream(self) if self.tokenizers else SentencePieceStream(self)
 
     # -------------------------------------------------------------------------- conversations
 
     def system_turn(self, system: str) -> list[int]:
         """Ids that the template opens a conversation with, before the user's turn."""
-        return self.encode(self._opening(system), rendered=True)
-
-    def _opening(self, system: str) -> str:
-        turns = [{"role": "system", "content": system.strip()}]  # as many templates do
-        system = self._as_text(system.strip())
-        opening, mark, _ = self._render(turns + [{"role": "user", "content": USER_MARK}]).partition(
-            USER_MARK)
-        if not mark or system not in opening:
-            raise ValueError("the chat template does not render a system turn")
-        try:
-            alone = self._render(turns, add_generation_prompt=False)
-        except ValueError:  # some templates insist on a user's turn: then its header is pinned too
-            return opening
-        return alone if system in alone and opening.startswith(alone) else opening
+        return self.encode_rendered(self.chat_template.system_turn(system))
 
     def opening(self, entry: dict) -> list[int]:
         """Ids of a prompts file's entry: raw text, or the first of its turns in the template."""
-        return self.encode(entry["prompt"]) if "prompt" in entry else self.first_turn(
-            entry["turns"][0])
+        if "prompt" in entry:
+            return self.encode(entry["prompt"])
+        return self.first_turn(entry["turns"][0])
 
     def first_turn(self, user: str, system: str | None = None) -> list[int]:
         """Ids of a conversation's beginning, up to where the answer begins."""
@@ -226,101 +183,84 @@ class Tokenizer:
 
         If the first is a system turn, they start with those of system_turn, whatever follows.
         Raises ValueError for what the chat template refuses."""
-        opening = ""
-        if messages[0]["role"] == "system" and messages[0]["content"].strip():
-            system = messages[0]["content"].strip()
-            messages = [{"role": "system", "content": system}, *messages[1:]]
-            opening = self._opening(system)
-        text = self._render(messages)
-        if not opening or not text.startswith(opening):
-            return self.encode(text, rendered=True)
-        return (self.encode(opening, rendered=True)
-                + self.encode(text.removeprefix(opening), bos=False, rendered=True))
+        opening, rest = self.chat_template.conversation(messages)
+        if not opening:
+            return self.encode_rendered(rest)
+        return self.encode_rendered(opening) + self.encode_rendered(rest, bos=False)
 
     def next_turn(self, user: str, last_id: int | None = None) -> list[int]:
         """Ids from the end of an answer to where the next one begins. last_id is the answer's last
         token: an end-of-turn token that the model said itself is not said twice."""
-        return self.turns_after([{"role": "user", "content": USER_MARK},
-                                 {"role": "assistant", "content": ANSWER_MARK},
-                                 {"role": "user", "content": user}], 1, last_id)
+        return self._encode_after_answer(self.chat_template.next_turn(user), last_id)
 
     def turns_after(self, messages: list[dict], answer: int,
                     last_id: int | None = None) -> list[int]:
         """Ids of what follows the answer messages[answer], up to where the next one begins."""
-        messages = [*messages]
-        messages[answer] = {"role": "assistant", "content": ANSWER_MARK}
-        _, mark, rest = self._render(messages).partition(ANSWER_MARK)
-        if not mark or ANSWER_MARK in rest:
-            raise ValueError("the chat template does not render the assistant's turns")
-        ids = self.encode(rest, bos=False, rendered=True)
+        return self._encode_after_answer(self.chat_template.turns_after(messages, answer), last_id)
+
+    def _encode_after_answer(self, rendered: str, last_id: int | None) -> list[int]:
+        ids = self.encode_rendered(rendered, bos=False)
         if last_id in ids and not self.decode(ids[:ids.index(last_id)]).strip():
             ids = ids[ids.index(last_id) + 1:]  # some templates put a space before it
         return ids
 
-    @functools.cached_property
-    def _reserved(self) -> set[str]:
-        """What no message can say: special tokens, and words that the template marks turns with.
-        (Others, as a model's <think>, are said in answers, which come back as messages.)"""
-        turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+
+class SentencePieceStream:
+    """Tokenizer.stream of a sentencepiece model."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.sentencepiece = tokenizer.sentencepiece
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds half characters
+        ends = (tokenizer.bos_id, tokenizer.eos_id)
+        self.hidden_ids = set(tokenizer.specials.values())
+        self.words = {tokenizer.specials[word]: word.encode(errors="replace")
+                      for word in tokenizer.ordinary if tokenizer.specials[word] not in ends}
+
+    def __call__(self, token_id: int | None) -> str:
+        if token_id is None:
+            return self.utf8.decode(b"", final=True)
+        return self.utf8.decode(self.bytes_of(token_id))
+
+    def bytes_of(self, token_id: int) -> bytes:
+        if token_id in self.words:
+            return self.words[token_id]
+        if token_id in self.hidden_ids or token_id >= self.sentencepiece.get_piece_size():
+            return b""
+        piece = self.sentencepiece.id_to_piece(token_id)
+        if self.sentencepiece.is_byte(token_id):  # "<0x0A>"
+            return bytes([int(piece[3:-1], 16)])
+        return piece.replace("\u2581", " ").encode()
+
+
+class TokenizersStream:
+    """Tokenizer.stream of a tokenizer.json."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizers = tokenizer.tokenizers
+        # Something must come before, or the first token would lose the space in front of it.
+        self.before = ids_of(self.tokenizers, "a")
+        self.held: list[int] = []  # ids whose text has not been returned
+        self.decoder = self.new_decoder()
+
+    def new_decoder(self):
+        from tokenizers.decoders import DecodeStream
+        return DecodeStream(ids=self.before, skip_special_tokens=True)
+
+    def __call__(self, token_id: int | None) -> str:
+        if token_id is None:
+            return self.tokenizers.decode(self.held)
+        self.held.append(token_id)
         try:
-            marks = set(self.special_pattern.findall(self._fill(turns)))
-        except ValueError:
-            marks = set()
-        return set(self.specials) - self.ordinary | marks
-
-    @functools.cached_property
-    def _names(self) -> re.Pattern:
-        return any_of(self._reserved)
-
-    def _as_text(self, content: str) -> str:
-        """A message's content for the template: names of special tokens are broken up, which
-        `whole` undoes."""
-        content = content.replace(BREAK, 2 * BREAK)
-        while (broken := self._names.sub(lambda name: name[0][0] + BREAK + name[0][1:],
-                                         content)) != content:
-            content = broken
-        return content
-
-    def _render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        """The template's text, for `encode(..., rendered=True)`."""
-        return self._fill([{**turn, "content": self._as_text(turn["content"])}
-                           for turn in messages], add_generation_prompt)
-
-    def _fill(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt,
-                bos_token=self.bos_token, eos_token=self.eos_token)
-        except Exception as error:  # a template is a program: anything may go wrong in it
-            raise ValueError(f"the chat template cannot render this: {error}") from None
-
-    @functools.cached_property
-    def _template(self):
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def raise_exception(message):
-            raise jinja2.TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
-        environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
-        return environment.from_string(self.template)
+            text = self.decoder.step(self.tokenizers, token_id)
+        except Exception:  # bytes that can never become a character: show them, begin anew
+            text = self.tokenizers.decode(self.held)
+            self.decoder = self.new_decoder()
+        if text:
+            self.held.clear()
+        return text or ""
 
 
-def any_of(texts) -> re.Pattern:
-    """Finds any of these texts, the longest first; in a group, as re.split keeps it."""
-    longest_first = sorted(map(re.escape, filter(None, texts)), key=len, reverse=True)
-    return re.compile("(" + ("|".join(longest_first) or "(?!)") + ")")
-
-
-def whole(text: str) -> str:
-    """Text that Tokenizer._as_text broke up, as it was."""
-    return re.sub(f"{BREAK}({BREAK}?)", r"\1", text)
-
-
-def stop_at(stops: list[str]):
+def stop_at(stops: Sequence[str]):
     """A filter for streamed text: it takes the next piece and returns what can be shown of it, and
     whether a stop text was reached. What may yet become one is held back until the final piece."""
     held = ""
@@ -338,53 +278,42 @@ def stop_at(stops: list[str]):
     return add
 
 
+class GeneratedText:
+    """One answer as it comes: its token ids, and its text up to a stop text."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        self.ids: list[int] = []  # every token added
+        self.stopped = False  # a stop text was reached; the text ends before it
+        self.decoded_length = 0  # of all text decoded so far, shown or held back
+        self._pieces: list[str] = []
+        self._detokenize, self._before_stop = tokenizer.stream(), stop_at(stop)
+
+    @property
+    def text(self) -> str:
+        """What may be shown so far; the text that is held back is not in it."""
+        return "".join(self._pieces)
+
+    def add(self, token_id: int) -> str:
+        """Take the next token. Returns the text that can be shown now; none after a stop text."""
+        self.ids.append(token_id)
+        return self._show(self._detokenize(token_id))
+
+    def flush(self) -> str:
+        """End the text. Returns what was held back; none after a stop text."""
+        return "" if self.stopped else self._show(self._detokenize(None), final=True)
+
+    def _show(self, piece: str, final: bool = False) -> str:
+        self.decoded_length += len(piece)
+        if self.stopped:
+            return ""
+        shown, self.stopped = self._before_stop(piece, final)
+        self._pieces.append(shown)
+        return shown
+
+
 def ids_of(tokenizer, text: str, special: bool = False) -> list[int]:
     """A text's ids by the package tokenizers, with what its post-processor adds if special."""
     try:
         return tokenizer.encode(text, add_special_tokens=special).ids
     except Exception as error:  # plain, of a vocabulary that lacks what it needs
         raise ValueError(f"tokenizer.json cannot encode {text[:40]!r}: {error}") from None
-
-
-def strftime_now(form: str) -> str:
-    from datetime import datetime
-    return datetime.now().strftime(form)
-
-
-def read_template(folder: Path, settings: dict) -> str:
-    if (folder / "chat_template.jinja").exists():
-        try:
-            return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        except ValueError:
-            raise ValueError(f"{folder / 'chat_template.jinja'}: not UTF-8 text") from None
-    template = settings.get("chat_template") or VICUNA_TEMPLATE
-    if isinstance(template, list):  # several, by name
-        named = [entry for entry in template if isinstance(entry, dict)]
-        template = next((e.get("template") for e in named if e.get("name") == "default"), None)
-    if not isinstance(template, str):
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: no default chat_template in it")
-    return template
-
-
-def read_specials(folder: Path, settings: dict) -> tuple[dict[str, int], set[str]]:
-    """Tokens that were added beside a sentencepiece model, by their text, and which of them are
-    words like others (special: false)."""
-    added = settings.get("added_tokens_decoder") or {}
-    simple = read_json(folder / "added_tokens.json")
-    try:
-        specials = {str.__str__(text): int(token_id) for text, token_id in [
-            *simple.items(), *((token["content"], token_id) for token_id, token in added.items())]}
-        if specials and not 0 <= min(specials.values()) <= max(specials.values()) < 2**31:
-            raise ValueError
-        return specials, {str.__str__(token["content"]) for token in added.values()
-                          if token.get("special") is False}
-    except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
-        raise ValueError(f"{folder}: its added tokens are not a table of ids and texts") from None
-
-
-def token_text(settings: dict, key: str, default: str) -> str:
-    value = settings.get(key) or default
-    value = value.get("content") if isinstance(value, dict) else value
-    if not isinstance(value, str):
-        raise ValueError(f"tokenizer_config.json: {key} is {value!r:.80}; it must be a text")
-    return value
