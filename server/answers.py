@@ -44,7 +44,6 @@ class Job:
     system_key: str = ""
     new_tokens: int = 0
     cancelled: bool = False  # nobody waits for it
-    first_stream: int = 0  # the number of its first answer in the batch
     queue: asyncio.Queue | None = None
     loop: asyncio.AbstractEventLoop | None = None
 
