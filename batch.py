@@ -368,52 +368,58 @@ def emit(batch: Batch, ids: list[int]) -> Iterator[tuple[Stream, int | None]]:
 # ------------------------------------------------------------------------------ command line
 
 
-def ask(prompts: list[list[int]], args) -> list[Prompt]:
-    """What the command line wants of the prompts. Every answer has a seed of its own, so it does
-    not depend on the batch size or on the other prompts."""
-    how, ends = sampling(args), () if args.ignore_eos else None
-    return [Prompt(ids, replace(how, seed=args.seed + n * args.samples), args.max_new_tokens, ends,
-                   args.samples) for n, ids in enumerate(prompts)]
+def make_prompts(prompts: list[list[int]], sampling: Sampling, max_new_tokens: int,
+                 stop_ids: Sequence[int] | None, samples: int) -> list[Prompt]:
+    """What the command line wants of the prompts' ids. Every answer has a seed of its own, so it
+    does not depend on the batch size or on the other prompts."""
+    return [Prompt(ids, replace(sampling, seed=sampling.seed + n * samples), max_new_tokens,
+                   stop_ids, samples) for n, ids in enumerate(prompts)]
 
 
 def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt], batch: Batch,
-                  args) -> None:
+                  compile_s: float, seed: int, args) -> None:
     """Print every stream's figures, a JSON line, as soon as it ends, and at last those of all. On
     Ctrl-C the step is finished, what has not ended is dropped, and the program ends."""
     transcripts, done, new_tokens, steps, start = {}, 0, 0, 0, time.perf_counter()
-    n_streams, what = len(prompts) * args.samples, "prompts" if args.samples == 1 else "answers"
+    samples = prompts[0].samples
+    n_streams, what = len(prompts) * samples, "prompts" if samples == 1 else "answers"
 
     def busy() -> str:
-        return f"rows busy {batch.busy / max(1, batch.steps * args.batch):.0%}"
+        return f"rows busy {batch.busy / max(1, batch.steps * len(batch.rows)):.0%}"
 
     with hold_interrupt() as interrupted, progress("generating", "tokens") as advance:
         for stream, token_id in generate_batch(model, prompts, batch=batch):
             if interrupted and batch.steps > steps:
                 break
-            steps, index = batch.steps, stream.index
+            steps = batch.steps
             if token_id is None:
-                transcript = transcripts.pop(index)
-                transcript.start, transcript.prefilled = stream.started, stream.prefilled
-                length = len(stream.prompt.ids) + len(transcript.ids)
-                record = transcript.end(model, length, batch.cache, *batch.staging)
-                which = {"index": index // args.samples}
-                if args.samples > 1:
-                    which["sample"] = stream.sample
-                record["seed"] = stream.prompt.sampling.seed
-                show(json.dumps({**which, **record}) + "\n")
+                record = record_of(model, batch, stream, transcripts.pop(stream))
+                show(json.dumps(record) + "\n")
                 done += 1
             else:
                 new_tokens += 1
-                if index not in transcripts:
-                    transcripts[index] = Transcript(tokenizer, len(stream.prompt.ids), args)
-                if transcripts[index].add(token_id):
+                if stream not in transcripts:
+                    transcripts[stream] = Transcript(tokenizer, len(stream.prompt.ids), args)
+                if transcripts[stream].add(token_id):
                     stream.cancel()
             advance(new_tokens, note=f"{done} of {n_streams} {what}, {busy()}")
     say(f"{done} of {n_streams} {what}, {new_tokens} new tokens, "
         f"{new_tokens / (time.perf_counter() - start):.1f} tok/s, {busy()} of {batch.steps} steps, "
-        f"compiled in {args.compile_s:.1f} s, seed {args.seed}")
+        f"compiled in {compile_s:.1f} s, seed {seed}")
     if interrupted:
         sys.exit(128 + interrupted[0])
+
+
+def record_of(model: Transformer, batch: Batch, stream: Stream, transcript: Transcript) -> dict:
+    """A stream's JSON line, at its end."""
+    transcript.start, transcript.prefilled = stream.started, stream.prefilled
+    length = len(stream.prompt.ids) + len(transcript.ids)
+    record = {"index": stream.index // stream.prompt.samples}
+    if stream.prompt.samples > 1:
+        record["sample"] = stream.sample
+    record.update(transcript.end(model, length, batch.cache, *batch.staging))
+    record["seed"] = stream.prompt.sampling.seed
+    return record
 
 
 def main():
@@ -431,14 +437,16 @@ def main():
                 raise ValueError(f"--{flag} works on one stream, and batch.py has many")
         entries = read_prompts(args.prompts)[:args.limit]
         model, tokenizer = open_model(args)
-        prompts = agree([tokenizer.opening(entry) for entry in entries])
+        ids = agree([tokenizer.opening(entry) for entry in entries])
         batch = Batch(model, args.batch, args.sink, args.window)
         get_ready(model, batch.staging[0], args)
         if args.compile:  # the step of all rows, as often as generate.warm runs the others
             start = time.perf_counter()
             list(generate_batch(model, [[0]] * 2, max_new_tokens=3, stop_ids=(), batch=batch))
             args.compile_s += time.perf_counter() - start
-        write_results(model, tokenizer, ask(prompts, args), batch, args)
+        prompts = make_prompts(ids, sampling(args), args.max_new_tokens,
+                               () if args.ignore_eos else None, args.samples)
+        write_results(model, tokenizer, prompts, batch, args.compile_s, args.seed, args)
 
 
 if __name__ == "__main__":

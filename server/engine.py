@@ -21,7 +21,7 @@ from model import Transformer
 from server.answers import Answer, Event, Job, Token
 from server.keep import Keep, Kept, chain, extended, put, take
 from server.protocol import MAX_PROMPT, ApiError, Request
-from tokenizer import Tokenizer
+from tokenizer import GeneratedText, Tokenizer
 
 log = logging.getLogger("gpt_stream")
 
@@ -246,8 +246,8 @@ class Engine:
                 self.end(answer, stream)
             return
         if stream not in self.answers:
-            choice = job.first_choice + stream.sample
-            self.answers[stream] = Answer(job, choice, self.tokenizer)
+            self.answers[stream] = Answer(job, job.first_choice + stream.sample,
+                                          GeneratedText(self.tokenizer, job.asked.stop))
         answer = self.answers[stream]
         if job.cancelled:
             stream.cancel()
@@ -255,9 +255,9 @@ class Engine:
             return
         job.new_tokens += 1
         text = answer.add(token_id)
-        if answer.stopped:
+        if answer.generated.stopped:
             stream.cancel()
-        if answer.stopped or token_id in self.model.config.eos_ids:
+        if answer.generated.stopped or token_id in self.model.config.eos_ids:
             answer.finish = "stop"
         token = self.token(token_id, *stream.logprobs.pop()) if stream.logprobs else None
         job.post(Event(answer.choice, text, token))
@@ -266,14 +266,15 @@ class Engine:
         """Keep a conversation that has ended for now, and only then say so."""
         job, rest = answer.job, answer.flush()
         if job.key and self.keep.max_bytes:
+            text = answer.generated.text
             kept = take(self.batch.cache, self.batch.rows.index(stream),
-                        job.all_ids() + answer.ids)
-            key = extended(job.key, "assistant", answer.text)
+                        job.all_ids() + answer.generated.ids)
+            key = extended(job.key, "assistant", text)
             if job.cancelled:  # where its reader stopped will be told by the next request
-                kept.text, kept.lengths, key = answer.text, answer.lengths, stopped(job.key)
-            elif answer.stopped:
-                kept.lengths, kept.text = answer.lengths, answer.text
-                kept = kept.up_to(answer.text)
+                kept.text, kept.lengths, key = text, answer.lengths, stopped(job.key)
+            elif answer.generated.stopped:
+                kept.text, kept.lengths = text, answer.lengths
+                kept = kept.up_to(text)
             if kept:
                 self.keep.add(key, kept, job.found)
         if not job.cancelled:
