@@ -45,6 +45,17 @@ LONG = 1024  # tokens of a prompt which others need not wait for
 TOP_LOGPROBS = 20  # the most alternatives that a prompt may ask for
 
 
+@dataclass(frozen=True)
+class Hooks:
+    """A server's part of a prompt: a beginning that other prompts have in common, and who asks."""
+
+    prefix_ids: Sequence[int] = ()  # what was read before: the prompt's ids go on from there
+    restore_prefix: Callable[[KVCache], None] | None = None  # puts those into a staging row
+    n_shared: int = 0  # the first of the prompt's ids, which other prompts begin with, too
+    save_shared: Callable[[KVCache], None] | None = None  # is given a staging row that holds those
+    owner: object = None  # whoever asks; not looked at here
+
+
 @dataclass
 class Prompt:
     """What is asked for: the ids, how the answer is drawn, and when it ends."""
@@ -55,13 +66,7 @@ class Prompt:
     stop_ids: Sequence[int] | None = None  # each ends an answer, as its last; None: the EOS ids
     samples: int = 1  # answers; the first has the seed, the next ones have those that follow it
     logprobs: int | None = None  # alternatives whose log-probabilities are noted, if any are
-    # What the ids go on from: `begin` puts it into the staging row, one with the batch's sizes.
-    before: Sequence[int] = ()
-    begin: Callable[[KVCache], None] | None = None
-    # `shared` is shown the staging row when it holds the first n_shared of the ids, for others.
-    n_shared: int = 0
-    shared: Callable[[KVCache], None] | None = None
-    owner: object = None  # whoever asks; not looked at here
+    hooks: Hooks = Hooks()  # for a server
 
     def __post_init__(self):
         """Raises ValueError naming the number, its value and what would be right."""
@@ -70,12 +75,17 @@ class Prompt:
         if self.logprobs is not None:
             check_range("logprobs", self.logprobs, 0, TOP_LOGPROBS)
 
+    def all_ids(self) -> list[int]:
+        """The ids, and those of the prefix that they go on from."""
+        return [*self.hooks.prefix_ids, *self.ids]
 
-@dataclass
+
+@dataclass(eq=False)
 class Stream:
     """An answer on its way."""
 
-    index: int
+    index: int  # streams are numbered as their prefills begin
+    sample: int  # which of its prompt's answers
     prompt: Prompt
     left: int  # tokens that may still come
     started: float  # when its prefill began and ended, the others' steps in between included
@@ -84,15 +94,20 @@ class Stream:
     # Of each token yielded: its own log-probability, and {id: log-probability} of the likeliest.
     logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
 
+    def cancel(self) -> None:
+        """End it early: at once if this is called as a token of it is yielded, and else with the
+        next one, or if it has none yet, before its first."""
+        self.left = 0
+
 
 @dataclass
-class Reading:
+class Prefill:
     """A prompt on its way into a staging row, and from there, once whole, to its streams' rows."""
 
     cache: KVCache  # the staging row
     streams: list[Stream]
     chunks: Iterator[Tensor | None]
-    unread: int  # tokens, at least
+    tokens_left: int  # that are not in the staging row yet, at least
     logits: Tensor | None = None  # (1, 1, V) after the last token
 
 
@@ -101,9 +116,9 @@ class Batch:
 
     A server goes on from here: its prompts are an iterator that waits for requests, but yields None
     while others are answered (see `idle`). More staging rows take turns, a chunk each, so that
-    short prompts overtake a long one. When (index, None) is yielded, `cache` still holds the prompt
-    and exactly the tokens yielded, in the row of `stream(index)`, for the `begin` of another
-    Prompt; then they are overwritten with zeros, and no other stream could see them before."""
+    short prompts overtake a long one. When (stream, None) is yielded, `cache` still holds the
+    prompt and exactly the tokens yielded, in row `rows.index(stream)`, for the hooks of another
+    prompt; then they are overwritten with zeros, and no other stream could see them before."""
 
     def __init__(self, model: Transformer, batch_size: int = 8, n_sink: int | None = None,
                  window: int | None = None, n_staging: int = 1, n_chunks: int | None = None):
@@ -112,166 +127,185 @@ class Batch:
         self.n_chunks = n_chunks or 1 + batch_size
         self.cache = make_cache(model, n_sink, window, batch_size)
         self.staging = [make_cache(model, n_sink, window) for _ in range(n_staging)]
-        self.rows, self.reading = [], []
-        self.clear(model.config.vocab_size)
+        self.rows, self.prefills = [], []
+        self.reset(model.config.vocab_size)
 
-    def clear(self, vocab_size: int) -> None:
-        """Nothing is on its way. What was, because of an error, is overwritten, too."""
-        for cache, rows in ((self.cache, [row for row, stream in enumerate(self.rows) if stream]),
-                            *((reading.cache, [0]) for reading in self.reading)):
-            for row in rows:
-                cache.clear_row(row)
+    def reset(self, vocab_size: int) -> None:
+        """Drop every stream and prefill, and zero the rows that they were in, as after an error."""
+        for row, stream in enumerate(self.rows):
+            if stream is not None:
+                self.cache.clear_row(row)
+        for prefill in self.prefills:
+            prefill.cache.clear_row(0)
         size, device = self.cache.batch_size, self.cache.length.device
         self.sampler = Rows(size, vocab_size, device)
         self.tokens = torch.zeros(size, 1, dtype=torch.int64, device=device)  # not in the cache yet
         self.noted = {}  # of rows that ask for it: log_probabilities of their tokens
         self.rows: list[Stream | None] = [None] * size
         self.live = torch.zeros(size, dtype=torch.int64, device=device)  # 1 where a stream is
-        self.reading: list[Reading] = []
+        self.prefills: list[Prefill] = []
         self.prefill_credit = 0.0  # seconds that long prompts may take: as many as steps took
         self.steps = self.busy = 0  # decode steps, and rows that were busy, counted at each
 
     @property
     def idle(self) -> bool:
-        """Nothing is answered or read: whoever has no prompt may wait for one."""
-        return not self.reading and not any(self.rows)
-
-    def stream(self, index: int) -> Stream:
-        """The stream that is yielded as index. Setting its `left` to 0 ends it: at once if that is
-        done as a token of it is yielded, and else with the next one."""
-        streams = [*self.rows, *(stream for reading in self.reading for stream in reading.streams)]
-        return next(stream for stream in streams if stream and stream.index == index)
+        """Nothing is decoded or prefilled: whoever has no prompt may wait for one."""
+        return not self.prefills and not any(self.rows)
 
 
 @torch.no_grad()
 def generate_batch(model: Transformer, prompts: Iterable[Sequence[int] | Prompt | None],
                    batch_size: int = 8, n_sink: int | None = None, window: int | None = None,
-                   max_new_tokens: int | Sequence[int] = 64, ignore_eos: bool = False,
-                   batch: Batch | None = None, generator: torch.Generator | None = None,
-                   **sampling) -> Iterator[tuple[int, int | None]]:
-    """Continue every prompt, B at a time: yields (index, token id) as the tokens come, an EOS id
-    too, and (index, None) after a stream's last one.
+                   max_new_tokens: int | Sequence[int] = 64, *, sampling: Sampling | None = None,
+                   stop_ids: Sequence[int] | None = None,
+                   batch: Batch | None = None) -> Iterator[tuple[Stream, int | None]]:
+    """Continue every prompt, B at a time: yields (stream, token id) as the tokens come, a stop id
+    too, and (stream, None) after a stream's last one. `stream.index` is its number, and
+    `stream.cancel()` ends it early.
 
     A prompt is taken from the iterable when its prefill begins; None says that there is none now.
-    A Prompt says itself what it wants. For plain ids, max_new_tokens may be a number for each, and
-    sampling is that of a Sampling, a seed being drawn from the generator for each. Streams are
-    numbered as they begin, several samples of a prompt one after the other, and in float32 what one
-    says depends on nothing beside it. A batch that is given brings its own sizes, counts the steps,
-    and lets a stream be ended early. Raises ValueError for an unusable prompt, and then all streams
-    end: a server calls generate.check_ids before."""
+    A Prompt says itself what it wants. Plain ids are continued as sampling says, by default the
+    likeliest tokens; if it has a seed, prompt n has seed + n, and else every prompt has a random
+    one. They end with one of the stop_ids (None: the EOS ids; (): never), or after max_new_tokens,
+    which may be a number for each. Streams are numbered as they begin, several samples of a prompt
+    one after the other, and in float32 what one says depends on nothing beside it. A batch that is
+    given brings its own sizes and counts the steps. Raises ValueError for an unusable prompt, and
+    then all streams end: a server calls generate.check_ids before."""
     batch = batch or Batch(model, batch_size, n_sink, window)
-    batch.clear(model.config.vocab_size)
-    streams = streams_of(model, prompts, max_new_tokens, ignore_eos, generator, **sampling)
+    batch.reset(model.config.vocab_size)
+    asked = as_prompts(prompts, max_new_tokens, sampling or Sampling(), stop_ids)
+    streams = streams_of(model, asked)
     more = True
     while more or not batch.idle:
         if any(batch.rows):
             began = time.perf_counter()
-            yield from step(model, batch)
+            yield from decode_step(model, batch)
             batch.prefill_credit = min(batch.prefill_credit + time.perf_counter() - began, 0.1)
         # One chunk between two steps, so that no stream waits long, and one for each idle row.
         for _ in range(min(1 + batch.rows.count(None), batch.n_chunks)):
-            more = more and admit(model, batch, streams)
-            read_on(batch)
-            yield from seat(batch)
+            more = more and start_prefill(model, batch, streams)
+            prefill_one_chunk(batch)
+            yield from fill_rows(batch)
 
 
-def streams_of(model: Transformer, prompts: Iterable[Sequence[int] | Prompt | None],
-               max_new_tokens: int | Sequence[int], ignore_eos: bool,
-               generator: torch.Generator | None, **sampling) -> Iterator[list[Stream]]:
+# ------------------------------------------------------------------------------ prompts
+
+
+def as_prompts(prompts: Iterable[Sequence[int] | Prompt | None],
+               max_new_tokens: int | Sequence[int], sampling: Sampling,
+               stop_ids: Sequence[int] | None) -> Iterator[Prompt | None]:
+    """A Prompt for plain ids."""
+    n = 0
+    for prompt in prompts:
+        if prompt is not None and not isinstance(prompt, Prompt):
+            limit = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[n]
+            seed = None if sampling.seed is None else sampling.seed + n
+            prompt = Prompt(prompt, replace(sampling, seed=seed), limit, stop_ids)
+        yield prompt
+        n += prompt is not None
+
+
+def streams_of(model: Transformer, prompts: Iterable[Prompt | None]) -> Iterator[list[Stream]]:
     """The streams of each prompt, one a sample; none where there is no prompt now."""
-    index = n = 0
+    index = 0
     for prompt in prompts:
         if prompt is None:
             yield []
             continue
-        if not isinstance(prompt, Prompt):
-            limit = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[n]
-            prompt = Prompt(prompt, Sampling(**sampling), limit, () if ignore_eos else None)
         check_ids(model, prompt.ids)
-        seed = new_seed(generator) if prompt.sampling.seed is None else prompt.sampling.seed
+        seed = new_seed() if prompt.sampling.seed is None else prompt.sampling.seed
         stop_ids = model.config.eos_ids if prompt.stop_ids is None else prompt.stop_ids
-        each = [replace(prompt, sampling=replace(prompt.sampling, seed=seed + i), stop_ids=stop_ids)
-                for i in range(prompt.samples)]
-        yield [Stream(i, one, one.max_new_tokens, time.perf_counter(),
-                      length=len(one.before) + len(one.ids)) for i, one in enumerate(each, index)]
-        index, n = index + prompt.samples, n + 1
+        streams, length = [], len(prompt.all_ids())
+        for sample in range(prompt.samples):
+            one = replace(prompt, sampling=replace(prompt.sampling, seed=seed + sample),
+                          stop_ids=stop_ids)
+            streams.append(Stream(index + sample, sample, one, one.max_new_tokens,
+                                  time.perf_counter(), length=length))
+        yield streams
+        index += prompt.samples
 
 
-def admit(model: Transformer, batch: Batch, waiting: Iterator[list[Stream]]) -> bool:
-    """Begin to read a prompt if a staging row is free. False once there are no more."""
-    free = [cache for cache in batch.staging if all(r.cache is not cache for r in batch.reading)]
+# ------------------------------------------------------------------------------ prefill
+
+
+def start_prefill(model: Transformer, batch: Batch, waiting: Iterator[list[Stream]]) -> bool:
+    """Take the next prompt if a staging row is free. False once there are no more."""
+    used = [prefill.cache for prefill in batch.prefills]
+    free = [cache for cache in batch.staging if cache not in used]
     if not free:
         return True
     streams = next(waiting, None)
     if streams:
         prompt, cache = streams[0].prompt, free[0]
-        batch.reading.append(Reading(cache, streams, chunks_of(model, cache, prompt),
-                                     len(prompt.ids)))
+        chunks = prompt_chunks(model, cache, prompt)
+        batch.prefills.append(Prefill(cache, streams, chunks, len(prompt.ids)))
     return streams is not None
 
 
-def chunks_of(model: Transformer, cache: KVCache, prompt: Prompt) -> Iterator[Tensor | None]:
-    """generate.prefill_chunks of the prompt: first of the beginning that others may share."""
-    ids, n = list(prompt.ids), prompt.n_shared
-    if prompt.begin:
-        prompt.begin(cache)
-    if n:
-        for _ in prefill_chunks(model, cache, ids[:n]):
+def prompt_chunks(model: Transformer, cache: KVCache, prompt: Prompt) -> Iterator[Tensor | None]:
+    """generate.prefill_chunks of the prompt, behind its prefix, and first of what is shared."""
+    ids, hooks = list(prompt.ids), prompt.hooks
+    if hooks.restore_prefix:
+        hooks.restore_prefix(cache)
+    if hooks.n_shared:
+        for _ in prefill_chunks(model, cache, ids[:hooks.n_shared]):
             yield None
-        prompt.shared(cache)
-    yield from prefill_chunks(model, cache, ids[n:])
+        hooks.save_shared(cache)
+    yield from prefill_chunks(model, cache, ids[hooks.n_shared:])
 
 
-def read_on(batch: Batch) -> None:
+def prefill_one_chunk(batch: Batch) -> None:
     """Prefill one chunk of the prompt whose latest chunk is the longest ago. Beside streams, a long
     prompt gets no more time than their steps take."""
     must_wait = any(batch.rows) and batch.prefill_credit <= 0  # whether a long one must
-    reading = next((reading for reading in batch.reading if reading.logits is None
-                    and not (must_wait and reading.unread > LONG)), None)
-    if reading is None:
+    prefill = next((prefill for prefill in batch.prefills if prefill.logits is None
+                    and not (must_wait and prefill.tokens_left > LONG)), None)
+    if prefill is None:
         return
     began = time.perf_counter()
-    reading.logits = next(reading.chunks)
-    if reading.logits is not None and reading.logits.is_cuda:
-        torch.cuda.synchronize(reading.logits.device)
-    for stream in reading.streams:
+    prefill.logits = next(prefill.chunks)
+    if prefill.logits is not None and prefill.logits.is_cuda:
+        torch.cuda.synchronize(prefill.logits.device)
+    for stream in prefill.streams:
         stream.prefilled = time.perf_counter()
-    if reading.unread > LONG:
+    if prefill.tokens_left > LONG:
         batch.prefill_credit -= time.perf_counter() - began
-    reading.unread -= reading.cache.max_chunk
-    batch.reading.remove(reading)
-    batch.reading.append(reading)
+    prefill.tokens_left -= prefill.cache.max_chunk
+    batch.prefills.remove(prefill)
+    batch.prefills.append(prefill)
 
 
-def seat(batch: Batch) -> Iterator[tuple[int, None]]:
+def fill_rows(batch: Batch) -> Iterator[tuple[Stream, None]]:
     """Copy prompts that are whole to idle rows, and draw their first tokens. The events are those
-    of streams that were ended before."""
-    for reading in list(batch.reading):
-        for stream in list(reading.streams):
+    of streams that were cancelled before."""
+    for prefill in list(batch.prefills):
+        for stream in list(prefill.streams):
             if not stream.left:
-                yield stream.index, None
-            elif reading.logits is not None and None in batch.rows:
-                row = batch.rows.index(None)
-                batch.cache.copy_row(row, reading.cache, n_tokens=stream.length)
-                begin(batch, row, stream, reading.logits)
+                yield stream, None
+            elif prefill.logits is not None and None in batch.rows:
+                start_row(batch, batch.rows.index(None), stream, prefill)
             else:
                 continue
-            reading.streams.remove(stream)
+            prefill.streams.remove(stream)
             length = stream.length
-        if not reading.streams:
-            reading.cache.clear_row(0, length + reading.cache.max_chunk)  # the padding, too
-            batch.reading.remove(reading)
+        if not prefill.streams:
+            prefill.cache.clear_row(0, length + prefill.cache.max_chunk)  # the padding, too
+            batch.prefills.remove(prefill)
 
 
-def begin(batch: Batch, row: int, stream: Stream, logits: Tensor) -> None:
-    """Draw a stream's first token from its prompt's logits (1, 1, V)."""
+def start_row(batch: Batch, row: int, stream: Stream, prefill: Prefill) -> None:
+    """Copy a whole prompt to a stream's row, and draw its first token."""
+    batch.cache.copy_row(row, prefill.cache, n_tokens=stream.length)
     prompt, batch.rows[row], batch.live[row] = stream.prompt, stream, 1
-    batch.sampler.begin(row, prompt.sampling, [*prompt.before, *prompt.ids])
-    batch.tokens[row:row + 1] = batch.sampler.sample(logits, slice(row, row + 1))
-    note_logprobs(batch, [] if prompt.logprobs is None else [row], logits)
+    batch.sampler.begin(row, prompt.sampling, prompt.all_ids())
+    batch.tokens[row:row + 1] = batch.sampler.sample(prefill.logits, slice(row, row + 1))
+    note_logprobs(batch, [] if prompt.logprobs is None else [row], prefill.logits)
 
 
-def step(model: Transformer, batch: Batch) -> Iterator[tuple[int, int | None]]:
+# ------------------------------------------------------------------------------ decode
+
+
+def decode_step(model: Transformer, batch: Batch) -> Iterator[tuple[Stream, int | None]]:
     """The next token of every row, and the events of the latest ones.
 
     As in generate.decode, a GPU is at the next step already while those are read. Idle rows step
@@ -315,16 +349,16 @@ def note_logprobs(batch: Batch, rows: list[int], logits: Tensor) -> None:
         batch.noted[row] = log_probabilities(raw, batch.tokens[row:row + 1], n)
 
 
-def emit(batch: Batch, ids: list[int]) -> Iterator[tuple[int, int | None]]:
+def emit(batch: Batch, ids: list[int]) -> Iterator[tuple[Stream, int | None]]:
     """The events of a step's tokens, one a row. The row of a stream that ends becomes idle."""
     for row, (stream, token_id) in enumerate(zip(batch.rows, ids, strict=True)):
         if stream is None:
             continue
         stream.left = 0 if token_id in stream.prompt.stop_ids else max(0, stream.left - 1)
         stream.length += 1
-        yield stream.index, token_id
+        yield stream, token_id
         if not stream.left:
-            yield stream.index, None
+            yield stream, None
             batch.sampler.end(row)
             batch.cache.clear_row(row, stream.length)
             batch.rows[row], batch.live[row] = None, 0
@@ -334,51 +368,58 @@ def emit(batch: Batch, ids: list[int]) -> Iterator[tuple[int, int | None]]:
 # ------------------------------------------------------------------------------ command line
 
 
-def ask(prompts: list[list[int]], args) -> list[Prompt]:
-    """What the command line wants of the prompts. Every answer has a seed of its own, so it does
-    not depend on the batch size or on the other prompts."""
-    how, ends = sampling(args), () if args.ignore_eos else None
-    return [Prompt(ids, replace(how, seed=args.seed + n * args.samples), args.max_new_tokens, ends,
-                   args.samples) for n, ids in enumerate(prompts)]
+def make_prompts(prompts: list[list[int]], sampling: Sampling, max_new_tokens: int,
+                 stop_ids: Sequence[int] | None, samples: int) -> list[Prompt]:
+    """What the command line wants of the prompts' ids. Every answer has a seed of its own, so it
+    does not depend on the batch size or on the other prompts."""
+    return [Prompt(ids, replace(sampling, seed=sampling.seed + n * samples), max_new_tokens,
+                   stop_ids, samples) for n, ids in enumerate(prompts)]
 
 
 def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt], batch: Batch,
-                  args) -> None:
+                  compile_s: float, seed: int, args) -> None:
     """Print every stream's figures, a JSON line, as soon as it ends, and at last those of all. On
     Ctrl-C the step is finished, what has not ended is dropped, and the program ends."""
     transcripts, done, new_tokens, steps, start = {}, 0, 0, 0, time.perf_counter()
-    n_streams, what = len(prompts) * args.samples, "prompts" if args.samples == 1 else "answers"
+    samples = prompts[0].samples
+    n_streams, what = len(prompts) * samples, "prompts" if samples == 1 else "answers"
 
     def busy() -> str:
-        return f"rows busy {batch.busy / max(1, batch.steps * args.batch):.0%}"
+        return f"rows busy {batch.busy / max(1, batch.steps * len(batch.rows)):.0%}"
 
     with hold_interrupt() as interrupted, progress("generating", "tokens") as advance:
-        for index, token_id in generate_batch(model, prompts, batch=batch):
+        for stream, token_id in generate_batch(model, prompts, batch=batch):
             if interrupted and batch.steps > steps:
                 break
-            steps, stream = batch.steps, batch.stream(index)
+            steps = batch.steps
             if token_id is None:
-                transcript = transcripts.pop(index)
-                transcript.start, transcript.prefilled = stream.started, stream.prefilled
-                length = len(stream.prompt.ids) + len(transcript.ids)
-                record = transcript.end(model, length, batch.cache, *batch.staging)
-                of, sample = divmod(index, args.samples)
-                which = {"index": of} if args.samples == 1 else {"index": of, "sample": sample}
-                record["seed"] = stream.prompt.sampling.seed
-                show(json.dumps({**which, **record}) + "\n")
+                record = record_of(model, batch, stream, transcripts.pop(stream))
+                show(json.dumps(record) + "\n")
                 done += 1
             else:
                 new_tokens += 1
-                if index not in transcripts:
-                    transcripts[index] = Transcript(tokenizer, len(stream.prompt.ids), args)
-                if transcripts[index].add(token_id):
-                    stream.left = 0
+                if stream not in transcripts:
+                    transcripts[stream] = Transcript(tokenizer, len(stream.prompt.ids), args)
+                if transcripts[stream].add(token_id):
+                    stream.cancel()
             advance(new_tokens, note=f"{done} of {n_streams} {what}, {busy()}")
     say(f"{done} of {n_streams} {what}, {new_tokens} new tokens, "
         f"{new_tokens / (time.perf_counter() - start):.1f} tok/s, {busy()} of {batch.steps} steps, "
-        f"compiled in {args.compile_s:.1f} s, seed {args.seed}")
+        f"compiled in {compile_s:.1f} s, seed {seed}")
     if interrupted:
         sys.exit(128 + interrupted[0])
+
+
+def record_of(model: Transformer, batch: Batch, stream: Stream, transcript: Transcript) -> dict:
+    """A stream's JSON line, at its end."""
+    transcript.start, transcript.prefilled = stream.started, stream.prefilled
+    length = len(stream.prompt.ids) + len(transcript.ids)
+    record = {"index": stream.index // stream.prompt.samples}
+    if stream.prompt.samples > 1:
+        record["sample"] = stream.sample
+    record.update(transcript.end(model, length, batch.cache, *batch.staging))
+    record["seed"] = stream.prompt.sampling.seed
+    return record
 
 
 def main():
@@ -396,14 +437,16 @@ def main():
                 raise ValueError(f"--{flag} works on one stream, and batch.py has many")
         entries = read_prompts(args.prompts)[:args.limit]
         model, tokenizer = open_model(args)
-        prompts = agree([tokenizer.opening(entry) for entry in entries])
+        ids = agree([tokenizer.opening(entry) for entry in entries])
         batch = Batch(model, args.batch, args.sink, args.window)
         get_ready(model, batch.staging[0], args)
         if args.compile:  # the step of all rows, as often as generate.warm runs the others
             start = time.perf_counter()
-            list(generate_batch(model, [[0]] * 2, max_new_tokens=3, ignore_eos=True, batch=batch))
+            list(generate_batch(model, [[0]] * 2, max_new_tokens=3, stop_ids=(), batch=batch))
             args.compile_s += time.perf_counter() - start
-        write_results(model, tokenizer, ask(prompts, args), batch, args)
+        prompts = make_prompts(ids, sampling(args), args.max_new_tokens,
+                               () if args.ignore_eos else None, args.samples)
+        write_results(model, tokenizer, prompts, batch, args.compile_s, args.seed, args)
 
 
 if __name__ == "__main__":

@@ -76,18 +76,18 @@ def check(args) -> None:
         raise ValueError("--pin-system decides the number of sinks; leave --sink out")
     if n_ranks() > 1:
         raise ValueError("the server works without torchrun; replicas are for several processes")
-    check_exposure(args)
+    check_exposure(args.host, args.api_key_file, args.no_auth)
 
 
-def check_exposure(args) -> None:
+def check_exposure(host: str, api_key_file: str | None, no_auth: bool) -> None:
     """Raises ValueError for a server that strangers could use by mistake."""
-    if args.api_key_file and args.no_auth:
+    if api_key_file and no_auth:
         raise ValueError("--api-key-file and --no-auth exclude each other")
-    local = args.host == "localhost"
+    local = host == "localhost"
     with contextlib.suppress(ValueError):
-        local = ipaddress.ip_address(args.host).is_loopback
-    if not (local or args.api_key_file or args.no_auth):
-        raise ValueError(f"--host {args.host} lets others in: give --api-key-file FILE, or "
+        local = ipaddress.ip_address(host).is_loopback
+    if not (local or api_key_file or no_auth):
+        raise ValueError(f"--host {host} lets others in: give --api-key-file FILE, or "
                          "--no-auth if everyone there may ask")
 
 
@@ -109,17 +109,31 @@ def model_name(checkpoint: str) -> str:
     return path.name.removesuffix(".gguf") if path.exists() else str(checkpoint)
 
 
-def make_engine(args) -> Engine:
-    """Load the model, and run every graph once."""
-    say(f"loading {args.checkpoint}")
-    model, tokenizer = load(args.checkpoint, compile=args.compile,
-                            compile_prefill=args.compile_prefill, **load_arguments(args))
-    sink = args.sink
-    if args.pin_system is not None:
-        sink = len(tokenizer.system_turn(check_text("--pin-system", args.pin_system)))
-    engine = Engine(model, tokenizer, args.batch, sink, args.window,
-                    int(args.keep_gb * 2**30), args.queue, args.pin_system)
-    if args.compile:
+def make_settings(checkpoint: str, max_new_tokens: int, api_key_file: str | None,
+                  hosts: list[str], origins: list[str]) -> Settings:
+    """What the routes need to know. Raises ValueError or OSError for a key file without keys."""
+    keys = read_keys(api_key_file) if api_key_file else ()
+    return Settings(model_name(checkpoint), max_new_tokens, keys, tuple(hosts), tuple(origins))
+
+
+def engine_arguments(args) -> dict:
+    """What make_engine takes of a command line."""
+    return dict(checkpoint=args.checkpoint, batch_size=args.batch, n_sink=args.sink,
+                window=args.window, keep_bytes=int(args.keep_gb * 2**30), max_queue=args.queue,
+                pin_system=args.pin_system, compile=args.compile,
+                compile_prefill=args.compile_prefill, **load_arguments(args))
+
+
+def make_engine(checkpoint: str, batch_size: int, n_sink: int | None, window: int | None,
+                keep_bytes: int, max_queue: int, pin_system: str | None, compile: bool,
+                **load_options) -> Engine:
+    """Load the model, and run every graph once. A pinned system turn fills the sinks."""
+    say(f"loading {checkpoint}")
+    model, tokenizer = load(checkpoint, compile=compile, **load_options)
+    if pin_system is not None:
+        n_sink = len(tokenizer.system_turn(check_text("--pin-system", pin_system)))
+    engine = Engine(model, tokenizer, batch_size, n_sink, window, keep_bytes, max_queue, pin_system)
+    if compile:
         say("compiling: 10 to 30 s the first time, a few from then on")
     engine.warm()
     return engine
@@ -172,11 +186,10 @@ def main():
     with user_errors(parser):
         args = parser.parse_args()
         check(args)
-        keys = read_keys(args.api_key_file) if args.api_key_file else ()
+        settings = make_settings(args.checkpoint, args.max_new_tokens, args.api_key_file,
+                                 [args.host, *args.allow_host], args.allow_origin)
         sock = listen(args.host, args.port)
-        engine = make_engine(args)
-        settings = Settings(model_name(args.checkpoint), args.max_new_tokens, keys,
-                            (args.host, *args.allow_host), tuple(args.allow_origin))
+        engine = make_engine(**engine_arguments(args))
         serving = serve_beside(make_app(engine, settings), sock, engine, args.grace)
         engine.run()
         serving.join()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from server.keep import Kept
 from server.protocol import ApiError, Request
-from tokenizer import Tokenizer, stop_at
+from tokenizer import GeneratedText
 
 
 @dataclass
@@ -44,7 +44,6 @@ class Job:
     system_key: str = ""
     new_tokens: int = 0
     cancelled: bool = False  # nobody waits for it
-    first_stream: int = 0  # the number of its first answer in the batch
     queue: asyncio.Queue | None = None
     loop: asyncio.AbstractEventLoop | None = None
 
@@ -66,39 +65,25 @@ class Job:
 
 @dataclass(eq=False)
 class Answer:
-    """One stream: what has been said of it, and what has been shown."""
+    """One answer of a job, and how far its text came with each of its tokens."""
 
     job: Job
     choice: int
-    tokenizer: Tokenizer
-    ids: list[int] = field(default_factory=list)
-    text: str = ""  # shown
+    generated: GeneratedText
     lengths: list[int] = field(default_factory=list)  # of all text, shown or not, after each token
-    stopped: bool = False  # by a stop text
     finish: str = "length"
-
-    def __post_init__(self):
-        self.detokenize, self.stop = self.tokenizer.stream(), stop_at(self.job.asked.stop)
 
     def add(self, token_id: int) -> str:
         """Take a token; the text that can be shown now."""
-        piece = self.detokenize(token_id)
-        self.ids.append(token_id)
-        self.lengths.append((self.lengths[-1] if self.lengths else 0) + len(piece))
-        text, stopped = self.stop(piece)
-        self.stopped |= stopped
-        self.text += text
+        text = self.generated.add(token_id)
+        self.lengths.append(self.generated.decoded_length)
         return text
 
     def add_unshown(self, token_id: int) -> None:
         """Take a token that nobody waits for any more."""
-        self.ids.append(token_id)
-        self.lengths.append(self.lengths[-1] if self.lengths else 0)
+        self.generated.ids.append(token_id)
+        self.lengths.append(self.generated.decoded_length)
 
     def flush(self) -> str:
         """The text that was held back, at the end: none after a stop text, or for nobody."""
-        if self.stopped or self.job.cancelled:
-            return ""
-        text, _ = self.stop(self.detokenize(None), final=True)
-        self.text += text
-        return text
+        return "" if self.job.cancelled else self.generated.flush()

@@ -14,14 +14,14 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 
-from batch import LONG, Batch, Prompt, Stream, generate_batch
+from batch import LONG, Batch, Hooks, Prompt, Stream, generate_batch
 from generate import LARGE_CHUNK, check_ids
 from kv_cache import KVCache
 from model import Transformer
 from server.answers import Answer, Event, Job, Token
 from server.keep import Keep, Kept, chain, extended, put, take
 from server.protocol import MAX_PROMPT, ApiError, Request
-from tokenizer import Tokenizer
+from tokenizer import GeneratedText, Tokenizer
 
 log = logging.getLogger("gpt_stream")
 
@@ -37,11 +37,10 @@ class Engine:
         self.fingerprint = model.fingerprint
         self.names = {token_id: text for text, token_id in tokenizer.specials.items()}
         self.batch = Batch(model, batch_size, n_sink, window, n_staging=2, n_chunks=4)
-        self.n_streams = 0  # that the batch has been asked for
         self.keep = Keep(keep_bytes)
         self.waiting: deque[Job] = deque()
         self.jobs: list[Job] = []  # that somebody waits for
-        self.answers: dict[int, Answer] = {}  # that are in a row, by their number in the batch
+        self.answers: dict[Stream, Answer] = {}  # that are in a row
         self.wake = threading.Condition()
         self.draining = self.closed = False
         self.ended = threading.Event()
@@ -174,10 +173,10 @@ class Engine:
 
     def end_reading(self) -> None:
         """Let go of prompts that are being read for nobody. (Rows are when they tell a token.)"""
-        for reading in list(self.batch.reading):
-            for stream in list(reading.streams):
-                if stream.prompt.owner.cancelled:
-                    stream.left = 0
+        for prefill in list(self.batch.prefills):
+            for stream in list(prefill.streams):
+                if stream.prompt.hooks.owner.cancelled:
+                    stream.cancel()
 
     def fail(self, message: str, status: int = 500) -> None:
         """End all that is running or waiting with an error."""
@@ -200,14 +199,13 @@ class Engine:
 
     def answer(self) -> None:
         try:
-            self.n_streams = 0
-            for index, token in generate_batch(self.model, self.prompts(), batch=self.batch):
-                self.tell(index, token)
+            for stream, token_id in generate_batch(self.model, self.prompts(), batch=self.batch):
+                self.tell(stream, token_id)
         except Exception as error:  # the message could quote a prompt
             log.error("the engine failed: %s; running answers are lost", type(error).__name__)
             self.fail("The engine failed at this; try again.")
             self.answers.clear()
-            self.batch.clear(self.model.config.vocab_size)
+            self.batch.reset(self.model.config.vocab_size)
 
     def prompts(self) -> Iterator[Prompt | None]:
         """What generate_batch takes next: None while nothing waits, the end when closed."""
@@ -219,8 +217,8 @@ class Engine:
                     return
                 self.end_reading()  # of those that left while they were taken
                 # One staging row stays free of long prompts, so that short ones overtake them.
-                busy = any(len(stream.prompt.ids) > LONG for reading in self.batch.reading
-                           for stream in reading.streams)
+                busy = any(len(stream.prompt.ids) > LONG for prefill in self.batch.prefills
+                           for stream in prefill.streams)
                 job = next((job for job in self.waiting if not busy or len(job.ids) <= LONG), None)
                 if job:
                     self.waiting.remove(job)
@@ -228,41 +226,38 @@ class Engine:
 
     def prompt(self, job: Job) -> Prompt:
         """A job as generate_batch takes one."""
-        job.first_stream = self.n_streams
-        self.n_streams += job.asked.n
-        prompt = Prompt(job.ids, job.asked.sampling, job.asked.max_new_tokens,
-                        samples=job.asked.n, logprobs=job.asked.top_logprobs, owner=job)
-        if job.kept:
-            prompt.before, prompt.begin = job.kept.ids, functools.partial(put, job.kept)
-        if job.system:
-            prompt.n_shared, prompt.shared = job.system, functools.partial(self.share, job)
-        return prompt
+        hooks = Hooks(
+            prefix_ids=job.kept.ids if job.kept else (),
+            restore_prefix=functools.partial(put, job.kept) if job.kept else None,
+            n_shared=job.system,
+            save_shared=functools.partial(self.share, job) if job.system else None, owner=job)
+        return Prompt(job.ids, job.asked.sampling, job.asked.max_new_tokens,
+                      samples=job.asked.n, logprobs=job.asked.top_logprobs, hooks=hooks)
 
     def share(self, job: Job, cache: KVCache) -> None:
         """Keep a system turn, which has just been read, for others."""
         self.keep.add(job.system_key, take(cache, 0, job.ids[:job.system]))
 
-    def tell(self, index: int, token_id: int | None) -> None:
+    def tell(self, stream: Stream, token_id: int | None) -> None:
         """Pass on what generate_batch says of a stream: a token, or its end."""
-        stream = self.batch.stream(index)
-        job = stream.prompt.owner
+        job = stream.prompt.hooks.owner
         if token_id is None:
-            if answer := self.answers.pop(index, None):  # none where it was not even read
+            if answer := self.answers.pop(stream, None):  # none where it was not even read
                 self.end(answer, stream)
             return
-        if index not in self.answers:
-            choice = job.first_choice + index - job.first_stream
-            self.answers[index] = Answer(job, choice, self.tokenizer)
-        answer = self.answers[index]
+        if stream not in self.answers:
+            self.answers[stream] = Answer(job, job.first_choice + stream.sample,
+                                          GeneratedText(self.tokenizer, job.asked.stop))
+        answer = self.answers[stream]
         if job.cancelled:
-            stream.left = 0
+            stream.cancel()
             answer.add_unshown(token_id)
             return
         job.new_tokens += 1
         text = answer.add(token_id)
-        if answer.stopped:
-            stream.left = 0
-        if answer.stopped or token_id in self.model.config.eos_ids:
+        if answer.generated.stopped:
+            stream.cancel()
+        if answer.generated.stopped or token_id in self.model.config.eos_ids:
             answer.finish = "stop"
         token = self.token(token_id, *stream.logprobs.pop()) if stream.logprobs else None
         job.post(Event(answer.choice, text, token))
@@ -271,14 +266,15 @@ class Engine:
         """Keep a conversation that has ended for now, and only then say so."""
         job, rest = answer.job, answer.flush()
         if job.key and self.keep.max_bytes:
+            text = answer.generated.text
             kept = take(self.batch.cache, self.batch.rows.index(stream),
-                        job.all_ids() + answer.ids)
-            key = extended(job.key, "assistant", answer.text)
+                        job.all_ids() + answer.generated.ids)
+            key = extended(job.key, "assistant", text)
             if job.cancelled:  # where its reader stopped will be told by the next request
-                kept.text, kept.lengths, key = answer.text, answer.lengths, stopped(job.key)
-            elif answer.stopped:
-                kept.lengths, kept.text = answer.lengths, answer.text
-                kept = kept.up_to(answer.text)
+                kept.text, kept.lengths, key = text, answer.lengths, stopped(job.key)
+            elif answer.generated.stopped:
+                kept.text, kept.lengths = text, answer.lengths
+                kept = kept.up_to(text)
             if kept:
                 self.keep.add(key, kept, job.found)
         if not job.cancelled:
@@ -296,7 +292,7 @@ class Engine:
         """Run every graph that answering needs, so that none is compiled later."""
         for _ in range(3 if self.batch.cache.length.is_cuda else 1):
             prompts = [[0] * (LARGE_CHUNK + 1), [0]]  # at the end one is left, which is a graph
-            list(generate_batch(self.model, prompts, max_new_tokens=[9, 3], ignore_eos=True,
+            list(generate_batch(self.model, prompts, max_new_tokens=[9, 3], stop_ids=(),
                                 batch=self.batch))
 
 

@@ -33,8 +33,8 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from cli import number
-from server.__main__ import arguments, check, make_engine, model_name, read_keys
-from server.app import Settings, check_host, failure, make_app, read_body, refusal
+from server.__main__ import arguments, check, engine_arguments, make_engine, make_settings
+from server.app import check_host, failure, make_app, read_body, refusal
 from server.forms import event_of
 from server.keep import chain
 from server.protocol import ApiError, text_of
@@ -72,10 +72,11 @@ def conversation(who: str, body: bytes) -> str | None:
 class Replica:
     """An engine and its routes, in a process that Serve watches."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, engine: dict, settings: dict):
+        """Takes what make_engine and make_settings take."""
         adapt_threads()
-        self.engine = make_engine(args).start()
-        self.app = make_app(self.engine, settings_of(args))
+        self.engine = make_engine(**engine).start()
+        self.app = make_app(self.engine, make_settings(**settings))
 
     async def answer(self, scope: dict, body: bytes) -> AsyncIterator[dict]:
         """What the application sends in answer to a request, message by message (ASGI's)."""
@@ -112,9 +113,10 @@ class Replica:
 class Ingress:
     """Takes every request to the replica that has its conversation."""
 
-    def __init__(self, replicas: DeploymentHandle, args: argparse.Namespace):
+    def __init__(self, replicas: DeploymentHandle, settings: dict, local_only: bool):
+        """settings are what make_settings takes."""
         self.replicas = replicas.options(method_name="answer", stream=True)
-        self.settings, self.open = settings_of(args), bool(args.no_auth or args.api_key_file)
+        self.settings, self.local_only = make_settings(**settings), local_only
 
     async def __call__(self, request: HttpRequest) -> Response:
         try:
@@ -134,7 +136,7 @@ class Ingress:
         """Raises ApiError for who may not ask. (Serve decides where it listens, so who could reach
         it is seen here only. Keys are looked at by the replicas.)"""
         check_host(request, self.settings)
-        if not (self.open or is_local(request)):
+        if self.local_only and not is_local(request):
             raise ApiError(403, "This server is for its own machine: start it with api-key-file, "
                                 "or with no-auth if everyone who reaches it may ask.")
 
@@ -231,16 +233,15 @@ def read_arguments(given: dict) -> argparse.Namespace:
     return args
 
 
-def settings_of(args: argparse.Namespace) -> Settings:
-    keys = read_keys(args.api_key_file) if args.api_key_file else ()
-    return Settings(model_name(args.checkpoint), args.max_new_tokens, keys,
-                    tuple(args.allow_host), tuple(args.allow_origin))
-
-
 def app(given: dict) -> Application:
     """What `serve run server.ray_app:app NAME=VALUE ...` runs."""
     args = read_arguments(given)
-    settings_of(args)  # what is wrong with them is said here, and not by every replica
+    settings = dict(checkpoint=args.checkpoint, max_new_tokens=args.max_new_tokens,
+                    api_key_file=args.api_key_file, hosts=args.allow_host,
+                    origins=args.allow_origin)
+    make_settings(**settings)  # what is wrong with them is said here, and not by every replica
     room = args.batch + args.queue  # then the engine itself says that it is full
     options = {"num_replicas": args.replicas} if args.replicas else {}
-    return Ingress.bind(Replica.options(max_ongoing_requests=room, **options).bind(args), args)
+    replicas = Replica.options(max_ongoing_requests=room, **options).bind(
+        engine_arguments(args), settings)
+    return Ingress.bind(replicas, settings, local_only=not (args.no_auth or args.api_key_file))

@@ -85,24 +85,25 @@ def memory(pid: int | None) -> float | None:
     return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
 
-async def soak(args) -> int:
-    count, until = collections.Counter(), time.time() + args.seconds
-    clients = [asyncio.ensure_future(client(args.url, args.model, random.Random(n), until, count))
-               for n in range(args.clients)]
+async def soak(url: str, model: str, n_clients: int, seconds: float, pid: int | None) -> int:
+    """The exit status: 1 if any request failed, or a row is busy at the end."""
+    count, until = collections.Counter(), time.time() + seconds
+    clients = [asyncio.ensure_future(client(url, model, random.Random(n), until, count))
+               for n in range(n_clients)]
     while time.time() < until:
         await asyncio.sleep(min(30, max(0.1, until - time.time())))
         print(json.dumps({"left_s": round(until - time.time()), **count,
-                          "memory_mb": memory(args.pid)}), flush=True)
+                          "memory_mb": memory(pid)}), flush=True)
     await asyncio.gather(*clients)
     await asyncio.sleep(1)
-    at = urlsplit(args.url)
+    at = urlsplit(url)
     reader, writer = await asyncio.open_connection(at.hostname, at.port)
     writer.write(f"GET /metrics HTTP/1.1\r\nHost: {at.netloc}\r\n"
                  "Connection: close\r\n\r\n".encode())
     figures = (await reader.read()).decode()
     busy = [line for line in figures.splitlines() if line.startswith((
         "gpt_stream_rows_busy ", "gpt_stream_queue "))]
-    print(json.dumps({"end": busy, **count, "memory_mb": memory(args.pid)}), flush=True)
+    print(json.dumps({"end": busy, **count, "memory_mb": memory(pid)}), flush=True)
     bad = any(name.startswith("5") or name == "lost" for name in count)
     return int(bad or not all(line.endswith(" 0.0") for line in busy))
 
@@ -117,7 +118,8 @@ def main():
     add("--pid", type=number(int, 1), metavar="N", help="the server's, to read its memory")
     with user_errors(parser):
         args = parser.parse_args()
-        raise SystemExit(asyncio.run(soak(args)))
+        raise SystemExit(asyncio.run(soak(args.url, args.model, args.clients, args.seconds,
+                                          args.pid)))
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def test_short_prompts_overtake_long_ones(engine):
         one = engine(batch_size=4)
         long = [asyncio.ensure_future(ask(one, f"{n} is long. " * 4000, max_tokens=1))
                 for n in range(3)]
-        while not one.batch.reading:
+        while not one.batch.prefills:
             await asyncio.sleep(0.001)
         for n in range(5):
             await ask(one, f"Short {n}", max_tokens=2)
@@ -111,7 +111,7 @@ def test_a_prompt_that_nobody_waits_for_is_not_read_on(engine):
     async def leave():
         one = engine()
         answer = asyncio.ensure_future(ask(one, "Long. " * 20_000))
-        while not one.batch.reading:
+        while not one.batch.prefills:
             await asyncio.sleep(0.001)
         one.leave(list(one.jobs))
         answer.cancel()

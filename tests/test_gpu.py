@@ -205,11 +205,11 @@ def test_rows_of_a_batch_say_what_each_says_alone(compiled, eager):
     batch = Batch(compiled, 3, 4, WINDOW)
     list(generate_batch(compiled, [[0]], max_new_tokens=3, batch=batch))
     prompts, lengths = [[7 + n] * n for n in (1, 40, 17, 300, 5)], [30, 5, 40, 12, 25]
-    events = list(generate_batch(compiled, prompts, max_new_tokens=lengths, ignore_eos=True,
+    events = list(generate_batch(compiled, prompts, max_new_tokens=lengths, stop_ids=(),
                                  batch=batch))
     for index, (prompt, n) in enumerate(zip(prompts, lengths)):
         alone = generate(eager, make_cache(eager, 4, WINDOW), prompt, n, ignore_eos=True)
-        assert [token_id for i, token_id in events if i == index] == [*alone, None]
+        assert [token_id for stream, token_id in events if stream.index == index] == [*alone, None]
 
 
 # ------------------------------------------------------------------------------ quantized weights

@@ -150,26 +150,26 @@ async def third(talks: list[Talk], turns: int, during=None) -> dict:
     return {**figures.told(), "wall_s": round(time.perf_counter() - began, 2)}
 
 
-async def talk_through(url: str, model: str, args) -> dict:
-    talks = [Talk(url, model, number, args.max_new_tokens) for number in range(args.clients)]
+async def talk_through(talks: list[Talk], turns: int, replicas: int, kill: str) -> dict:
+    """Three thirds of so many turns; in the second, a process of each deployment in `kill` is
+    killed."""
     before = pids("Replica")
-    found = {"replicas": len(before), "before": await third(talks, args.turns)}
+    found = {"replicas": len(before), "before": await third(talks, turns)}
     killed = {}
 
-    def kill() -> None:
-        for deployment in args.kill.split(","):
+    def kill_one_each() -> None:
+        for deployment in kill.split(","):
             killed[deployment] = pids(deployment)[0]
             os.kill(killed[deployment], signal.SIGKILL)
         killed["at"] = time.perf_counter()
 
-    found["killed"] = await third(talks, args.turns, kill)
-    while len(set(pids("Replica")) - set(killed.values())) < args.replicas or (
-            running() < args.replicas):
+    found["killed"] = await third(talks, turns, kill_one_each)
+    while len(set(pids("Replica")) - set(killed.values())) < replicas or running() < replicas:
         await asyncio.sleep(0.1)
         assert time.perf_counter() - killed["at"] < 120, "the replica does not come back"
     found["back_after_s"] = round(time.perf_counter() - killed["at"], 1)
     found["same_replicas"] = len(set(before) & set(pids("Replica")))
-    found["after"] = await third(talks, args.turns)
+    found["after"] = await third(talks, turns)
     return found
 
 
@@ -198,7 +198,9 @@ def main():
         serve.run(app({"checkpoint": args.checkpoint, "replicas": args.replicas, "batch": 8,
                        "device": "cpu"}), name=NAME, route_prefix="/")
         model = Path(args.checkpoint).name
-        found = asyncio.run(talk_through(f"http://127.0.0.1:{port}/v1", model, args))
+        talks = [Talk(f"http://127.0.0.1:{port}/v1", model, number, args.max_new_tokens)
+                 for number in range(args.clients)]
+        found = asyncio.run(talk_through(talks, args.turns, args.replicas, args.kill))
     finally:
         serve.shutdown()
         ray.shutdown()
