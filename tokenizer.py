@@ -14,6 +14,7 @@ import codecs
 import functools
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -320,7 +321,7 @@ def whole(text: str) -> str:
     return re.sub(f"{BREAK}({BREAK}?)", r"\1", text)
 
 
-def stop_at(stops: list[str]):
+def stop_at(stops: Sequence[str]):
     """A filter for streamed text: it takes the next piece and returns what can be shown of it, and
     whether a stop text was reached. What may yet become one is held back until the final piece."""
     held = ""
@@ -336,6 +337,39 @@ def stop_at(stops: list[str]):
         return text[:len(text) - keep], False
 
     return add
+
+
+class GeneratedText:
+    """One answer as it comes: its token ids, and its text up to a stop text."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        self.ids: list[int] = []  # every token added
+        self.stopped = False  # a stop text was reached; the text ends before it
+        self.decoded_length = 0  # of all text decoded so far, shown or held back
+        self._pieces: list[str] = []
+        self._detokenize, self._before_stop = tokenizer.stream(), stop_at(stop)
+
+    @property
+    def text(self) -> str:
+        """What may be shown so far; the text that is held back is not in it."""
+        return "".join(self._pieces)
+
+    def add(self, token_id: int) -> str:
+        """Take the next token. Returns the text that can be shown now; none after a stop text."""
+        self.ids.append(token_id)
+        return self._show(self._detokenize(token_id))
+
+    def flush(self) -> str:
+        """End the text. Returns what was held back; none after a stop text."""
+        return "" if self.stopped else self._show(self._detokenize(None), final=True)
+
+    def _show(self, piece: str, final: bool = False) -> str:
+        self.decoded_length += len(piece)
+        if self.stopped:
+            return ""
+        shown, self.stopped = self._before_stop(piece, final)
+        self._pieces.append(shown)
+        return shown
 
 
 def ids_of(tokenizer, text: str, special: bool = False) -> list[int]:

@@ -11,7 +11,7 @@ import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from helpers import TINY
-from tokenizer import Tokenizer, stop_at
+from tokenizer import GeneratedText, Tokenizer, stop_at
 
 TEXTS = ["Hello there, said the cat.", "  two  spaces\n\nand a line\n",
          "née 日本語 👩‍👩‍👧 ₿ \u200b.", "\n", " "]
@@ -359,3 +359,54 @@ def test_stop_texts_are_cut_and_what_may_become_one_is_held_back(pieces, shown, 
     else:
         text += stop("", final=True)[0]
     assert (text, reached) == (shown, stopped)
+
+
+# ------------------------------------------------------------------------------ generated text
+
+
+def test_without_stop_texts_the_generated_text_is_what_decode_says(tokenizer):
+    ids = tokenizer.encode("The cat née 日本語 👩‍👩‍👧 sat.", bos=False)
+    generated = GeneratedText(tokenizer)
+    pieces = [generated.add(token_id) for token_id in ids]
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert "".join(pieces) == generated.text
+    assert generated.flush() == "" and not generated.stopped
+    assert generated.text == tokenizer.decode(ids)
+    assert generated.ids == ids and generated.decoded_length == len(generated.text)
+
+
+def test_a_stop_text_across_tokens_ends_the_text_before_it(tokenizer):
+    ids = tokenizer.encode("The cat sat on the mat", bos=False)
+    text = tokenizer.decode(ids)
+    stop = "at sat o"
+    assert len(ids) > 5 and all(stop not in tokenizer.decode([i]) for i in ids)
+    generated, shown, lengths = GeneratedText(tokenizer, ["no such text", stop]), "", []
+    for n, token_id in enumerate(ids, start=1):
+        shown += generated.add(token_id)
+        assert shown == generated.text and text.startswith(shown)
+        lengths.append(generated.decoded_length)
+        assert generated.stopped == (stop in tokenizer.decode(ids[:n]))
+    assert shown == text[:text.index(stop)]
+    assert generated.flush() == "" and generated.text == shown
+    assert generated.ids == ids  # what came after the stop text, too
+    assert lengths == [len(tokenizer.decode(ids[:n])) for n in range(1, len(ids) + 1)]
+
+
+def test_what_might_have_become_a_stop_text_is_shown_at_the_end(tokenizer):
+    ids = tokenizer.encode("The cat sat", bos=False)
+    text = tokenizer.decode(ids)
+    generated = GeneratedText(tokenizer, ["sat down"])
+    shown = "".join(generated.add(token_id) for token_id in ids)
+    assert shown == generated.text == text.removesuffix("sat")
+    assert generated.decoded_length == len(text)
+    assert generated.flush() == "sat" and generated.text == text and not generated.stopped
+
+
+def test_half_a_character_is_shown_at_the_end_as_such(tokenizer):
+    whole = tokenizer.encode("The cat", bos=False)
+    ids = whole + tokenizer.encode("日", bos=False)[:-1]
+    generated = GeneratedText(tokenizer, ["STOP"])
+    shown = "".join(generated.add(token_id) for token_id in ids)
+    assert shown.strip() == "The cat" and generated.decoded_length == len(shown)
+    assert set(generated.flush()) == {"\ufffd"}
+    assert generated.text == tokenizer.decode(ids) and generated.decoded_length > len(shown)
