@@ -23,7 +23,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from cli import add_generation, make_parser, number, read_prompts
+from cli import (
+    add_generation,
+    check_text,
+    load_arguments,
+    make_parser,
+    number,
+    read_prompts,
+    sampling,
+)
+from draw import Rows, new_seed
 from generate import (
     Transcript,
     check_ids,
@@ -31,12 +40,11 @@ from generate import (
     make_cache,
     open_model,
     prefill_chunks,
-    sampling,
     start_reading,
 )
 from kv_cache import KVCache
 from model import Transformer
-from sample import Rows, Sampling, check_range, log_probabilities, new_seed
+from sample import Sampling, check_range, log_probabilities
 from terminal import hold_interrupt, progress, say, show, user_errors
 from tokenizer import Tokenizer
 from tp import agree
@@ -334,23 +342,24 @@ def emit(batch: Batch, ids: list[int]) -> Iterator[tuple[int, int | None]]:
 # ------------------------------------------------------------------------------ command line
 
 
-def ask(prompts: list[list[int]], args) -> list[Prompt]:
+def ask(prompts: list[list[int]], sampling: Sampling, max_new_tokens: int,
+        stop_ids: Sequence[int] | None, samples: int) -> list[Prompt]:
     """What the command line wants of the prompts. Every answer has a seed of its own, so it does
     not depend on the batch size or on the other prompts."""
-    how, ends = sampling(args), () if args.ignore_eos else None
-    return [Prompt(ids, replace(how, seed=args.seed + n * args.samples), args.max_new_tokens, ends,
-                   args.samples) for n, ids in enumerate(prompts)]
+    return [Prompt(ids, replace(sampling, seed=sampling.seed + n * samples), max_new_tokens,
+                   stop_ids, samples) for n, ids in enumerate(prompts)]
 
 
 def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt], batch: Batch,
-                  args) -> None:
+                  stop: Sequence[str], compile_s: float) -> None:
     """Print every stream's figures, a JSON line, as soon as it ends, and at last those of all. On
     Ctrl-C the step is finished, what has not ended is dropped, and the program ends."""
     transcripts, done, new_tokens, steps, start = {}, 0, 0, 0, time.perf_counter()
-    n_streams, what = len(prompts) * args.samples, "prompts" if args.samples == 1 else "answers"
+    samples, seed = prompts[0].samples, prompts[0].sampling.seed
+    n_streams, what = len(prompts) * samples, "prompts" if samples == 1 else "answers"
 
     def busy() -> str:
-        return f"rows busy {batch.busy / max(1, batch.steps * args.batch):.0%}"
+        return f"rows busy {batch.busy / max(1, batch.steps * batch.cache.batch_size):.0%}"
 
     with hold_interrupt() as interrupted, progress("generating", "tokens") as advance:
         for index, token_id in generate_batch(model, prompts, batch=batch):
@@ -360,23 +369,23 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
             if token_id is None:
                 transcript = transcripts.pop(index)
                 transcript.start, transcript.prefilled = stream.started, stream.prefilled
-                length = len(stream.prompt.ids) + len(transcript.ids)
-                record = transcript.end(model, length, batch.cache, *batch.staging)
-                of, sample = divmod(index, args.samples)
-                which = {"index": of} if args.samples == 1 else {"index": of, "sample": sample}
-                record["seed"] = stream.prompt.sampling.seed
-                show(json.dumps({**which, **record}) + "\n")
+                length = len(stream.prompt.ids) + len(transcript.said.ids)
+                record = transcript.end(model, [batch.cache, *batch.staging], length,
+                                        stream.prompt.stop_ids, stream.prompt.sampling.seed)
+                of, sample = divmod(index, samples)
+                which = {"index": of} if samples == 1 else {"index": of, "sample": sample}
+                show(json.dumps({**which, **record, "compile_s": compile_s}) + "\n")
                 done += 1
             else:
                 new_tokens += 1
                 if index not in transcripts:
-                    transcripts[index] = Transcript(tokenizer, len(stream.prompt.ids), args)
+                    transcripts[index] = Transcript(tokenizer, len(stream.prompt.ids), stop)
                 if transcripts[index].add(token_id):
                     stream.left = 0
             advance(new_tokens, note=f"{done} of {n_streams} {what}, {busy()}")
     say(f"{done} of {n_streams} {what}, {new_tokens} new tokens, "
         f"{new_tokens / (time.perf_counter() - start):.1f} tok/s, {busy()} of {batch.steps} steps, "
-        f"compiled in {args.compile_s:.1f} s, seed {args.seed}")
+        f"compiled in {compile_s:.1f} s, seed {seed}")
     if interrupted:
         sys.exit(128 + interrupted[0])
 
@@ -395,15 +404,19 @@ def main():
             if getattr(args, flag):
                 raise ValueError(f"--{flag} works on one stream, and batch.py has many")
         entries = read_prompts(args.prompts)[:args.limit]
-        model, tokenizer = open_model(args)
+        stop = [check_text("--stop", stop_text) for stop_text in args.stop]
+        compiling = dict(compile=args.compile, compile_prefill=args.compile_prefill)
+        model, tokenizer = open_model(args.checkpoint, **compiling, **load_arguments(args))
         prompts = agree([tokenizer.opening(entry) for entry in entries])
         batch = Batch(model, args.batch, args.sink, args.window)
-        get_ready(model, batch.staging[0], args)
+        compile_s, how = get_ready(model, batch.staging[0], sampling(args), **compiling)
         if args.compile:  # the step of all rows, as often as generate.warm runs the others
             start = time.perf_counter()
             list(generate_batch(model, [[0]] * 2, max_new_tokens=3, ignore_eos=True, batch=batch))
-            args.compile_s += time.perf_counter() - start
-        write_results(model, tokenizer, ask(prompts, args), batch, args)
+            compile_s += time.perf_counter() - start
+        asked = ask(prompts, how, args.max_new_tokens, () if args.ignore_eos else None,
+                    args.samples)
+        write_results(model, tokenizer, asked, batch, stop, compile_s)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from helpers import TINY
 ROOT = TINY.parent.parent
 # There is one order of files: each imports only earlier ones, at its top and inside its functions.
 ORDER = ["tp", "threads", "kv_cache", "linear", "attention", "model", "formats.files", "tokenizer",
-         "sample", "terminal", "cli", "formats.config", "quantize", "formats.folder",
+         "sample", "draw", "terminal", "cli", "formats.config", "quantize", "formats.folder",
          "formats.published", "formats.gguf_tokenizer", "formats.gguf", "formats.adapters",
          "formats.hub", "load", "speculate", "formats.session", "generate", "chat", "batch", "eval",
          "convert_hf", "gptq"]
