@@ -23,7 +23,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from cli import add_generation, make_parser, number, read_prompts
+from cli import (
+    add_generation,
+    check_text,
+    load_arguments,
+    make_parser,
+    number,
+    read_prompts,
+    sampling,
+)
+from draw import Rows, new_seed
 from generate import (
     Transcript,
     check_ids,
@@ -31,12 +40,11 @@ from generate import (
     make_cache,
     open_model,
     prefill_chunks,
-    sampling,
     start_reading,
 )
 from kv_cache import KVCache
 from model import Transformer
-from sample import Rows, Sampling, check_range, log_probabilities, new_seed
+from sample import Sampling, check_range, log_probabilities
 from terminal import hold_interrupt, progress, say, show, user_errors
 from tokenizer import Tokenizer
 from tp import agree
@@ -368,20 +376,13 @@ def emit(batch: Batch, ids: list[int]) -> Iterator[tuple[Stream, int | None]]:
 # ------------------------------------------------------------------------------ command line
 
 
-def make_prompts(prompts: list[list[int]], sampling: Sampling, max_new_tokens: int,
-                 stop_ids: Sequence[int] | None, samples: int) -> list[Prompt]:
-    """What the command line wants of the prompts' ids. Every answer has a seed of its own, so it
-    does not depend on the batch size or on the other prompts."""
-    return [Prompt(ids, replace(sampling, seed=sampling.seed + n * samples), max_new_tokens,
-                   stop_ids, samples) for n, ids in enumerate(prompts)]
-
-
 def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt], batch: Batch,
-                  compile_s: float, seed: int, args) -> None:
-    """Print every stream's figures, a JSON line, as soon as it ends, and at last those of all. On
-    Ctrl-C the step is finished, what has not ended is dropped, and the program ends."""
+                  stop: Sequence[str], compile_s: float) -> None:
+    """Print every stream's JSON line as soon as it ends, and the totals at last. On Ctrl-C the step
+    is finished, the streams that have not ended are dropped, and the program ends. stop are texts
+    that end an answer."""
     transcripts, done, new_tokens, steps, start = {}, 0, 0, 0, time.perf_counter()
-    samples = prompts[0].samples
+    samples, seed = prompts[0].samples, prompts[0].sampling.seed
     n_streams, what = len(prompts) * samples, "prompts" if samples == 1 else "answers"
 
     def busy() -> str:
@@ -394,12 +395,12 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
             steps = batch.steps
             if token_id is None:
                 record = record_of(model, batch, stream, transcripts.pop(stream))
-                show(json.dumps(record) + "\n")
+                show(json.dumps({**record, "compile_s": compile_s}) + "\n")
                 done += 1
             else:
                 new_tokens += 1
                 if stream not in transcripts:
-                    transcripts[stream] = Transcript(tokenizer, len(stream.prompt.ids), args)
+                    transcripts[stream] = Transcript(tokenizer, len(stream.prompt.ids), stop)
                 if transcripts[stream].add(token_id):
                     stream.cancel()
             advance(new_tokens, note=f"{done} of {n_streams} {what}, {busy()}")
@@ -412,14 +413,14 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
 
 def record_of(model: Transformer, batch: Batch, stream: Stream, transcript: Transcript) -> dict:
     """A stream's JSON line, at its end."""
+    prompt, which = stream.prompt, {"index": stream.index // stream.prompt.samples}
+    if prompt.samples > 1:
+        which["sample"] = stream.sample
     transcript.start, transcript.prefilled = stream.started, stream.prefilled
-    length = len(stream.prompt.ids) + len(transcript.ids)
-    record = {"index": stream.index // stream.prompt.samples}
-    if stream.prompt.samples > 1:
-        record["sample"] = stream.sample
-    record.update(transcript.end(model, length, batch.cache, *batch.staging))
-    record["seed"] = stream.prompt.sampling.seed
-    return record
+    length = len(prompt.ids) + len(transcript.said.ids)
+    record = transcript.end(model, [batch.cache, *batch.staging], length, prompt.stop_ids,
+                            prompt.sampling.seed)
+    return {**which, **record}
 
 
 def main():
@@ -436,17 +437,21 @@ def main():
             if getattr(args, flag):
                 raise ValueError(f"--{flag} works on one stream, and batch.py has many")
         entries = read_prompts(args.prompts)[:args.limit]
-        model, tokenizer = open_model(args)
+        stop = [check_text("--stop", text) for text in args.stop]
+        compiling = dict(compile=args.compile, compile_prefill=args.compile_prefill)
+        model, tokenizer = open_model(args.checkpoint, **compiling, **load_arguments(args))
         ids = agree([tokenizer.opening(entry) for entry in entries])
         batch = Batch(model, args.batch, args.sink, args.window)
-        get_ready(model, batch.staging[0], args)
+        compile_s, how = get_ready(model, batch.staging[0], sampling(args), **compiling)
         if args.compile:  # the step of all rows, as often as generate.warm runs the others
             start = time.perf_counter()
             list(generate_batch(model, [[0]] * 2, max_new_tokens=3, stop_ids=(), batch=batch))
-            args.compile_s += time.perf_counter() - start
-        prompts = make_prompts(ids, sampling(args), args.max_new_tokens,
-                               () if args.ignore_eos else None, args.samples)
-        write_results(model, tokenizer, prompts, batch, args.compile_s, args.seed, args)
+            compile_s += time.perf_counter() - start
+        stop_ids = () if args.ignore_eos else None
+        # Every answer has a seed of its own, so no other prompt and no batch size changes it.
+        prompts = [Prompt(one, replace(how, seed=how.seed + n * args.samples),
+                          args.max_new_tokens, stop_ids, args.samples) for n, one in enumerate(ids)]
+        write_results(model, tokenizer, prompts, batch, stop, compile_s)
 
 
 if __name__ == "__main__":

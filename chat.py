@@ -20,16 +20,37 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cli import add_generation, check_text, figures, make_parser, number, read_prompts
+from cli import (
+    add_generation,
+    check_text,
+    figures,
+    load_arguments,
+    make_parser,
+    number,
+    read_prompts,
+    sampling,
+    speculation_arguments,
+)
 from formats.files import check_target, name_leftovers
 from formats.session import load_session, save_session
-from generate import answer, check_ids, get_ready, make_cache, open_model, open_speculation, prefill
+from generate import (
+    answer,
+    check_ids,
+    get_ready,
+    hide,
+    make_cache,
+    open_model,
+    open_speculation,
+    prefill,
+    timed_prefill,
+)
 from kv_cache import KVCache
 from model import Transformer
+from sample import Sampling
 from speculate import Speculation
 from terminal import ending, hold_interrupt, say, show, user_errors
 from tokenizer import Tokenizer
@@ -70,7 +91,7 @@ def from_file(entries: list[dict], limit: int | None) -> list[tuple[str, bool]]:
 
 @dataclass
 class Conversation:
-    """Who talks, what is remembered, and where it stands."""
+    """Who talks, what is remembered, where it stands, and where an answer ends."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -78,6 +99,9 @@ class Conversation:
     speculation: Speculation | None
     system: str | None  # the pinned system turn
     last_id: int | None = None  # the last token of the latest answer
+    max_new_tokens: int = 512
+    stop: Sequence[str] = ()  # texts
+    stop_ids: Collection[int] | None = None  # None: the EOS ids
 
     def caches(self) -> dict[str, tuple[Transformer, KVCache]]:
         """As session.save_session takes them."""
@@ -149,27 +173,51 @@ def obey(line: str, talk: Conversation) -> None:
         say(str(error).splitlines()[0])
 
 
-def take_turn(talk: Conversation, text: str, raw: bool, args, records: list[dict]) -> None:
-    """Answer one turn, or do what it says, and note the answer in records. The next turn has the
-    next seed."""
-    if args.prompts:
+def take_turn(talk: Conversation, text: str, raw: bool, is_typed: bool, sampling: Sampling,
+              emit: Callable[[str], None]) -> dict | None:
+    """Answer one turn, or do what it says if it was typed. Returns the answer's figures, or None
+    where there is none."""
+    if not is_typed:
         say(f"\n> {text}")
     elif text in ("/reset", "/help") or text.split()[0] in ("/save", "/load"):
-        return obey(text, talk)
+        obey(text, talk)
+        return None
     try:
         ids = turn_ids(talk, check_text("the turn", text), raw)
         check_ids(talk.model, ids)
     except ValueError as error:
-        if args.prompts:
+        if not is_typed:
             raise
-        return say(str(error).splitlines()[0])  # and the conversation goes on
-    record = answer(talk.model, talk.cache, talk.tokenizer, ids, args,
-                    (lambda piece: None) if args.json else show, talk.speculation)
+        say(str(error).splitlines()[0])  # and the conversation goes on
+        return None
+    prompt = timed_prefill(talk.model, talk.cache, ids, talk.speculation)
+    record = answer(talk.model, talk.tokenizer, prompt, talk.max_new_tokens, sampling,
+                    stop=talk.stop, stop_ids=talk.stop_ids, emit=emit,
+                    speculation=talk.speculation)
     talk.last_id = record["token_ids"][-1]
-    show((json.dumps({"turn": len(records), **record}) if args.json else "") + "\n")
-    say(f"turn {len(records)}: {figures(record)}")
-    records.append(record)
-    args.seed += 1
+    return record
+
+
+def converse(talk: Conversation, turns: Iterable[tuple[str, bool]], is_typed: bool,
+             sampling: Sampling, as_json: bool, compile_s: float) -> list[dict]:
+    """Take the turns (text, whether it is raw) until they or the program end, and print each
+    answer. An answer's seed is that of the Sampling plus its number. Returns the figures of all."""
+    records = []
+    with contextlib.suppress(SystemExit):  # of a signal: what was said is saved before it ends
+        for text, raw in turns:
+            with hold_interrupt():  # in here nothing is whole
+                n = len(records)
+                record = take_turn(talk, text, raw, is_typed,
+                                   replace(sampling, seed=sampling.seed + n),
+                                   hide if as_json else show)
+                if record is not None:
+                    record = {"turn": n, **record, "compile_s": compile_s}
+                    show((json.dumps(record) if as_json else "") + "\n")
+                    say(f"turn {n}: {figures(record)}")
+                    records.append(record)
+            if ending:
+                break
+    return records
 
 
 def totals(records: list[dict]) -> str:
@@ -196,6 +244,7 @@ def main():
     add("--load-session", metavar="FILE", help="go on with one that was kept")
     with user_errors(parser):
         args = parser.parse_args()
+        speculating = speculation_arguments(args)
         if args.limit and not args.prompts:
             raise ValueError("--limit goes with --prompts")
         if n_ranks() > 1 and (args.save_session or args.load_session):
@@ -203,28 +252,27 @@ def main():
         if args.save_session:
             check_target(args.save_session)  # now, and not when everything has been said
         turns = from_file(read_prompts(args.prompts), args.limit) if args.prompts else None
-        model, tokenizer = open_model(args)
+        stop = [check_text("--stop", stop_text) for stop_text in args.stop]
+        compiling = dict(compile=args.compile, compile_prefill=args.compile_prefill)
+        model, tokenizer = open_model(args.checkpoint, **compiling, **load_arguments(args))
+        n_sink = args.sink
         if args.pin_system is not None:
             if args.sink is not None:
                 raise ValueError("--pin-system decides the number of sinks; leave --sink out")
             if turns and any(raw for _, raw in turns):
                 raise ValueError('--pin-system needs a template: {"prompt": ...} lines have none')
             check_text("--pin-system", args.pin_system)
-            args.sink = len(tokenizer.system_turn(args.pin_system))
-        cache = make_cache(model, args.sink, args.window)
-        speculation = open_speculation(model, cache, tokenizer, args)
-        get_ready(model, cache, args, speculation)
-        talk = Conversation(model, tokenizer, cache, speculation, args.pin_system)
+            n_sink = len(tokenizer.system_turn(args.pin_system))
+        cache = make_cache(model, n_sink, args.window)
+        speculation = open_speculation(model, cache, tokenizer, **speculating)
+        compile_s, how = get_ready(model, cache, sampling(args), speculation, **compiling)
+        talk = Conversation(model, tokenizer, cache, speculation, args.pin_system,
+                            max_new_tokens=args.max_new_tokens, stop=stop,
+                            stop_ids=() if args.ignore_eos else None)
         if args.load_session:
             load(args.load_session, talk)
-
-        records = []
-        with contextlib.suppress(SystemExit):  # of a signal: what was said is saved before it ends
-            for text, raw in turns or ((line, False) for line in typed()):
-                with hold_interrupt():  # in here nothing is whole
-                    take_turn(talk, text, raw, args, records)
-                if ending:
-                    break
+        records = converse(talk, turns or ((line, False) for line in typed()), turns is None, how,
+                           args.json, compile_s)
         if args.save_session:
             with hold_interrupt():
                 save(args.save_session, talk)

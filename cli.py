@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from sample import Sampling
+
 EMBEDDED = Path(__file__).parent / "checkpoints" / "tiny"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EXAMPLES = "examples:"
@@ -180,3 +182,25 @@ def load_arguments(args) -> dict:
     """What `load` takes of a command line, but for the checkpoint's name."""
     return dict(device=args.device, dtype=DTYPES.get(args.dtype), quantize=args.quantize,
                 group_size=args.group_size, adapters=args.adapter)
+
+
+def sampling(args) -> Sampling:
+    """What a command line says of how tokens are drawn."""
+    return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
+                    seed=args.seed)
+
+
+def speculation_arguments(args) -> dict:
+    """What generate.open_speculation takes of a command line. Raises ValueError for flags that do
+    not go together."""
+    if args.draft and args.lookup:
+        raise ValueError("--draft and --lookup exclude each other")
+    if args.speculate and not (args.draft or args.lookup):
+        raise ValueError("--speculate goes with --draft or --lookup")
+    if args.draft or args.lookup:
+        for flag in ("samples", "repetition_penalty"):
+            if getattr(args, flag, 1) != 1:
+                raise ValueError(f"--{flag.replace('_', '-')} works without --draft and --lookup")
+    return dict(draft=args.draft, lookup=args.lookup, size=args.speculate, device=args.device,
+                dtype=DTYPES.get(args.dtype), compile=args.compile,
+                compile_prefill=args.compile_prefill)

@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from draw import draw, sample
 from kv_cache import KVCache
+from load import load
 from model import Transformer
-from sample import Sampling, distribution, draw, sample
+from sample import Sampling, distribution
+from tokenizer import Tokenizer
 from tp import in_step
 
 log = logging.getLogger("gpt_stream")
@@ -58,6 +61,9 @@ class Speculation:
         if self.cache:
             self.cache.reset()
 
+    def figures(self) -> dict[str, int]:
+        return dict(rounds=self.rounds, proposed=self.proposed, accepted=self.accepted)
+
     @property
     def sizes(self) -> tuple[int, ...]:
         return (self.fixed,) if self.fixed else SIZES
@@ -78,8 +84,20 @@ class Speculation:
                      self.proposed)
 
 
-def propose(speculation: Speculation, token: Tensor, size: int, vocab_size: int,
-            temperature: float, generator=None, **limits) -> tuple[Tensor, Tensor] | None:
+def load_draft(checkpoint: str, model: Transformer, tokenizer: Tokenizer, **how) -> Transformer:
+    """A draft for a model, whole on every rank, loaded as `load` is told. Raises ValueError naming
+    one with another tokenizer."""
+    draft, its_tokenizer = load(checkpoint, parallel=False, **how)
+    text = "Does it read \u00e9t\u00e9, 12:30 and\n two lines alike?"
+    if (draft.config.vocab_size != model.config.vocab_size
+            or its_tokenizer.encode(text) != tokenizer.encode(text)):
+        raise ValueError(f"--draft {checkpoint} has another tokenizer than the model; "
+                         "a draft needs the same one")
+    return draft
+
+
+def propose(speculation: Speculation, token: Tensor, size: int, vocab_size: int, sampling: Sampling,
+            generator: torch.Generator | None = None) -> tuple[Tensor, Tensor] | None:
     """Proposals (1, K) that follow token (1, 1), and the distributions (K, V) they were drawn from;
     None where a lookup finds nothing."""
     if speculation.draft is None:
@@ -94,8 +112,8 @@ def propose(speculation: Speculation, token: Tensor, size: int, vocab_size: int,
     tokens, distributions = [], []
     for _ in range(size):
         logits = speculation.draft(reads, speculation.cache)[:, -1]  # (1, V)
-        distributions.append(distribution(logits, temperature, **limits))
-        reads = draw(distributions[-1], temperature, generator)[None]
+        distributions.append(distribution(logits, sampling))
+        reads = draw(distributions[-1], sampling, generator)[None]
         tokens.append(reads)
     return in_step(torch.cat(tokens, dim=1)), torch.cat(distributions)
 
@@ -116,8 +134,8 @@ def look_up(history: array, size: int) -> list[int] | None:
     return None
 
 
-def verify(p: Tensor, q: Tensor, proposals: Tensor, temperature: float,
-           generator=None) -> tuple[Tensor, Tensor]:
+def verify(p: Tensor, q: Tensor, proposals: Tensor, sampling: Sampling,
+           generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """How many of the proposals (K,) are accepted, and the token that follows those, each (1,).
 
     p (K + 1, V) is the model's distribution at each of them and after the last, q (K, V) the
@@ -130,7 +148,7 @@ def verify(p: Tensor, q: Tensor, proposals: Tensor, temperature: float,
     q = torch.cat([q, torch.zeros_like(p[:1])])  # after the last proposal the draw is from p itself
     residual = (p[n] - q[n]).clamp(min=0)
     residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p[n])
-    return n, draw(residual, temperature, generator)
+    return n, draw(residual, sampling, generator)
 
 
 def forget(cache: KVCache, speculation: Speculation, n: int) -> None:
@@ -140,38 +158,40 @@ def forget(cache: KVCache, speculation: Speculation, n: int) -> None:
         speculation.cache.rollback(n)
 
 
+def one_round(model: Transformer, cache: KVCache, token: Tensor, speculation: Speculation,
+              sampling: Sampling, generator: torch.Generator) -> tuple[list[int], Tensor]:
+    """Propose and verify once. The ids that the caches hold afterwards, `token` (1, 1) and the
+    proposals accepted after it, and the token (1, 1) that follows them."""
+    size, token_id = speculation.size, token.item()
+    speculation.history.append(token_id)
+    proposed = propose(speculation, token, size, model.config.vocab_size, sampling, generator)
+    if proposed is None:
+        return [token_id], sample(model(token, cache), sampling, generator)
+    proposals, q = proposed  # (1, K) and (K, V)
+    logits = model(torch.cat([token, proposals], dim=1), cache)[0]  # (K + 1, V)
+    p = distribution(logits, sampling)
+    n, following = verify(p, q, proposals[0], sampling, generator)
+    decided = in_step(torch.cat([n, following, proposals[0]]))  # (2 + K,)
+    following = decided[1:2]
+    n, _, *ids = decided.tolist()  # the host decides once a round
+    forget(cache, speculation, size - n)
+    speculation.count(size, n)
+    return [token_id, *ids[:n]], following[None]
+
+
 @torch.no_grad()
 def speculate(model: Transformer, cache: KVCache, token: Tensor, max_new_tokens: int,
-              ignore_eos: bool, speculation: Speculation, sampling: Sampling) -> Iterator[int]:
+              stop_ids: Container[int], speculation: Speculation,
+              sampling: Sampling) -> Iterator[int]:
     """Yield `token` (1, 1), sampled but not in a cache yet, and what follows it, as long as
     speculating pays. Returns what is left to do without: (token, how many more). Once this is
     closed, at whichever yield, the cache holds everything up to the token yielded, and no more; the
     draft's all but that token."""
-    eos_ids = () if ignore_eos else model.config.eos_ids
     generator = torch.Generator(token.device).manual_seed(sampling.seed or 0)
-    temperature = sampling.temperature
-    limits = dict(top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
-    while max_new_tokens > 0 and (size := speculation.size):
-        token_id = token.item()
-        speculation.history.append(token_id)
-        proposed = propose(speculation, token, size, model.config.vocab_size, temperature,
-                           generator, **limits)
-        if proposed is None:
-            following = sample(model(token, cache), temperature, generator=generator, **limits)
-            run, token = [token_id], following
-        else:
-            proposals, q = proposed
-            logits = model(torch.cat([token, proposals], dim=1), cache)[0]  # (K + 1, V)
-            p = distribution(logits, temperature, **limits)
-            n, following = verify(p, q, proposals[0], temperature, generator)
-            decided = in_step(torch.cat([n, following, proposals[0]]))
-            following = decided[1:2]
-            n, _, *ids = decided.tolist()  # the host decides once a round
-            forget(cache, speculation, size - n)
-            speculation.count(size, n)
-            run, token = [token_id, *ids[:n]], following[None]
+    while max_new_tokens > 0 and speculation.size:
+        run, token = one_round(model, cache, token, speculation, sampling, generator)
         wanted = min(len(run), max_new_tokens)
-        wanted = next((i for i, t in enumerate(run[:wanted], 1) if t in eos_ids), wanted)
+        wanted = next((i for i, t in enumerate(run[:wanted], 1) if t in stop_ids), wanted)
         yielded = 0
         try:
             for token_id in run[:wanted]:
@@ -183,5 +203,5 @@ def speculate(model: Transformer, cache: KVCache, token: Tensor, max_new_tokens:
             speculation.history.extend(run[1:yielded])
             if len(speculation.history) > 2 * LOOKED_AT:
                 del speculation.history[:-LOOKED_AT]
-        max_new_tokens = 0 if run[wanted - 1] in eos_ids else max_new_tokens - wanted
+        max_new_tokens = 0 if run[wanted - 1] in stop_ids else max_new_tokens - wanted
     return token, max_new_tokens

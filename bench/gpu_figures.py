@@ -21,6 +21,7 @@ from bench.models import open_model, random_model, shape_config
 from bench.steps import bytes_a_step, prefill_anew, seconds_a_token
 from bench.turns import bench_turns
 from cli import EMBEDDED
+from draw import Rows, sample
 from formats.config import config_from_hf
 from formats.folder import write_checkpoint
 from generate import decode, make_cache, start_reading, warm, weight_bytes
@@ -28,7 +29,7 @@ from kv_cache import KVCache
 from load import compile_model, load
 from model import ModelConfig, Transformer
 from quantize import stored_shapes
-from sample import Rows, Sampling, sample
+from sample import Sampling
 from speculate import Speculation
 
 COPIED, SQUARE, REPEATS = 1 << 32, 8192, 8  # bytes of a copy, a matmul's side, of each in a go
@@ -96,7 +97,7 @@ def decode_seconds(model: Transformer, cache: KVCache, position: int,
     """Of TOKENS tokens from a position on, the first few aside."""
     cache.length.fill_(position)
     token = torch.zeros(1, 1, dtype=torch.int64, device=cache.length.device)
-    stream = decode(model, cache, token, TOKENS + 4, ignore_eos=True, draw=draw)
+    stream = decode(model, cache, token, TOKENS + 4, stop_ids=(), draw=draw)
     for _ in range(4):
         next(stream)
     return seconds(lambda: (list(stream), wait(cache.length.device)))

@@ -9,9 +9,10 @@ import torch
 
 from bench.clocks import STEPS, compile_all, rounds
 from bench.models import sizes
+from draw import Rows
 from generate import make_cache
 from model import Transformer
-from sample import Rows, Sampling
+from sample import Sampling
 from terminal import say
 
 SETTINGS = {  # what the rows ask for, in turns

@@ -73,7 +73,7 @@ def bench_turns(args, model: Transformer) -> dict:
     compile_s = compile_all(model, cache)
 
     def our_turn(prompt_ids: list[int]) -> dict:
-        stream = generate(model, cache, prompt_ids, args.max_new_tokens, ignore_eos=True)
+        stream = generate(model, cache, prompt_ids, args.max_new_tokens, stop_ids=())
         return dict(timed_turn(stream, cache.length.device), cache_bytes=cache.nbytes())
 
     with (beside(args, streaming_talker, args, cache.n_sink, cache.window) as peer,

@@ -51,7 +51,7 @@ def test_a_turn_within_the_window_is_our_greedy_answer(both):
     past, cache, last = peers.streaming_past(theirs), make_cache(ours, 4, 60), []
     for prompt in ([3, 1, 4, 1, 5], [9, 2, 6]):  # what they said last is not in their cache yet
         answer = list(peers.streaming_turn(theirs, past, last + prompt, 12, 4, 60))
-        assert answer == list(generate(ours, cache, prompt, 12, ignore_eos=True))
+        assert answer == list(generate(ours, cache, prompt, 12, stop_ids=()))
         last = answer[-1:]
 
 

@@ -1,0 +1,296 @@
+"""Drawing a token: from a seed to keys, from a key to a number in [0, 1), and from that to an id.
+
+What a row draws depends on its own logits, settings and key alone, and its n-th token's key on its
+seed and n: so a seed says the same in every program, whatever runs beside it. Nothing here waits
+for a GPU, or has a shape that depends on what a tensor there holds.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from itertools import accumulate
+from operator import neg
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sample import (
+    COLDEST,
+    PENALTIES,
+    RANGES,
+    Sampling,
+    on_cpu,
+    penalize,
+    probabilities,
+    seen_in,
+)
+from tp import in_step
+
+BLOCK = 64  # tokens that are passed over together before any is looked at
+GREEDY = Sampling()
+FAST = {"temperature", "top_k", "top_p", "min_p"}  # the limits that a CPU's fast draws know
+
+# ------------------------------------------------------------------------------ keys and numbers
+
+
+def mix(key: int | Tensor) -> int | Tensor:
+    """A hash of 32 bits (Wellons' search of such functions found the constants), of a number or of
+    an int64 tensor, in which no product overflows."""
+    key = ((key ^ key >> 16) & 0xFFFFFFFF) * 0x21F0AAAD & 0xFFFFFFFF
+    key = (key ^ key >> 15) * 0x735A2D97 & 0xFFFFFFFF
+    return key ^ key >> 15
+
+
+def seed_key(seed: int) -> int:
+    """The key of a seed of up to 64 bits."""
+    return mix(mix(seed & 0xFFFFFFFF) ^ seed >> 32)
+
+
+def uniform(keys: int | Tensor, again: int = 0) -> float | Tensor:
+    """The number in [0, 1) of each key (float64), and others for a draw that is repeated."""
+    number = mix(keys + 0x9E3779B9 * again & 0xFFFFFFFF)
+    return (number.double() if isinstance(number, Tensor) else number) / 2**32
+
+
+def new_seed(generator: torch.Generator | None = None) -> int:
+    return torch.randint(2**62, (), generator=generator,
+                         device=generator.device if generator else "cpu").item()
+
+
+def random_keys(n: int, device, generator: torch.Generator | None = None) -> Tensor:
+    return torch.randint(2**32, (n,), device=device, generator=generator)
+
+
+def block_heights(weights: Tensor) -> Tensor:
+    """(..., V / BLOCK) float64: the mass of weights (..., V) up to the end of each block."""
+    size = math.gcd(weights.shape[-1], BLOCK)
+    return weights.unflatten(-1, (-1, size)).sum(-1).cumsum(-1, dtype=torch.float64)
+
+
+def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
+    """Ids (B,) drawn in proportion to weights (B, V): the first token at which the mass passes the
+    share u (B,) of it. Never one of weight 0.
+
+    Whole blocks are passed over first, so that only one block a row needs more than a sum."""
+    heights = block_heights(weights)
+    blocks = weights.view(*heights.shape, -1)
+    target = u[:, None] * heights[:, -1:]
+    block = torch.searchsorted(heights, target, right=True).clamp_(max=heights.shape[-1] - 1)
+    target -= F.pad(heights, (1, 0)).gather(-1, block)
+    rows = torch.arange(len(weights), device=weights.device)
+    heights = blocks[rows, block[:, 0]].cumsum(-1, dtype=torch.float64)  # (B, BLOCK)
+    target = target.minimum(heights[:, -1:] * (1 - 1e-12))  # the two sums differ in their last bits
+    inner = torch.searchsorted(heights, target, right=True).clamp_(max=heights.shape[-1] - 1)
+    return (block * blocks.shape[-1] + inner)[:, 0]
+
+
+def inverse_cdf_one(weights: Tensor, heights: Tensor, u: float) -> int:
+    """`inverse_cdf` of one row (V,), whose block_heights these are, on a CPU."""
+    target, blocks = u * heights[-1].item(), weights.view(len(heights), -1)
+    block = min(torch.searchsorted(heights, target, right=True).item(), len(blocks) - 1)
+    target -= heights[block - 1].item() if block else 0
+    mass = list(accumulate(blocks[block].tolist()))
+    inner = bisect_right(mass, min(target, mass[-1] * (1 - 1e-12)), hi=len(mass) - 1)
+    return block * len(mass) + inner
+
+
+def draw(weights: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
+    """Ids (...) int64 drawn in proportion to weights (..., V); at temperature 0 the likeliest.
+    Unlike multinomial it never waits for the GPU."""
+    if sampling.temperature == 0:
+        return weights.argmax(-1)
+    flat = weights.reshape(-1, weights.shape[-1])
+    keys = random_keys(len(flat), weights.device, generator)
+    return inverse_cdf(flat, uniform(keys)).view(weights.shape[:-1])
+
+
+def sample(logits: Tensor, sampling: Sampling = GREEDY,
+           generator: torch.Generator | None = None) -> Tensor:
+    """Token ids (...) int64 for logits (..., V), each drawn anew; the likeliest at temperature 0.
+    The keys are the generator's. Whoever wants the seed and the penalties takes Rows."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    if sampling.temperature == 0:
+        ids = rows.argmax(-1)
+    else:
+        keys = random_keys(len(rows), rows.device, generator)
+        if on_cpu(rows):
+            ids = choose_on_cpu(rows, [sampling] * len(rows), keys.tolist())
+        else:
+            ids = choose_on_gpu(rows, sampling.limits(), keys)
+    return in_step(ids).view(logits.shape[:-1])
+
+
+def choose_on_gpu(logits: Tensor, limits: dict[str, float | Tensor], keys: Tensor) -> Tensor:
+    """Ids (B,) of rows (B, V), whatever is in the tensors. The limits are those of `probabilities`,
+    by name: numbers, or tensors (B,)."""
+    ids = inverse_cdf(probabilities(logits, **limits), uniform(keys))
+    if not isinstance(limits["temperature"], Tensor):
+        return ids
+    return torch.where(limits["temperature"] == 0, logits.argmax(-1), ids)
+
+
+def choose_on_cpu(logits: Tensor, asked: list[Sampling], keys: list[int]) -> Tensor:
+    """Ids (B,) of rows (B, V), a Sampling and a key for each, sorting as little as can be: greedy
+    rows take the likeliest, rows with top-k look at no more than that many, and others sort
+    nothing. A row with a limit that is not in FAST is drawn from its `probabilities`.
+
+    After a step of the model the first call of every operator costs 15 to 30 us, since its code has
+    left the processor's caches: so few kinds of them are used, and plain numbers."""
+    n_rows, size = logits.shape
+    ids, unsorted = [0] * n_rows, []
+    for row, (one, key) in enumerate(zip(asked, keys, strict=True)):
+        if not one.temperature:
+            ids[row] = logits[row].argmax().item()
+        elif not FAST.issuperset(limits := one.limits()):
+            probs = probabilities(logits[row], **limits)
+            ids[row] = inverse_cdf_one(probs, block_heights(probs), uniform(key))
+        elif 0 < one.top_k < size:
+            likely, at = top(logits[row], one.top_k)
+            ids[row] = at[draw_in_order(likely.tolist(), one, uniform(key))].item()
+        else:
+            unsorted.append(row)
+    if unsorted:
+        probs = logits if len(unsorted) == n_rows else logits[unsorted]  # (n, V)
+        temperatures = [[max(asked[row].temperature, COLDEST)] for row in unsorted]
+        same = all(one == temperatures[0] for one in temperatures)
+        probs = (probs / (temperatures[0][0] if same else torch.tensor(temperatures))).softmax(-1)
+        heights = block_heights(probs)
+        for at, row in enumerate(unsorted):
+            ids[row] = draw_by_rejection(probs[at], heights[at], asked[row], keys[row])
+    return torch.tensor(ids)
+
+
+def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`logits.topk(k)` of (V,) with less to sort: the k likeliest are in the k blocks with the
+    largest maxima."""
+    size = math.gcd(len(logits), BLOCK)
+    if k * size >= len(logits):
+        return logits.topk(k)
+    blocks = logits.view(-1, size)
+    of = blocks.amax(-1).topk(k, sorted=False).indices
+    likely, at = blocks[of].view(-1).topk(k)
+    return likely, of[at // size] * size + at % size
+
+
+def draw_in_order(likely: list[float], sampling: Sampling, u: float) -> int:
+    """Which of the likeliest logits, the likeliest first, is drawn."""
+    weights = [math.exp((logit - likely[0]) / sampling.temperature) for logit in likely]
+    mass, n = list(accumulate(weights)), len(weights) - 1  # n is the last one kept
+    if sampling.top_p < 1:
+        n = bisect_left(mass, sampling.top_p * mass[-1])
+    n = max(0, min(n, bisect_right(weights, -sampling.min_p, key=neg) - 1))
+    return bisect_right(mass, u * mass[n], hi=n)
+
+
+def draw_by_rejection(probs: Tensor, heights: Tensor, sampling: Sampling, key: int) -> int:
+    """Draw from probabilities (V,) until a token is one that top-p and min-p keep.
+
+    What comes out has the distribution that sorting would give: in the order of likelihood (of
+    equals, of ids), a token is kept when less than top_p comes before it, and after one that is not
+    kept, none is. So the next draw is from those before it. One draw in twenty is repeated at
+    top-p 0.95, and three passes over the vocabulary cost a hundredth of sorting it."""
+    top_p, min_p = sampling.top_p, sampling.min_p
+    token = inverse_cdf_one(probs, heights, uniform(key))
+    least = min_p * probs.max().item() if min_p else 0
+    again = 0
+    while top_p < 1 or least:
+        p = probs[token].item()
+        # With its equals, and a few that are less by a rounding: what comes before is not more.
+        if p >= least and (
+                top_p >= 1 or F.threshold(probs, p * (1 - 2e-7), 0).sum().item() - p < top_p):
+            break
+        before = F.threshold(probs, p, 0)
+        before[:token] += p * (probs[:token] == p)
+        mass = before.sum().item()
+        dropped = p < least or top_p < 1 and mass >= top_p  # not where p is NaN
+        if not dropped or not mass:  # the likeliest always stays
+            break
+        again += 1
+        token = inverse_cdf_one(before, block_heights(before), uniform(key, again))
+    return token
+
+
+# ------------------------------------------------------------------------------ rows
+
+
+class Rows:
+    """The Sampling of each of B rows, and what the rows have said.
+
+    A row is begun when its prompt is read, and ended to be greedy and cheap. The host knows all of
+    it, and computes what some row asks for; a GPU finds it in tensors, too."""
+
+    def __init__(self, n_rows: int, vocab_size: int, device="cpu"):
+        self.asked = [GREEDY] * n_rows
+        self.keys, self.drawn = [0] * n_rows, [0] * n_rows  # the seeds' keys; tokens drawn so far
+        self.on_gpu = {}  # all of these as tensors (B,), by name
+        # In the prompt or the answer (B, V), and how often in the answer: from the first penalty on
+        self.seen = self.counts = None
+        self.vocab_size, self.device = vocab_size, device
+
+    def begin(self, row: int, sampling: Sampling, prompt_ids: list[int]) -> None:
+        """Draw as asked for in a row from now on, whose prompt this is. A seed has to be given
+        unless the row is greedy."""
+        self.asked[row], self.on_gpu = sampling, {}
+        self.keys[row], self.drawn[row] = seed_key(sampling.seed or 0), 0
+        if not sampling.penalizes:
+            return
+        if self.seen is None:
+            shape = len(self.asked), self.vocab_size
+            self.seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
+            self.counts = torch.zeros(shape, device=self.device)
+        self.counts[row] = 0
+        self.seen[row] = seen_in(prompt_ids, self.vocab_size, self.device)[0]
+
+    def end(self, row: int) -> None:
+        self.asked[row], self.on_gpu = GREEDY, {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is asked for, for a GPU; copied there when a row has begun or ended."""
+        if not self.on_gpu:
+            columns = [[getattr(one, name) for one in self.asked] for name in RANGES]
+            table = torch.tensor([*columns, self.keys, self.drawn], dtype=torch.float64)
+            table = table.to(self.device, non_blocking=True)  # which does not wait for a GPU
+            self.on_gpu = {
+                name: column.long() if name in ("top_k", "key", "drawn") else column.float()
+                for name, column in zip((*RANGES, "key", "drawn"), table, strict=True)}
+        return self.on_gpu
+
+    def sample(self, logits: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The next token (B, 1) of the rows, or of some, whose logits (B, 1, V) these are."""
+        asked, logits = self.asked[rows], logits[:, -1].float()
+        penalized = [row for row, one in enumerate(asked) if one.penalizes]
+        if penalized:
+            logits = self.penalize(logits, rows, penalized)
+        if not any(one.temperature for one in asked):
+            ids = logits.argmax(-1)
+        elif on_cpu(logits):
+            keys = [mix(key ^ n) for key, n in zip(self.keys[rows], self.drawn[rows], strict=True)]
+            ids = choose_on_cpu(logits, asked, keys)
+        else:
+            on = {name: column[rows] for name, column in self.tensors().items()}
+            limits = {name: on[name] for one in asked for name in one.limits()}
+            ids = choose_on_gpu(logits, limits, mix(on["key"] ^ on["drawn"]))
+        ids = in_step(ids)[:, None]
+        self.drawn[rows] = [n + 1 for n in self.drawn[rows]]
+        if self.on_gpu:
+            self.on_gpu["drawn"][rows].add_(1)
+        if penalized:
+            self.seen[rows].scatter_(-1, ids, True)
+            self.counts[rows].scatter_add_(-1, ids, torch.ones_like(ids).float())
+        return ids
+
+    def penalize(self, logits: Tensor, rows: slice, penalized: list[int]) -> Tensor:
+        """The logits (B, V) of the rows, of which some ask for it. A CPU looks which tokens were
+        seen, and computes those only."""
+        seen, counts = self.seen[rows], self.counts[rows]
+        if not on_cpu(logits):
+            penalties = [self.tensors()[name][rows] for name in PENALTIES]  # each (B,)
+            return penalize(logits, seen, counts, *penalties)
+        logits = logits.clone()
+        for row in penalized:
+            at = seen[row].nonzero()[:, 0]
+            penalties = [getattr(self.asked[rows][row], name) for name in PENALTIES]
+            logits[row, at] = penalize(logits[row, at], seen[row, at], counts[row, at], *penalties)
+        return logits
