@@ -100,7 +100,7 @@ def report(parser: argparse.ArgumentParser, error: BaseException) -> int | None:
 
 
 def error_line(error: Exception) -> str:
-    """What to say of an error. One of stdout's own, as a full disk, counts before it."""
+    """What to say of an error. When stdout cannot be written, that is the reason to name."""
     return unwritten() or str(error) or type(error).__name__
 
 
@@ -117,7 +117,7 @@ def log_to_stderr() -> Iterator[None]:
 
 
 class LogHandler(logging.Handler):
-    """Says every record, but an information only once: a draft may log what its model did."""
+    """Says every record; one of level INFO only once, since a draft may log what its model did."""
 
     def __init__(self):
         super().__init__()
