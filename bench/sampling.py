@@ -15,7 +15,7 @@ from model import Transformer
 from sample import Sampling
 from terminal import say
 
-SETTINGS = {  # what the rows ask for, in turns
+SETTINGS = {  # row r of a batch has setting r modulo the list's length
     "greedy": [Sampling()],
     "free": [Sampling(1.0, seed=1)],
     "default": [Sampling(0.8, top_p=0.95, seed=1)],
@@ -29,8 +29,8 @@ SETTINGS = {  # what the rows ask for, in turns
 
 @torch.no_grad()
 def bench_sampling(args, model: Transformer) -> dict:
-    """The step is that of a text the rows themselves say: what is drawn from is a real
-    distribution, where the weights are."""
+    """Seconds of drawing tokens, for each of SETTINGS, beside those of a step. Each step reads the
+    tokens that were drawn, so a trained model's distributions are those of real text."""
     cache = make_cache(model, args.sink, args.window, args.batch)
     say("compiling")
     out = dict(**sizes(cache), compile_s=compile_all(model, cache))
