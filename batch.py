@@ -140,7 +140,7 @@ class Batch:
         size, device = self.cache.batch_size, self.cache.length.device
         self.sampler = Rows(size, vocab_size, device)
         self.tokens = torch.zeros(size, 1, dtype=torch.int64, device=device)  # not in the cache yet
-        self.pending_logprobs = {}  # of `tokens`, for rows that want them: row -> (values, ids)
+        self.logprobs = {}  # of `tokens`, for rows that want them: row -> (values, ids)
         self.rows: list[Stream | None] = [None] * size
         self.is_busy = torch.zeros(size, dtype=torch.int64, device=device)  # 1 where a stream is
         self.prefills: list[Prefill] = []
@@ -173,8 +173,7 @@ def generate_batch(model: Transformer, prompts: Iterable[Sequence[int] | Prompt 
     generate.check_ids before."""
     batch = batch or Batch(model, batch_size, n_sink, window)
     batch.reset(model.config.vocab_size)
-    prompts = as_prompts(prompts, max_new_tokens, sampling or Sampling(), stop_ids)
-    streams = streams_of(model, prompts)
+    streams = streams_of(model, prompts, max_new_tokens, sampling or Sampling(), stop_ids)
     more = True
     while more or not batch.idle:
         if any(batch.rows):
@@ -191,38 +190,28 @@ def generate_batch(model: Transformer, prompts: Iterable[Sequence[int] | Prompt 
 # ------------------------------------------------------------------------------ prompts
 
 
-def as_prompts(prompts: Iterable[Sequence[int] | Prompt | None],
+def streams_of(model: Transformer, prompts: Iterable[Sequence[int] | Prompt | None],
                max_new_tokens: int | Sequence[int], sampling: Sampling,
-               stop_ids: Sequence[int] | None) -> Iterator[Prompt | None]:
-    """Make Prompts of plain ids; see generate_batch for the settings."""
-    n = 0
-    for prompt in prompts:
-        if prompt is not None and not isinstance(prompt, Prompt):
-            limit = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[n]
-            seed = None if sampling.seed is None else sampling.seed + n
-            prompt = Prompt(prompt, replace(sampling, seed=seed), limit, stop_ids)
-        yield prompt
-        n += prompt is not None
-
-
-def streams_of(model: Transformer, prompts: Iterable[Prompt | None]) -> Iterator[list[Stream]]:
-    """The streams of each prompt, one a sample; an empty list where there is no prompt now."""
-    index = 0
+               stop_ids: Sequence[int] | None) -> Iterator[list[Stream]]:
+    """The streams of each prompt, one a sample; an empty list where there is no prompt now. The
+    settings are for plain ids, as in generate_batch."""
+    index = n = 0
     for prompt in prompts:
         if prompt is None:
             yield []
             continue
+        if not isinstance(prompt, Prompt):
+            limit = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[n]
+            seed = None if sampling.seed is None else sampling.seed + n
+            prompt = Prompt(prompt, replace(sampling, seed=seed), limit, stop_ids)
         check_ids(model, prompt.ids)
         seed = new_seed() if prompt.sampling.seed is None else prompt.sampling.seed
-        stop_ids = model.config.eos_ids if prompt.stop_ids is None else prompt.stop_ids
-        streams, length = [], len(prompt.all_ids())
-        for sample in range(prompt.samples):
-            one = replace(prompt, sampling=replace(prompt.sampling, seed=seed + sample),
-                          stop_ids=stop_ids)
-            streams.append(Stream(index + sample, sample, one, one.max_new_tokens,
-                                  time.perf_counter(), length=length))
-        yield streams
-        index += prompt.samples
+        ends = model.config.eos_ids if prompt.stop_ids is None else prompt.stop_ids
+        each = [replace(prompt, sampling=replace(prompt.sampling, seed=seed + i), stop_ids=ends)
+                for i in range(prompt.samples)]
+        yield [Stream(index + i, i, one, one.max_new_tokens, time.perf_counter(),
+                      length=len(one.all_ids())) for i, one in enumerate(each)]
+        index, n = index + prompt.samples, n + 1
 
 
 # ------------------------------------------------------------------------------ prefill
@@ -237,8 +226,8 @@ def start_prefill(model: Transformer, batch: Batch, waiting: Iterator[list[Strea
     streams = next(waiting, None)
     if streams:
         prompt, cache = streams[0].prompt, free[0]
-        chunks = prompt_chunks(model, cache, prompt)
-        batch.prefills.append(Prefill(cache, streams, chunks, len(prompt.ids)))
+        batch.prefills.append(Prefill(cache, streams, prompt_chunks(model, cache, prompt),
+                                      len(prompt.ids)))
     return streams is not None
 
 
@@ -313,8 +302,7 @@ def decode_step(model: Transformer, batch: Batch) -> Iterator[tuple[Stream, int 
     rows take part, always at position 0. Their tokens are never read, nor the last one that is
     drawn in a row whose stream ends here."""
     read = start_reading(batch.tokens)
-    pending = {row: (start_reading(values), start_reading(tokens))
-               for row, (values, tokens) in batch.pending_logprobs.items()}
+    logprobs = {row: [start_reading(x) for x in pair] for row, pair in batch.logprobs.items()}
     busy = len(batch.rows) - batch.rows.count(None)
     if busy < len(batch.rows):
         batch.cache.length.mul_(batch.is_busy)
@@ -324,10 +312,10 @@ def decode_step(model: Transformer, batch: Batch) -> Iterator[tuple[Stream, int 
         logits = model(batch.tokens, batch.cache)
         batch.tokens = batch.sampler.sample(logits)  # (B, 1)
     batch.steps, batch.row_steps = batch.steps + 1, batch.row_steps + busy
-    for row, (values, tokens) in pending.items():
+    for row, (values, tokens) in logprobs.items():
         (own, *others), (_, *likeliest) = values(), tokens()
         batch.rows[row].logprobs.append((own, dict(zip(likeliest, others, strict=True))))
-    compute_logprobs(batch, list(pending), logits)
+    compute_logprobs(batch, list(logprobs), logits)
     yield from yield_tokens(batch, read())
 
 
@@ -348,7 +336,7 @@ def compute_logprobs(batch: Batch, rows: list[int], logits: Tensor) -> None:
     (B, 1, V), or (1, 1, V) of one row."""
     for row in rows:
         raw, n = logits[row if len(logits) > 1 else 0], batch.rows[row].prompt.logprobs
-        batch.pending_logprobs[row] = log_probabilities(raw, batch.tokens[row:row + 1], n)
+        batch.logprobs[row] = log_probabilities(raw, batch.tokens[row:row + 1], n)
 
 
 def yield_tokens(batch: Batch, ids: list[int]) -> Iterator[tuple[Stream, int | None]]:
@@ -366,26 +354,19 @@ def yield_tokens(batch: Batch, ids: list[int]) -> Iterator[tuple[Stream, int | N
             batch.sampler.end(row)
             batch.cache.clear_row(row, stream.length)
             batch.rows[row], batch.is_busy[row] = None, 0
-            batch.pending_logprobs.pop(row, None)
+            batch.logprobs.pop(row, None)
 
 
 # ------------------------------------------------------------------------------ command line
 
 
-def make_prompts(prompts: list[list[int]], sampling: Sampling, max_new_tokens: int,
-                 stop_ids: Sequence[int] | None, samples: int) -> list[Prompt]:
-    """Prompts of the command line's settings. Every answer has a seed of its own, so it does not
-    depend on the batch size or on the other prompts."""
-    return [Prompt(ids, replace(sampling, seed=sampling.seed + n * samples), max_new_tokens,
-                   stop_ids, samples) for n, ids in enumerate(prompts)]
-
-
 def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt], batch: Batch,
-                  compile_s: float, seed: int, args) -> None:
+                  args) -> None:
     """Print every stream's JSON line as soon as it ends, and the totals at last. On Ctrl-C the step
-    is finished, the streams that have not ended are dropped, and the program ends."""
+    is finished, the streams that have not ended are dropped, and the program ends. args are what a
+    Transcript takes."""
     transcripts, done, new_tokens, steps, start = {}, 0, 0, 0, time.perf_counter()
-    samples = prompts[0].samples
+    samples, seed = prompts[0].samples, prompts[0].sampling.seed
     n_streams, what = len(prompts) * samples, "prompts" if samples == 1 else "answers"
 
     def busy() -> str:
@@ -397,8 +378,7 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
                 break
             steps = batch.steps
             if token_id is None:
-                record = record_of(model, batch, stream, transcripts.pop(stream))
-                show(json.dumps(record) + "\n")
+                show(json.dumps(record_of(model, batch, stream, transcripts.pop(stream))) + "\n")
                 done += 1
             else:
                 new_tokens += 1
@@ -409,21 +389,20 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
             advance(new_tokens, note=f"{done} of {n_streams} {what}, {busy()}")
     say(f"{done} of {n_streams} {what}, {new_tokens} new tokens, "
         f"{new_tokens / (time.perf_counter() - start):.1f} tok/s, {busy()} of {batch.steps} steps, "
-        f"compiled in {compile_s:.1f} s, seed {seed}")
+        f"compiled in {args.compile_s:.1f} s, seed {seed}")
     if interrupted:
         sys.exit(128 + interrupted[0])
 
 
 def record_of(model: Transformer, batch: Batch, stream: Stream, transcript: Transcript) -> dict:
     """A stream's JSON line, at its end."""
+    prompt, which = stream.prompt, {"index": stream.index // stream.prompt.samples}
+    if prompt.samples > 1:
+        which["sample"] = stream.sample
     transcript.start, transcript.prefilled = stream.started, stream.prefilled
-    length = len(stream.prompt.ids) + len(transcript.ids)
-    record = {"index": stream.index // stream.prompt.samples}
-    if stream.prompt.samples > 1:
-        record["sample"] = stream.sample
-    record.update(transcript.end(model, length, batch.cache, *batch.staging))
-    record["seed"] = stream.prompt.sampling.seed
-    return record
+    length = len(prompt.ids) + len(transcript.ids)
+    record = transcript.end(model, length, batch.cache, *batch.staging)
+    return {**which, **record, "seed": prompt.sampling.seed}
 
 
 def main():
@@ -448,9 +427,11 @@ def main():
             start = time.perf_counter()
             list(generate_batch(model, [[0]] * 2, max_new_tokens=3, stop_ids=(), batch=batch))
             args.compile_s += time.perf_counter() - start
-        prompts = make_prompts(ids, sampling(args), args.max_new_tokens,
-                               () if args.ignore_eos else None, args.samples)
-        write_results(model, tokenizer, prompts, batch, args.compile_s, args.seed, args)
+        how, stop_ids = sampling(args), () if args.ignore_eos else None
+        # Every answer has a seed of its own, so no other prompt and no batch size changes it.
+        prompts = [Prompt(one, replace(how, seed=args.seed + n * args.samples),
+                          args.max_new_tokens, stop_ids, args.samples) for n, one in enumerate(ids)]
+        write_results(model, tokenizer, prompts, batch, args)
 
 
 if __name__ == "__main__":
