@@ -2,13 +2,13 @@
 
     python batch.py --prompts mt_bench.jsonl --batch 8 --compile
 
-All B rows decode together, one token each a step, always in the one shape (B, 1), or where only
-one is busy, on a CPU, (1, 1). Meanwhile the next prompt is prefilled in a staging row of its own, a
-chunk between two steps, so that no stream waits long for it. When a stream ends, the staged row is
-copied over its row, which goes on at once.
+All B rows decode together, one token each a step, always in one shape, (B, 1); on a CPU a row that
+is busy alone decodes in the shape (1, 1). Meanwhile the next prompt is prefilled in a staging row,
+a chunk between two steps, so that no stream waits long for it. When a stream ends, the staging row
+is copied over its row, and the next step decodes the new prompt's answer there.
 
 A result is a JSON line, with or without --json, written when its stream ends. Of {"turns": ...}
-lines only the first turn is answered: what comes after it is a conversation, for chat.py.
+lines only the first turn is answered: chat.py holds conversations.
 """
 
 from __future__ import annotations
@@ -49,31 +49,31 @@ from terminal import hold_interrupt, progress, say, show, user_errors
 from tokenizer import Tokenizer
 from tp import agree
 
-LONG = 1024  # tokens of a prompt which others need not wait for
-TOP_LOGPROBS = 20  # the most alternatives that a prompt may ask for
+LONG_PROMPT = 1024  # tokens; others need not wait for a prompt that has more
+TOP_LOGPROBS = 20  # the most alternatives that a prompt may have
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """A server's part of a prompt: a beginning that other prompts have in common, and who asks."""
+    """A server's part of a prompt: what it shares with other prompts, and whose it is."""
 
-    prefix_ids: Sequence[int] = ()  # what was read before: the prompt's ids go on from there
-    restore_prefix: Callable[[KVCache], None] | None = None  # puts those into a staging row
-    n_shared: int = 0  # the first of the prompt's ids, which other prompts begin with, too
+    prefix_ids: Sequence[int] = ()  # the tokens of a cached prefix, which the ids go on from
+    restore_prefix: Callable[[KVCache], None] | None = None  # copies the prefix to a staging row
+    n_shared: int = 0  # the first of the ids, which other prompts begin with, too
     save_shared: Callable[[KVCache], None] | None = None  # is given a staging row that holds those
-    owner: object = None  # whoever asks; not looked at here
+    owner: object = None  # not used here
 
 
 @dataclass
 class Prompt:
-    """What is asked for: the ids, how the answer is drawn, and when it ends."""
+    """A prompt's ids, how its answers are drawn, and when they end."""
 
     ids: Sequence[int]
     sampling: Sampling = Sampling()
     max_new_tokens: int = 64
     stop_ids: Sequence[int] | None = None  # each ends an answer, as its last; None: the EOS ids
     samples: int = 1  # answers; the first has the seed, the next ones have those that follow it
-    logprobs: int | None = None  # alternatives whose log-probabilities are noted, if any are
+    logprobs: int | None = None  # alternatives in Stream.logprobs; None: no logprobs at all
     hooks: Hooks = Hooks()  # for a server
 
     def __post_init__(self):
@@ -84,53 +84,53 @@ class Prompt:
             check_range("logprobs", self.logprobs, 0, TOP_LOGPROBS)
 
     def all_ids(self) -> list[int]:
-        """The ids, and those of the prefix that they go on from."""
+        """The ids of the prefix and the prompt."""
         return [*self.hooks.prefix_ids, *self.ids]
 
 
 @dataclass(eq=False)
 class Stream:
-    """An answer on its way."""
+    """One answer, from its prefill to its last token."""
 
     index: int  # streams are numbered as their prefills begin
     sample: int  # which of its prompt's answers
     prompt: Prompt
-    left: int  # tokens that may still come
-    started: float  # when its prefill began and ended, the others' steps in between included
-    prefilled: float = 0.0
+    new_tokens_left: int
+    started: float  # time.perf_counter() when its prefill began
+    prefilled: float = 0.0  # and when it ended, after steps of other streams in between
     length: int = 0  # tokens in its row
-    # Of each token yielded: its own log-probability, and {id: log-probability} of the likeliest.
+    # For each token yielded: its log-probability, and {id: log-probability} of the likeliest ones.
     logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
 
     def cancel(self) -> None:
-        """End it early: at once if this is called as a token of it is yielded, and else with the
-        next one, or if it has none yet, before its first."""
-        self.left = 0
+        """End the stream early. It has no more tokens if this is called when one of its own was
+        just yielded, and otherwise one more. A stream that is still prefilled has none."""
+        self.new_tokens_left = 0
 
 
 @dataclass
 class Prefill:
-    """A prompt on its way into a staging row, and from there, once whole, to its streams' rows."""
+    """A prompt that is prefilled in a staging row, until its streams have rows of their own."""
 
     cache: KVCache  # the staging row
-    streams: list[Stream]
+    streams: list[Stream]  # those without a row
     chunks: Iterator[Tensor | None]
-    tokens_left: int  # that are not in the staging row yet, at least
+    prompt_tokens_left: int  # at least so many are not in the staging row yet
     logits: Tensor | None = None  # (1, 1, V) after the last token
 
 
 class Batch:
-    """The memory of B streams side by side, which of them is in which row, and how it went.
+    """The caches of B streams, which stream is in which row, the prefills, and the steps so far.
 
-    A server goes on from here: its prompts are an iterator that waits for requests, but yields None
-    while others are answered (see `idle`). More staging rows take turns, a chunk each, so that
-    short prompts overtake a long one. When (stream, None) is yielded, `cache` still holds the
-    prompt and exactly the tokens yielded, in row `rows.index(stream)`, for the hooks of another
-    prompt; then they are overwritten with zeros, and no other stream could see them before."""
+    A server's prompts are an iterator that waits for requests while the batch is `idle`, and yields
+    None while it is not. Several staging rows take turns, a chunk each, so that short prompts
+    overtake a long one. When (stream, None) is yielded, row `rows.index(stream)` of `cache` still
+    holds the prompt and exactly the tokens yielded: a server copies it then, for another prompt's
+    hooks. Afterwards it is zeroed. No other stream ever sees it."""
 
     def __init__(self, model: Transformer, batch_size: int = 8, n_sink: int | None = None,
                  window: int | None = None, n_staging: int = 1, n_chunks: int | None = None):
-        """Sizes as in generate.make_cache. At most n_chunks of prompts come between two steps; None
+        """Sizes as in generate.make_cache. Between two steps at most n_chunks are prefilled; None
         is one, and one more for each idle row. Raises ValueError naming a size that cannot be."""
         self.n_chunks = n_chunks or 1 + batch_size
         self.cache = make_cache(model, n_sink, window, batch_size)
@@ -139,7 +139,7 @@ class Batch:
         self.reset(model.config.vocab_size)
 
     def reset(self, vocab_size: int) -> None:
-        """Drop every stream and prefill, and zero the rows that they were in, as after an error."""
+        """Drop every stream and prefill, which an error may have left, and zero their rows."""
         for row, stream in enumerate(self.rows):
             if stream is not None:
                 self.cache.clear_row(row)
@@ -148,16 +148,16 @@ class Batch:
         size, device = self.cache.batch_size, self.cache.length.device
         self.sampler = Rows(size, vocab_size, device)
         self.tokens = torch.zeros(size, 1, dtype=torch.int64, device=device)  # not in the cache yet
-        self.noted = {}  # of rows that ask for it: log_probabilities of their tokens
+        self.logprobs = {}  # of `tokens`, for rows that want them: row -> (values, ids)
         self.rows: list[Stream | None] = [None] * size
-        self.live = torch.zeros(size, dtype=torch.int64, device=device)  # 1 where a stream is
+        self.is_busy = torch.zeros(size, dtype=torch.int64, device=device)  # 1 where a stream is
         self.prefills: list[Prefill] = []
-        self.prefill_credit = 0.0  # seconds that long prompts may take: as many as steps took
-        self.steps = self.busy = 0  # decode steps, and rows that were busy, counted at each
+        self.prefill_credit = 0.0  # seconds of prefill that long prompts may take beside streams
+        self.steps = self.row_steps = 0  # decode steps, and busy rows summed over them
 
     @property
     def idle(self) -> bool:
-        """Nothing is decoded or prefilled: whoever has no prompt may wait for one."""
+        """Whether nothing is decoded or prefilled: a server may wait for the next prompt."""
         return not self.prefills and not any(self.rows)
 
 
@@ -172,17 +172,16 @@ def generate_batch(model: Transformer, prompts: Iterable[Sequence[int] | Prompt 
     `stream.cancel()` ends it early.
 
     A prompt is taken from the iterable when its prefill begins; None says that there is none now.
-    A Prompt says itself what it wants. Plain ids are continued as sampling says, by default the
-    likeliest tokens; if it has a seed, prompt n has seed + n, and else every prompt has a random
-    one. They end with one of the stop_ids (None: the EOS ids; (): never), or after max_new_tokens,
-    which may be a number for each. Streams are numbered as they begin, several samples of a prompt
-    one after the other, and in float32 what one says depends on nothing beside it. A batch that is
-    given brings its own sizes and counts the steps. Raises ValueError for an unusable prompt, and
-    then all streams end: a server calls generate.check_ids before."""
+    A Prompt has its own settings; plain ids have these: sampling (default: greedy), the stop_ids
+    that end an answer (None: the EOS ids; (): none), and max_new_tokens, for all prompts or a
+    number for each. If the sampling has a seed, prompt n has seed + n; otherwise each prompt has a
+    random one. Streams are numbered as their prefills begin, the samples of a prompt one after the
+    other. In float32 an answer does not depend on what runs beside it. A given batch has its own
+    sizes. Raises ValueError for an unusable prompt, which ends all streams: a server calls
+    generate.check_ids before."""
     batch = batch or Batch(model, batch_size, n_sink, window)
     batch.reset(model.config.vocab_size)
-    asked = as_prompts(prompts, max_new_tokens, sampling or Sampling(), stop_ids)
-    streams = streams_of(model, asked)
+    streams = streams_of(model, prompts, max_new_tokens, sampling or Sampling(), stop_ids)
     more = True
     while more or not batch.idle:
         if any(batch.rows):
@@ -199,38 +198,28 @@ def generate_batch(model: Transformer, prompts: Iterable[Sequence[int] | Prompt 
 # ------------------------------------------------------------------------------ prompts
 
 
-def as_prompts(prompts: Iterable[Sequence[int] | Prompt | None],
+def streams_of(model: Transformer, prompts: Iterable[Sequence[int] | Prompt | None],
                max_new_tokens: int | Sequence[int], sampling: Sampling,
-               stop_ids: Sequence[int] | None) -> Iterator[Prompt | None]:
-    """A Prompt for plain ids."""
-    n = 0
-    for prompt in prompts:
-        if prompt is not None and not isinstance(prompt, Prompt):
-            limit = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[n]
-            seed = None if sampling.seed is None else sampling.seed + n
-            prompt = Prompt(prompt, replace(sampling, seed=seed), limit, stop_ids)
-        yield prompt
-        n += prompt is not None
-
-
-def streams_of(model: Transformer, prompts: Iterable[Prompt | None]) -> Iterator[list[Stream]]:
-    """The streams of each prompt, one a sample; none where there is no prompt now."""
-    index = 0
+               stop_ids: Sequence[int] | None) -> Iterator[list[Stream]]:
+    """The streams of each prompt, one a sample; an empty list where there is no prompt now. The
+    settings are for plain ids, as in generate_batch."""
+    index = n = 0
     for prompt in prompts:
         if prompt is None:
             yield []
             continue
+        if not isinstance(prompt, Prompt):
+            limit = max_new_tokens if isinstance(max_new_tokens, int) else max_new_tokens[n]
+            seed = None if sampling.seed is None else sampling.seed + n
+            prompt = Prompt(prompt, replace(sampling, seed=seed), limit, stop_ids)
         check_ids(model, prompt.ids)
         seed = new_seed() if prompt.sampling.seed is None else prompt.sampling.seed
-        stop_ids = model.config.eos_ids if prompt.stop_ids is None else prompt.stop_ids
-        streams, length = [], len(prompt.all_ids())
-        for sample in range(prompt.samples):
-            one = replace(prompt, sampling=replace(prompt.sampling, seed=seed + sample),
-                          stop_ids=stop_ids)
-            streams.append(Stream(index + sample, sample, one, one.max_new_tokens,
-                                  time.perf_counter(), length=length))
-        yield streams
-        index += prompt.samples
+        ends = model.config.eos_ids if prompt.stop_ids is None else prompt.stop_ids
+        each = [replace(prompt, sampling=replace(prompt.sampling, seed=seed + i), stop_ids=ends)
+                for i in range(prompt.samples)]
+        yield [Stream(index + i, i, one, one.max_new_tokens, time.perf_counter(),
+                      length=len(one.all_ids())) for i, one in enumerate(each)]
+        index, n = index + prompt.samples, n + 1
 
 
 # ------------------------------------------------------------------------------ prefill
@@ -245,13 +234,14 @@ def start_prefill(model: Transformer, batch: Batch, waiting: Iterator[list[Strea
     streams = next(waiting, None)
     if streams:
         prompt, cache = streams[0].prompt, free[0]
-        chunks = prompt_chunks(model, cache, prompt)
-        batch.prefills.append(Prefill(cache, streams, chunks, len(prompt.ids)))
+        batch.prefills.append(Prefill(cache, streams, prompt_chunks(model, cache, prompt),
+                                      len(prompt.ids)))
     return streams is not None
 
 
 def prompt_chunks(model: Transformer, cache: KVCache, prompt: Prompt) -> Iterator[Tensor | None]:
-    """generate.prefill_chunks of the prompt, behind its prefix, and first of what is shared."""
+    """Restore the prompt's prefix, then prefill its ids, as generate.prefill_chunks does; save the
+    staging row when it holds exactly the ids that are shared."""
     ids, hooks = list(prompt.ids), prompt.hooks
     if hooks.restore_prefix:
         hooks.restore_prefix(cache)
@@ -263,11 +253,11 @@ def prompt_chunks(model: Transformer, cache: KVCache, prompt: Prompt) -> Iterato
 
 
 def prefill_one_chunk(batch: Batch) -> None:
-    """Prefill one chunk of the prompt whose latest chunk is the longest ago. Beside streams, a long
-    prompt gets no more time than their steps take."""
-    must_wait = any(batch.rows) and batch.prefill_credit <= 0  # whether a long one must
+    """Prefill the next chunk of one prompt; prompts take turns. While streams decode, long prompts
+    get no more time than the steps do."""
+    must_wait = any(batch.rows) and batch.prefill_credit <= 0  # long prompts only
     prefill = next((prefill for prefill in batch.prefills if prefill.logits is None
-                    and not (must_wait and prefill.tokens_left > LONG)), None)
+                    and not (must_wait and prefill.prompt_tokens_left > LONG_PROMPT)), None)
     if prefill is None:
         return
     began = time.perf_counter()
@@ -276,19 +266,19 @@ def prefill_one_chunk(batch: Batch) -> None:
         torch.cuda.synchronize(prefill.logits.device)
     for stream in prefill.streams:
         stream.prefilled = time.perf_counter()
-    if prefill.tokens_left > LONG:
+    if prefill.prompt_tokens_left > LONG_PROMPT:
         batch.prefill_credit -= time.perf_counter() - began
-    prefill.tokens_left -= prefill.cache.max_chunk
+    prefill.prompt_tokens_left -= prefill.cache.max_chunk
     batch.prefills.remove(prefill)
     batch.prefills.append(prefill)
 
 
 def fill_rows(batch: Batch) -> Iterator[tuple[Stream, None]]:
-    """Copy prompts that are whole to idle rows, and draw their first tokens. The events are those
-    of streams that were cancelled before."""
+    """Copy prefilled prompts to idle rows, and draw their first tokens. Yields (stream, None) for
+    streams that were cancelled before."""
     for prefill in list(batch.prefills):
         for stream in list(prefill.streams):
-            if not stream.left:
+            if not stream.new_tokens_left:
                 yield stream, None
             elif prefill.logits is not None and None in batch.rows:
                 start_row(batch, batch.rows.index(None), stream, prefill)
@@ -302,75 +292,77 @@ def fill_rows(batch: Batch) -> Iterator[tuple[Stream, None]]:
 
 
 def start_row(batch: Batch, row: int, stream: Stream, prefill: Prefill) -> None:
-    """Copy a whole prompt to a stream's row, and draw its first token."""
+    """Copy a prefilled prompt to a stream's row, and draw its first token."""
     batch.cache.copy_row(row, prefill.cache, n_tokens=stream.length)
-    prompt, batch.rows[row], batch.live[row] = stream.prompt, stream, 1
+    prompt, batch.rows[row], batch.is_busy[row] = stream.prompt, stream, 1
     batch.sampler.begin(row, prompt.sampling, prompt.all_ids())
     batch.tokens[row:row + 1] = batch.sampler.sample(prefill.logits, slice(row, row + 1))
-    note_logprobs(batch, [] if prompt.logprobs is None else [row], prefill.logits)
+    compute_logprobs(batch, [] if prompt.logprobs is None else [row], prefill.logits)
 
 
 # ------------------------------------------------------------------------------ decode
 
 
 def decode_step(model: Transformer, batch: Batch) -> Iterator[tuple[Stream, int | None]]:
-    """The next token of every row, and the events of the latest ones.
+    """Draw the next token of every row, and yield the latest ones.
 
-    As in generate.decode, a GPU is at the next step already while those are read. Idle rows step
-    along, unread and always from position 0, and so does, once, a row that ends here."""
+    As in generate.decode, a GPU is at the next step while the host reads the latest tokens. Idle
+    rows take part, always at position 0. Their tokens are never read, nor the last one that is
+    drawn in a row whose stream ends here."""
     read = start_reading(batch.tokens)
-    noted = {row: [start_reading(x) for x in pair] for row, pair in batch.noted.items()}
+    logprobs = {row: [start_reading(x) for x in pair] for row, pair in batch.logprobs.items()}
     busy = len(batch.rows) - batch.rows.count(None)
     if busy < len(batch.rows):
-        batch.cache.length.mul_(batch.live)
+        batch.cache.length.mul_(batch.is_busy)
     if busy == 1 and not batch.tokens.is_cuda:
-        logits = step_alone(model, batch)
+        logits = decode_one_row(model, batch)
     else:
         logits = model(batch.tokens, batch.cache)
         batch.tokens = batch.sampler.sample(logits)  # (B, 1)
-    batch.steps, batch.busy = batch.steps + 1, batch.busy + busy
-    for row, (values, tokens) in noted.items():
+    batch.steps, batch.row_steps = batch.steps + 1, batch.row_steps + busy
+    for row, (values, tokens) in logprobs.items():
         (own, *others), (_, *likeliest) = values(), tokens()
         batch.rows[row].logprobs.append((own, dict(zip(likeliest, others, strict=True))))
-    note_logprobs(batch, list(noted), logits)
-    yield from emit(batch, read())
+    compute_logprobs(batch, list(logprobs), logits)
+    yield from yield_tokens(batch, read())
 
 
-def step_alone(model: Transformer, batch: Batch) -> Tensor:
-    """The next token of the only row that is busy, in the shape of a single stream, which is
-    much less work for a CPU; a GPU reads the weights once for all rows anyway.
-    Returns the logits (1, 1, V)."""
+def decode_one_row(model: Transformer, batch: Batch) -> Tensor:
+    """Draw the next token of the only busy row, in the shape (1, 1). That is much less work for a
+    CPU; a GPU reads the weights once for all rows anyway. Returns the logits (1, 1, V)."""
     row = next(row for row, stream in enumerate(batch.rows) if stream)
     cache, some = batch.cache.row(row), slice(row, row + 1)
     logits = model(batch.tokens[some], cache)
     batch.cache.overhang[row] = cache.overhang[0]
-    batch.tokens = batch.tokens.clone()  # the old ones are yet to be read
+    batch.tokens = batch.tokens.clone()  # the latest ones are still to be read
     batch.tokens[some] = batch.sampler.sample(logits, some)
     return logits
 
 
-def note_logprobs(batch: Batch, rows: list[int], logits: Tensor) -> None:
-    """Keep what is to be known of the rows' latest tokens, where logits (B, 1, V), or (1, 1, V) for
-    one row, are what those were drawn from."""
+def compute_logprobs(batch: Batch, rows: list[int], logits: Tensor) -> None:
+    """Compute the log-probabilities of the rows' latest tokens, which were drawn from the logits:
+    (B, 1, V), or (1, 1, V) of one row."""
     for row in rows:
         raw, n = logits[row if len(logits) > 1 else 0], batch.rows[row].prompt.logprobs
-        batch.noted[row] = log_probabilities(raw, batch.tokens[row:row + 1], n)
+        batch.logprobs[row] = log_probabilities(raw, batch.tokens[row:row + 1], n)
 
 
-def emit(batch: Batch, ids: list[int]) -> Iterator[tuple[Stream, int | None]]:
-    """The events of a step's tokens, one a row. The row of a stream that ends becomes idle."""
+def yield_tokens(batch: Batch, ids: list[int]) -> Iterator[tuple[Stream, int | None]]:
+    """Yield the latest token of every busy row. The row of a stream that ends becomes idle."""
     for row, (stream, token_id) in enumerate(zip(batch.rows, ids, strict=True)):
         if stream is None:
             continue
-        stream.left = 0 if token_id in stream.prompt.stop_ids else max(0, stream.left - 1)
+        if token_id in stream.prompt.stop_ids:
+            stream.new_tokens_left = 0
+        stream.new_tokens_left = max(0, stream.new_tokens_left - 1)
         stream.length += 1
         yield stream, token_id
-        if not stream.left:
+        if not stream.new_tokens_left:
             yield stream, None
             batch.sampler.end(row)
             batch.cache.clear_row(row, stream.length)
-            batch.rows[row], batch.live[row] = None, 0
-            batch.noted.pop(row, None)
+            batch.rows[row], batch.is_busy[row] = None, 0
+            batch.logprobs.pop(row, None)
 
 
 # ------------------------------------------------------------------------------ command line
@@ -386,7 +378,7 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
     n_streams, what = len(prompts) * samples, "prompts" if samples == 1 else "answers"
 
     def busy() -> str:
-        return f"rows busy {batch.busy / max(1, batch.steps * len(batch.rows)):.0%}"
+        return f"rows busy {batch.row_steps / max(1, batch.steps * len(batch.rows)):.0%}"
 
     with hold_interrupt() as interrupted, progress("generating", "tokens") as advance:
         for stream, token_id in generate_batch(model, prompts, batch=batch):
@@ -406,7 +398,7 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
             advance(new_tokens, note=f"{done} of {n_streams} {what}, {busy()}")
     say(f"{done} of {n_streams} {what}, {new_tokens} new tokens, "
         f"{new_tokens / (time.perf_counter() - start):.1f} tok/s, {busy()} of {batch.steps} steps, "
-        f"compiled in {compile_s:.1f} s, seed {seed}")
+        f"compiled in {args.compile_s:.1f} s, seed {seed}")
     if interrupted:
         sys.exit(128 + interrupted[0])
 

@@ -24,7 +24,7 @@ def synthetic(n: int, vocab_size: int) -> tuple[list[list[int]], list[int]]:
 
 
 def listen(events: Iterator[tuple[Stream, int | None]], n: int) -> None:
-    """Take what generate_batch yields until n more streams have ended."""
+    """Run generate_batch until n more streams have ended."""
     for _, token_id in events:
         n -= token_id is None
         if not n:
@@ -53,7 +53,7 @@ def bench_streams(args, model: Transformer) -> dict:
     out = dict(**sizes(batch.cache), compile_s=compile_s, streams=len(prompts),
                prompt_tokens=sum(map(len, prompts)), new_tokens=sum(wanted),
                tok_s=sum(wanted) / sum(ours), steps=batch.steps,
-               rows_busy=batch.busy / (batch.steps * args.batch),
+               rows_busy=batch.row_steps / (batch.steps * args.batch),
                single_step_s=statistics.median(one for one, _ in steps),
                batch_step_s=statistics.median(many for _, many in steps),
                batch_over_single=statistics.median(args.batch * a / b for a, b in steps))

@@ -1,9 +1,9 @@
-"""Random clients that join, go on, cancel, stall and send rubbish, for as long as one likes.
+"""Random clients that join, go on, cancel, stall and send invalid fields, for a given time.
 
     python -m server.soak --url http://127.0.0.1:8000/v1 --model smollm2 --seconds 600
 
-Every answer must be one, or OpenAI's error object with a status below 500 (429 when the queue is
-full); at the end no row may be busy. With --pid the server's memory is read on Linux.
+Every response must be a completion, or OpenAI's error object with a status below 500 (429 when the
+queue is full). At the end no row may be busy. With --pid it reads the server's memory, on Linux.
 """
 
 from __future__ import annotations
@@ -40,23 +40,24 @@ async def client(url: str, model: str, numbers: random.Random, until: float,
             if numbers.random() < 0.15:
                 name = numbers.choice([*content, "x"])
                 content[name] = numbers.choice([None, -1, "x", [], {}, 1e9, [[]]])
-            said = await one(url, content, numbers, count)
-            if said is None:
+            answer = await one_request(url, content, numbers, count)
+            if answer is None:
                 break
-            messages.append({"role": "assistant", "content": said})
+            messages.append({"role": "assistant", "content": answer})
 
 
-async def one(url: str, content: dict, numbers: random.Random,
-              count: collections.Counter) -> str | None:
-    """One request; what was said, if it may go on from there."""
+async def one_request(url: str, content: dict, numbers: random.Random,
+                      count: collections.Counter) -> str | None:
+    """One request. Returns the answer, or the part that came before the client cancelled; None for
+    an error."""
     leaves_after = numbers.choice([None, None, None, 0, 1, 5, 20])
     texts, lines = [], post(url + "/chat/completions", content)
     try:
         async for line in lines:
             if line.startswith(b"data: {"):
-                said = json.loads(line[6:])
-                assert "error" not in said, said
-                texts += [c["delta"].get("content") or "" for c in said["choices"]
+                chunk = json.loads(line[6:])
+                assert "error" not in chunk, chunk
+                texts += [c["delta"].get("content") or "" for c in chunk["choices"]
                           if c["index"] == 0]
             elif line.startswith(b"{"):
                 texts.append(json.loads(line)["choices"][0]["message"]["content"])
@@ -67,10 +68,10 @@ async def one(url: str, content: dict, numbers: random.Random,
                 return "".join(texts)
         count["answered"] += 1
         return "".join(texts)
-    except OSError as refusal:
-        status = str(refusal).partition("HTTP/1.1 ")[2][:3]
+    except OSError as error:
+        status = str(error).partition("HTTP/1.1 ")[2][:3]
         count[status or "lost"] += 1
-        assert "error" in str(refusal), refusal
+        assert "error" in str(error), error
         await asyncio.sleep(numbers.random() if status == "429" else 0)
         return None
     finally:
@@ -78,7 +79,7 @@ async def one(url: str, content: dict, numbers: random.Random,
 
 
 def memory(pid: int | None) -> float | None:
-    """Megabytes that a process holds."""
+    """A process's resident memory, in megabytes."""
     if pid is None:
         return None
     status = Path(f"/proc/{pid}/status").read_text()

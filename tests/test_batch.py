@@ -145,8 +145,8 @@ def test_rows_are_busy_at_nine_steps_of_ten():
     batch = Batch(model, 4, 4, WINDOW)
     list(generate_batch(model, prompts_of([prompt for prompt, _ in lengths]),
                         max_new_tokens=[new for _, new in lengths], batch=batch))
-    assert batch.busy == sum(new for _, new in lengths)  # every step of a busy row tells a token
-    assert batch.busy / (4 * batch.steps) > 0.9
+    assert batch.row_steps == sum(new for _, new in lengths)  # a token each
+    assert batch.row_steps / (4 * batch.steps) > 0.9
 
 
 def test_a_seed_decides_what_is_sampled():
@@ -337,7 +337,7 @@ def test_a_very_long_prompt_takes_no_more_time_than_the_steps_beside_it(monkeypa
     model, now, calls = random_model(n_layers=1), [0.0], []
     batch, step = Batch(model, 4, 4, WINDOW), model.step
     monkeypatch.setattr(program.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(program, "LONG", 100)
+    monkeypatch.setattr(program, "LONG_PROMPT", 100)
 
     def timed(tokens, cache, *rest):
         calls.append("c" if cache is batch.staging[0] else ".")
