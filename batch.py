@@ -398,7 +398,7 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
             advance(new_tokens, note=f"{done} of {n_streams} {what}, {busy()}")
     say(f"{done} of {n_streams} {what}, {new_tokens} new tokens, "
         f"{new_tokens / (time.perf_counter() - start):.1f} tok/s, {busy()} of {batch.steps} steps, "
-        f"compiled in {args.compile_s:.1f} s, seed {seed}")
+        f"compiled in {compile_s:.1f} s, seed {seed}")
     if interrupted:
         sys.exit(128 + interrupted[0])
 
