@@ -1,8 +1,8 @@
-"""Text to token ids and back, and a generated text as it comes.
+"""Text to token ids and back, and generated text as it comes.
 
-A checkpoint's `tokenizer.model` is read by sentencepiece; one that only ships a `tokenizer.json`
-(Llama 3, Qwen) needs the optional package `tokenizers`. The text of a conversation's turns is
-chat_template.py's; what a message holds is text there, and never becomes a special token.
+sentencepiece reads a checkpoint's `tokenizer.model`. The optional package `tokenizers` reads the
+`tokenizer.json` of a checkpoint that has no `tokenizer.model` (Llama 3, Qwen). chat_template.py
+renders a conversation's turns, which are encoded here.
 """
 
 from __future__ import annotations
@@ -14,45 +14,50 @@ from pathlib import Path
 
 import sentencepiece
 
-from chat_template import BREAK, VICUNA_TEMPLATE, ChatTemplate, any_of, pieces_of, whole
+from chat_template import ESCAPE, VICUNA_TEMPLATE, ChatTemplate, any_of, unescape, unescaped_pieces
 from formats.files import read_json
 from formats.tokenizer_config import read_specials, read_template, token_text
 
-# sentencepiece puts a space before a text; inside a conversation that is one too many, and the only
-# switch is in the model's file. Protocol buffers merge what is appended: field 3 (normalizer_spec)
-# with its field 3 (add_dummy_prefix) false.
+# sentencepiece puts a space in front of a text. Text that goes on must not get it, and only the
+# model's file can switch it off. That file is a protocol buffer, into which appended fields are
+# merged. This appends field 3 (normalizer_spec), whose field 3 (add_dummy_prefix) is false.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
 class Tokenizer:
-    """The tokenizer in a checkpoint's folder. Raises ValueError naming the folder or the file."""
+    """The tokenizer in a checkpoint's folder, and its chat template.
+
+    Raises ValueError naming the folder or the file that cannot be read. bos_id and eos_id are None
+    where the checkpoint doesn't use them."""
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         settings = read_json(folder / "tokenizer_config.json")
         template = read_template(folder, settings)
         self.template = VICUNA_TEMPLATE if template is None else template
-        # Text -> id of every special token, and of words that were added to the vocabulary
-        self.specials, self.ordinary = read_specials(folder, settings)  # and which are such words
-        self.sentencepiece = self.tokenizers = None  # the libraries' own: one of the two is used
+        # specials maps the text of each special token and of each added word to its id. Added words
+        # are shown in answers, special tokens aren't.
+        self.specials, self.added_words = read_specials(folder, settings)
+        self.sentencepiece = self.tokenizers = None  # the library's tokenizer is in one of these
         if (folder / "tokenizer.model").exists():
             self._open_sentencepiece(folder / "tokenizer.model", settings)
         elif (folder / "tokenizer.json").exists():
             self._open_tokenizers(folder / "tokenizer.json")
         else:
             raise ValueError(f"{folder}: no tokenizer; it needs tokenizer.model or tokenizer.json")
+        self.special_pattern = any_of(self.specials)
         names = {token_id: text for text, token_id in self.specials.items()}
         self.bos_token = token_text(settings, "bos_token", names.get(self.bos_id, ""))
         self.eos_token = token_text(settings, "eos_token", names.get(self.eos_id, ""))
-        self.special_pattern = any_of(self.specials)
         self.chat_template = ChatTemplate(
-            self.template, set(self.specials) - self.ordinary, self.ordinary, self.bos_token,
-            self.eos_token)
+            self.template, set(self.specials) - self.added_words, self.added_words,
+            self.bos_token, self.eos_token)
 
     def _open_sentencepiece(self, path: Path, settings: dict) -> None:
         proto = path.read_bytes()
         try:
             self.sentencepiece = sentencepiece.SentencePieceProcessor(model_proto=proto)
+            # inner encodes text that goes on: without a space in front.
             self.inner = sentencepiece.SentencePieceProcessor(model_proto=proto + NO_DUMMY_PREFIX)
         except RuntimeError:
             raise ValueError(f"{path}: not a sentencepiece model") from None
@@ -60,9 +65,9 @@ class Tokenizer:
         for token_id in range(sp.get_piece_size()):
             if sp.is_control(token_id):
                 self.specials.setdefault(sp.id_to_piece(token_id), token_id)
-        # A space in front is put to what follows a special token, too, unless the checkpoint says
-        # that it was trained the other way ("legacy": false); what follows BOS always gets it.
-        self.spaced = settings.get("legacy") is not False
+        # Text after a special token gets a space in front, too. A checkpoint with "legacy": false
+        # was trained without this space, except after BOS.
+        self.space_after_specials = settings.get("legacy") is not False
         adds_bos = sp.bos_id() >= 0 and settings.get("add_bos_token") is not False
         self.bos_id = sp.bos_id() if adds_bos else None
         self.eos_id = sp.eos_id() if sp.eos_id() >= 0 else None
@@ -74,147 +79,163 @@ class Tokenizer:
             raise ValueError(f"{path} needs tokenizers: pip install tokenizers") from None
         try:
             self.tokenizers = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
+        except Exception as error:  # the library raises nothing more specific
             raise ValueError(f"{path}: not a tokenizer: {error}") from None
         added = self.tokenizers.get_added_tokens_decoder()
         self.specials = {token.content: token_id for token_id, token in added.items()}
-        self.ordinary = {token.content for token in added.values() if not token.special}
-        before_text = ids_of(self.tokenizers, "", True)  # what it puts in front: BOS or nothing
+        self.added_words = {token.content for token in added.values() if not token.special}
+        # The post-processor puts BOS in front of a text, or nothing.
+        before_text = library_ids(self.tokenizers, "", post_process=True)
         self.bos_id = before_text[0] if before_text else None
-        self.eos_id, self.spaced = None, False
+        self.eos_id, self.space_after_specials = None, False
 
     # -------------------------------------------------------------------------- text and ids
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Ids of a text, BOS first where the checkpoint uses one. A special token written out in
-        the text becomes that token, as in transformers. `bos=False` is for text that goes on."""
+        """Ids of a text, BOS first where the checkpoint uses one. `bos=False` is for text that goes
+        on. The name of a special token in the text becomes that token, as in transformers."""
         if self.tokenizers:
-            ids = ids_of(self.tokenizers, text)
+            ids = library_ids(self.tokenizers, text)
         else:
             ids = self._encode_around_specials(text, bos, self._encode_plain)
         return self._with_bos(ids, bos)
 
     def encode_rendered(self, text: str, bos: bool = True) -> list[int]:
-        """Ids of what a ChatTemplate rendered: a special token that was written out in a message
-        becomes its characters."""
-        if BREAK not in text:
+        """Ids of text that ChatTemplate rendered. A name that it escaped becomes the ids of its
+        characters."""
+        if ESCAPE not in text:
             return self.encode(text, bos)
-        return self._with_bos(self._encode_around_specials(text, bos, self._encode_message), bos)
+        ids = self._encode_around_specials(text, bos, self._encode_escaped)
+        return self._with_bos(ids, bos)
 
     def _with_bos(self, ids: list[int], bos: bool) -> list[int]:
+        """The ids with one BOS in front, or with none. Templates write one of their own."""
         if self.bos_id is None:
             return ids
-        return [self.bos_id] * bos + [i for i in ids if i != self.bos_id]  # BOS comes once
+        others = [token_id for token_id in ids if token_id != self.bos_id]
+        return [self.bos_id, *others] if bos else others
 
-    def _encode_around_specials(self, text: str, spaced: bool,
+    def _encode_around_specials(self, text: str, space_in_front: bool,
                                 encode_part: Callable[[str, bool], list[int]]) -> list[int]:
-        """Ids of the special tokens in a text, and of the parts between them; spaced says whether
-        the first gets sentencepiece's space in front."""
+        """Ids of the special tokens in a text, and of the parts between them.
+
+        encode_part(part, space_in_front) encodes a part. Only sentencepiece puts spaces in front.
+        """
         ids = []
         for part in self.special_pattern.split(text):
             if part in self.specials:
                 ids.append(self.specials[part])
-                spaced = self.spaced or ids[-1] == self.bos_id
+                space_in_front = self.space_after_specials or self.specials[part] == self.bos_id
             elif part:
-                ids += encode_part(part, spaced)
-                spaced = False
+                ids += encode_part(part, space_in_front)
+                space_in_front = False
         return ids
 
-    def _encode_plain(self, part: str, spaced: bool) -> list[int]:
-        """Ids of text without special tokens."""
+    def _encode_plain(self, part: str, space_in_front: bool) -> list[int]:
+        """Ids of text without special tokens: a name in it becomes the ids of its characters."""
         if self.tokenizers:
-            return ids_of(self._verbatim, part)
-        return (self.sentencepiece if spaced else self.inner).encode(part)
+            return library_ids(self._without_specials, part)
+        return (self.sentencepiece if space_in_front else self.inner).encode(part)
 
-    def _encode_message(self, part: str, spaced: bool) -> list[int]:
-        """Ids of rendered text between special tokens."""
-        ids = self._encode_plain(whole(part), spaced)
-        if BREAK not in part:
-            return ids
+    def _encode_escaped(self, part: str, space_in_front: bool) -> list[int]:
+        """Ids of text without special tokens, in which names are escaped."""
+        ids = self._encode_plain(unescape(part), space_in_front)
         reserved_ids = {self.specials[text] for text in self.chat_template.reserved}
         if reserved_ids.isdisjoint(ids):
             return ids
-        # A vocabulary may hold the name as a word: cut inside of it.
-        first, *others = pieces_of(part)
-        ids = self._encode_plain(first, spaced)
-        for other in others:
-            ids += self._encode_plain(other, False)
+        # The vocabulary itself holds a name as a word. Cut inside the names.
+        ids = []
+        for piece in unescaped_pieces(part):
+            ids += self._encode_plain(piece, space_in_front)
+            space_in_front = False
         return ids
 
     @functools.cached_property
-    def _verbatim(self):
-        """The library's tokenizer, to which special tokens are text like any other."""
+    def _without_specials(self):
+        """A copy of the library's tokenizer that encodes a special token's name as text."""
         import tokenizers
-        verbatim = tokenizers.Tokenizer.from_str(self.tokenizers.to_str())
-        verbatim.encode_special_tokens = True
-        if getattr(verbatim.pre_tokenizer, "prepend_scheme", None) == "first":
-            verbatim.pre_tokenizer.prepend_scheme = "never"  # a part goes on from a special token
-        return verbatim
+        copy = tokenizers.Tokenizer.from_str(self.tokenizers.to_str())
+        copy.encode_special_tokens = True  # encodes them as text, despite its name
+        # "first" puts a space in front of a text. Here a text goes on from a special token.
+        if getattr(copy.pre_tokenizer, "prepend_scheme", None) == "first":
+            copy.pre_tokenizer.prepend_scheme = "never"
+        return copy
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids that go on from something: nothing is stripped."""
+        """The text of ids that go on from others. The first token keeps its space in front."""
         stream = self.stream()
         return "".join(stream(token_id) for token_id in ids) + stream(None)
 
     def stream(self) -> SentencePieceStream | TokenizersStream:
-        """A function that takes one id after the other and returns the text that each completes,
-        never half a character; None ends the stream and returns what was still held back."""
+        """A callable that decodes ids one by one and returns the text that each completes.
+
+        It holds half a character back until the rest comes. None ends the stream: the callable then
+        returns what is still held back."""
         return TokenizersStream(self) if self.tokenizers else SentencePieceStream(self)
 
-    # -------------------------------------------------------------------------- conversations
+    # -------------------------------------------------------------------------- turns
 
     def system_turn(self, system: str) -> list[int]:
-        """Ids that the template opens a conversation with, before the user's turn."""
+        """Ids of what opens a conversation, before the user's turn."""
         return self.encode_rendered(self.chat_template.system_turn(system))
 
     def opening(self, entry: dict) -> list[int]:
-        """Ids of a prompts file's entry: raw text, or the first of its turns in the template."""
+        """Ids of an entry of a prompts file, {"prompt": raw text} or {"turns": [text, ...]}: of its
+        prompt, or of its first turn."""
         if "prompt" in entry:
             return self.encode(entry["prompt"])
         return self.first_turn(entry["turns"][0])
 
     def first_turn(self, user: str, system: str | None = None) -> list[int]:
-        """Ids of a conversation's beginning, up to where the answer begins."""
+        """Ids of a conversation's first turn, up to where the answer begins."""
         turns = [{"role": "system", "content": system}] if system else []
         return self.conversation(turns + [{"role": "user", "content": user}])
 
     def conversation(self, messages: list[dict]) -> list[int]:
         """Ids of messages, each {"role": ..., "content": text}, up to where an answer begins.
 
-        If the first is a system turn, they start with those of system_turn, whatever follows.
-        Raises ValueError for what the chat template refuses."""
+        Where the first message is a system turn, the ids begin with those of system_turn, so that
+        its cache can be shared. Raises ValueError for what the chat template refuses."""
         opening, rest = self.chat_template.conversation(messages)
         if not opening:
             return self.encode_rendered(rest)
         return self.encode_rendered(opening) + self.encode_rendered(rest, bos=False)
 
     def next_turn(self, user: str, last_id: int | None = None) -> list[int]:
-        """Ids from the end of an answer to where the next one begins. last_id is the answer's last
-        token: an end-of-turn token that the model said itself is not said twice."""
+        """Ids from the end of an answer to where the next one begins.
+
+        last_id is the answer's last token. If the model ended its turn itself, the ids leave the
+        end-of-turn token out."""
         return self._encode_after_answer(self.chat_template.next_turn(user), last_id)
 
     def turns_after(self, messages: list[dict], answer: int,
                     last_id: int | None = None) -> list[int]:
-        """Ids of what follows the answer messages[answer], up to where the next one begins."""
+        """Ids of what follows the answer messages[answer], up to where the next one begins. last_id
+        is as in next_turn."""
         return self._encode_after_answer(self.chat_template.turns_after(messages, answer), last_id)
 
     def _encode_after_answer(self, rendered: str, last_id: int | None) -> list[int]:
         ids = self.encode_rendered(rendered, bos=False)
+        # Some templates put a space before the end-of-turn token.
         if last_id in ids and not self.decode(ids[:ids.index(last_id)]).strip():
-            ids = ids[ids.index(last_id) + 1:]  # some templates put a space before it
+            ids = ids[ids.index(last_id) + 1:]
         return ids
 
 
+# ------------------------------------------------------------------------------ decoding
+
+
 class SentencePieceStream:
-    """Tokenizer.stream of a sentencepiece model."""
+    """Decodes ids one by one with sentencepiece. See Tokenizer.stream."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.sentencepiece = tokenizer.sentencepiece
         self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds half characters
+        self.special_ids = set(tokenizer.specials.values())
         ends = (tokenizer.bos_id, tokenizer.eos_id)
-        self.hidden_ids = set(tokenizer.specials.values())
-        self.words = {tokenizer.specials[word]: word.encode(errors="replace")
-                      for word in tokenizer.ordinary if tokenizer.specials[word] not in ends}
+        self.added_words = {tokenizer.specials[word]: word.encode(errors="replace")
+                            for word in tokenizer.added_words
+                            if tokenizer.specials[word] not in ends}
 
     def __call__(self, token_id: int | None) -> str:
         if token_id is None:
@@ -222,41 +243,43 @@ class SentencePieceStream:
         return self.utf8.decode(self.bytes_of(token_id))
 
     def bytes_of(self, token_id: int) -> bytes:
-        if token_id in self.words:
-            return self.words[token_id]
-        if token_id in self.hidden_ids or token_id >= self.sentencepiece.get_piece_size():
+        """The bytes that a token stands for: none for a special one, or one out of range."""
+        if token_id in self.added_words:
+            return self.added_words[token_id]
+        if token_id in self.special_ids or token_id >= self.sentencepiece.get_piece_size():
             return b""
         piece = self.sentencepiece.id_to_piece(token_id)
-        if self.sentencepiece.is_byte(token_id):  # "<0x0A>"
+        if self.sentencepiece.is_byte(token_id):  # such as "<0x0A>"
             return bytes([int(piece[3:-1], 16)])
         return piece.replace("\u2581", " ").encode()
 
 
 class TokenizersStream:
-    """Tokenizer.stream of a tokenizer.json."""
+    """Decodes ids one by one with the package tokenizers. See Tokenizer.stream."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizers = tokenizer.tokenizers
-        # Something must come before, or the first token would lose the space in front of it.
-        self.before = ids_of(self.tokenizers, "a")
-        self.held: list[int] = []  # ids whose text has not been returned
-        self.decoder = self.new_decoder()
+        # The library strips the space in front of a stream's first token. These ids come before it.
+        self.ids_before = library_ids(self.tokenizers, "a")
+        self.held_ids: list[int] = []  # they have not completed any text yet
+        self.decode_stream = self.new_decode_stream()
 
-    def new_decoder(self):
+    def new_decode_stream(self):
         from tokenizers.decoders import DecodeStream
-        return DecodeStream(ids=self.before, skip_special_tokens=True)
+        return DecodeStream(ids=self.ids_before, skip_special_tokens=True)
 
     def __call__(self, token_id: int | None) -> str:
         if token_id is None:
-            return self.tokenizers.decode(self.held)
-        self.held.append(token_id)
+            return self.tokenizers.decode(self.held_ids)
+        self.held_ids.append(token_id)
         try:
-            text = self.decoder.step(self.tokenizers, token_id)
-        except Exception:  # bytes that can never become a character: show them, begin anew
-            text = self.tokenizers.decode(self.held)
-            self.decoder = self.new_decoder()
+            text = self.decode_stream.step(self.tokenizers, token_id)
+        except Exception:
+            # These bytes can't become a character any more. Show them as they are and start again.
+            text = self.tokenizers.decode(self.held_ids)
+            self.decode_stream = self.new_decode_stream()
         if text:
-            self.held.clear()
+            self.held_ids.clear()
         return text or ""
 
 
@@ -311,9 +334,9 @@ class GeneratedText:
         return shown
 
 
-def ids_of(tokenizer, text: str, special: bool = False) -> list[int]:
-    """A text's ids by the package tokenizers, with what its post-processor adds if special."""
+def library_ids(tokenizer, text: str, post_process: bool = False) -> list[int]:
+    """A text's ids by the package tokenizers. Its post-processor adds BOS to them, if asked."""
     try:
-        return tokenizer.encode(text, add_special_tokens=special).ids
-    except Exception as error:  # plain, of a vocabulary that lacks what it needs
+        return tokenizer.encode(text, add_special_tokens=post_process).ids
+    except Exception as error:  # the vocabulary lacks its own unknown token
         raise ValueError(f"tokenizer.json cannot encode {text[:40]!r}: {error}") from None
