@@ -140,8 +140,6 @@ class Tokenizer:
     def _encode_escaped(self, part: str, space_in_front: bool) -> list[int]:
         """Ids of text without special tokens, in which names are escaped."""
         ids = self._encode_plain(unescape(part), space_in_front)
-        if ESCAPE not in part:
-            return ids
         reserved_ids = {self.specials[text] for text in self.chat_template.reserved}
         if reserved_ids.isdisjoint(ids):
             return ids
@@ -218,11 +216,9 @@ class Tokenizer:
 
     def _encode_after_answer(self, rendered: str, last_id: int | None) -> list[int]:
         ids = self.encode_rendered(rendered, bos=False)
-        if last_id in ids:
-            end = ids.index(last_id)
-            # Some templates put a space before the end-of-turn token.
-            if not self.decode(ids[:end]).strip():
-                return ids[end + 1:]
+        # Some templates put a space before the end-of-turn token.
+        if last_id in ids and not self.decode(ids[:ids.index(last_id)]).strip():
+            ids = ids[ids.index(last_id) + 1:]
         return ids
 
 
@@ -287,22 +283,7 @@ class TokenizersStream:
         return text or ""
 
 
-def stop_at(stops: Sequence[str]):
-    """A filter for streamed text: it takes the next piece and returns what can be shown of it, and
-    whether a stop text was reached. What may yet become one is held back until the final piece."""
-    held = ""
-
-    def add(piece: str, final: bool = False) -> tuple[str, bool]:
-        nonlocal held
-        text = held + piece
-        if found := [at for stop in stops if (at := text.find(stop)) >= 0]:
-            return text[:min(found)], True
-        keep = 0 if final else max((n for stop in stops for n in range(1, len(stop))
-                                    if text.endswith(stop[:n])), default=0)
-        held = text[len(text) - keep:]
-        return text[:len(text) - keep], False
-
-    return add
+# ------------------------------------------------------------------------------ generated text
 
 
 class GeneratedText:
@@ -312,30 +293,44 @@ class GeneratedText:
         self.ids: list[int] = []  # every token added
         self.stopped = False  # a stop text was reached; the text ends before it
         self.decoded_length = 0  # of all text decoded so far, shown or held back
-        self._pieces: list[str] = []
-        self._detokenize, self._before_stop = tokenizer.stream(), stop_at(stop)
+        self._stream, self._stops = tokenizer.stream(), stop
+        self._shown: list[str] = []  # one piece a token
+        self._held = ""  # decoded, and it may become a stop text
 
     @property
     def text(self) -> str:
         """What may be shown so far; the text that is held back is not in it."""
-        return "".join(self._pieces)
+        return "".join(self._shown)
 
     def add(self, token_id: int) -> str:
         """Take the next token. Returns the text that can be shown now; none after a stop text."""
         self.ids.append(token_id)
-        return self._show(self._detokenize(token_id))
+        return self._take(self._stream(token_id))
 
     def flush(self) -> str:
         """End the text. Returns what was held back; none after a stop text."""
-        return "" if self.stopped else self._show(self._detokenize(None), final=True)
+        last = self._take(self._stream(None))
+        held, self._held = self._held, ""
+        self._shown.append(held)
+        return last + held
 
-    def _show(self, piece: str, final: bool = False) -> str:
-        self.decoded_length += len(piece)
+    def _take(self, decoded: str) -> str:
+        self.decoded_length += len(decoded)
         if self.stopped:
             return ""
-        shown, self.stopped = self._before_stop(piece, final)
-        self._pieces.append(shown)
+        shown, self._held, self.stopped = cut_at_stop(self._held + decoded, self._stops)
+        self._shown.append(shown)
         return shown
+
+
+def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, str, bool]:
+    """(what can be shown of a text, what may yet become a stop text, whether one was reached)."""
+    found = [text.index(stop) for stop in stops if stop in text]
+    if found:
+        return text[:min(found)], "", True
+    begun = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+    end = len(text) - max(begun, default=0)
+    return text[:end], text[end:], False
 
 
 def library_ids(tokenizer, text: str, post_process: bool = False) -> list[int]:

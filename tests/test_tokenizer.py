@@ -12,7 +12,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from chat_template import ChatTemplate
 from helpers import TINY
-from tokenizer import GeneratedText, Tokenizer, stop_at
+from tokenizer import GeneratedText, Tokenizer
 
 TEXTS = ["Hello there, said the cat.", "  two  spaces\n\nand a line\n",
          "née 日本語 👩‍👩‍👧 ₿ \u200b.", "\n", " "]
@@ -371,21 +371,29 @@ def test_any_character_can_be_typed(byte_level, tmp_path, text):
 # ------------------------------------------------------------------------------ stop texts
 
 
+class OfPieces:
+    """A tokenizer whose ids stand for these pieces of text."""
+
+    def __init__(self, pieces):
+        self.pieces = pieces
+
+    def stream(self):
+        return lambda token_id: "" if token_id is None else self.pieces[token_id]
+
+
 @pytest.mark.parametrize("pieces, shown, stopped", [
     (["one ", "two STOP three"], "one two ", True), (["one ST", "OP two"], "one ", True),
     (["one ST", "AR"], "one STAR", False), (["SSTOP"], "S", True), (["ST"], "ST", False),
     (["a\n", "\nb"], "a", True)])
 def test_stop_texts_are_cut_and_what_may_become_one_is_held_back(pieces, shown, stopped):
-    stop, text = stop_at(["STOP", "\n\n"]), ""
-    for piece in pieces:
-        more, reached = stop(piece)
-        text += more
+    generated, text = GeneratedText(OfPieces(pieces), ["STOP", "\n\n"]), ""
+    for n in range(len(pieces)):
+        text += generated.add(n)
         assert "ST" not in text or "STA" in text
-        if reached:
+        if generated.stopped:
             break
-    else:
-        text += stop("", final=True)[0]
-    assert (text, reached) == (shown, stopped)
+    text += generated.flush()
+    assert (text, generated.stopped) == (shown, stopped) and generated.text == text
 
 
 # ------------------------------------------------------------------------------ generated text
