@@ -30,7 +30,7 @@ from cli import (
     make_parser,
     number,
     read_prompts,
-    sampling,
+    sampling_of,
 )
 from draw import Rows, new_seed
 from generate import (
@@ -370,7 +370,7 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
                 transcript = transcripts.pop(index)
                 transcript.start, transcript.prefilled = stream.started, stream.prefilled
                 length = len(stream.prompt.ids) + len(transcript.said.ids)
-                record = transcript.end(model, [batch.cache, *batch.staging], length,
+                record = transcript.record(model, [batch.cache, *batch.staging], length,
                                         stream.prompt.stop_ids, stream.prompt.sampling.seed)
                 of, sample = divmod(index, samples)
                 which = {"index": of} if samples == 1 else {"index": of, "sample": sample}
@@ -409,7 +409,7 @@ def main():
         model, tokenizer = open_model(args.checkpoint, **compiling, **load_arguments(args))
         prompts = agree([tokenizer.opening(entry) for entry in entries])
         batch = Batch(model, args.batch, args.sink, args.window)
-        compile_s, how = get_ready(model, batch.staging[0], sampling(args), **compiling)
+        compile_s, how = get_ready(model, batch.staging[0], sampling_of(args), **compiling)
         if args.compile:  # the step of all rows, as often as generate.warm runs the others
             start = time.perf_counter()
             list(generate_batch(model, [[0]] * 2, max_new_tokens=3, ignore_eos=True, batch=batch))
