@@ -30,7 +30,7 @@ from cli import (
     make_parser,
     number,
     read_prompts,
-    sampling,
+    sampling_of,
 )
 from draw import Rows, new_seed
 from generate import (
@@ -410,8 +410,8 @@ def record_of(model: Transformer, batch: Batch, stream: Stream, transcript: Tran
         which["sample"] = stream.sample
     transcript.start, transcript.prefilled = stream.started, stream.prefilled
     length = len(prompt.ids) + len(transcript.said.ids)
-    record = transcript.end(model, [batch.cache, *batch.staging], length, prompt.stop_ids,
-                            prompt.sampling.seed)
+    record = transcript.record(model, [batch.cache, *batch.staging], length, prompt.stop_ids,
+                               prompt.sampling.seed)
     return {**which, **record}
 
 
@@ -434,7 +434,7 @@ def main():
         model, tokenizer = open_model(args.checkpoint, **compiling, **load_arguments(args))
         ids = agree([tokenizer.opening(entry) for entry in entries])
         batch = Batch(model, args.batch, args.sink, args.window)
-        compile_s, how = get_ready(model, batch.staging[0], sampling(args), **compiling)
+        compile_s, how = get_ready(model, batch.staging[0], sampling_of(args), **compiling)
         if args.compile:  # the step of all rows, as often as generate.warm runs the others
             start = time.perf_counter()
             list(generate_batch(model, [[0]] * 2, max_new_tokens=3, stop_ids=(), batch=batch))

@@ -186,8 +186,8 @@ def load_arguments(args) -> dict:
                 group_size=args.group_size, adapters=args.adapter)
 
 
-def sampling(args) -> Sampling:
-    """What a command line says of how tokens are drawn."""
+def sampling_of(args) -> Sampling:
+    """How tokens are drawn, as the command line says."""
     return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
                     seed=args.seed)
 

@@ -28,7 +28,7 @@ from sample import (
 )
 from tp import in_step
 
-BLOCK = 64  # tokens that are passed over together before any is looked at
+BLOCK = 64  # neighbouring tokens that are summed first, so that a draw looks into one block only
 GREEDY = Sampling()
 FAST = {"temperature", "top_k", "top_p", "min_p"}  # the limits that a CPU's fast draws know
 
@@ -49,7 +49,8 @@ def seed_key(seed: int) -> int:
 
 
 def uniform(keys: int | Tensor, again: int = 0) -> float | Tensor:
-    """The number in [0, 1) of each key (float64), and others for a draw that is repeated."""
+    """The number in [0, 1) of each key, float64. `again` counts the repetitions of a draw, each of
+    which has another number."""
     number = mix(keys + 0x9E3779B9 * again & 0xFFFFFFFF)
     return (number.double() if isinstance(number, Tensor) else number) / 2**32
 
@@ -63,42 +64,45 @@ def random_keys(n: int, device, generator: torch.Generator | None = None) -> Ten
     return torch.randint(2**32, (n,), device=device, generator=generator)
 
 
-def block_heights(weights: Tensor) -> Tensor:
+def block_cdf(weights: Tensor) -> Tensor:
     """(..., V / BLOCK) float64: the mass of weights (..., V) up to the end of each block."""
     size = math.gcd(weights.shape[-1], BLOCK)
     return weights.unflatten(-1, (-1, size)).sum(-1).cumsum(-1, dtype=torch.float64)
 
 
 def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
-    """Ids (B,) drawn in proportion to weights (B, V): the first token at which the mass passes the
-    share u (B,) of it. Never one of weight 0.
+    """Ids (B,) drawn in proportion to weights (B, V): in each row the first token at which the
+    cumulative mass exceeds the share u (B,) of all mass. A token of weight 0 is never drawn.
 
-    Whole blocks are passed over first, so that only one block a row needs more than a sum."""
-    heights = block_heights(weights)
-    blocks = weights.view(*heights.shape, -1)
-    target = u[:, None] * heights[:, -1:]
-    block = torch.searchsorted(heights, target, right=True).clamp_(max=heights.shape[-1] - 1)
-    target -= F.pad(heights, (1, 0)).gather(-1, block)
+    The block is found first, so that cumulative sums are needed of one block a row only."""
+    cdf = block_cdf(weights)  # (B, V / BLOCK)
+    blocks = weights.view(*cdf.shape, -1)  # (B, V / BLOCK, BLOCK)
+    target = u[:, None] * cdf[:, -1:]  # (B, 1)
+    block = torch.searchsorted(cdf, target, right=True).clamp_(max=cdf.shape[-1] - 1)  # (B, 1)
+    target -= F.pad(cdf, (1, 0)).gather(-1, block)  # what is left of it inside the block
     rows = torch.arange(len(weights), device=weights.device)
-    heights = blocks[rows, block[:, 0]].cumsum(-1, dtype=torch.float64)  # (B, BLOCK)
-    target = target.minimum(heights[:, -1:] * (1 - 1e-12))  # the two sums differ in their last bits
-    inner = torch.searchsorted(heights, target, right=True).clamp_(max=heights.shape[-1] - 1)
+    inner_cdf = blocks[rows, block[:, 0]].cumsum(-1, dtype=torch.float64)  # (B, BLOCK)
+    # The block's sum above and this one differ in their last bits.
+    target = target.minimum(inner_cdf[:, -1:] * (1 - 1e-12))
+    inner = torch.searchsorted(inner_cdf, target, right=True).clamp_(max=blocks.shape[-1] - 1)
     return (block * blocks.shape[-1] + inner)[:, 0]
 
 
-def inverse_cdf_one(weights: Tensor, heights: Tensor, u: float) -> int:
-    """`inverse_cdf` of one row (V,), whose block_heights these are, on a CPU."""
-    target, blocks = u * heights[-1].item(), weights.view(len(heights), -1)
-    block = min(torch.searchsorted(heights, target, right=True).item(), len(blocks) - 1)
-    target -= heights[block - 1].item() if block else 0
-    mass = list(accumulate(blocks[block].tolist()))
-    inner = bisect_right(mass, min(target, mass[-1] * (1 - 1e-12)), hi=len(mass) - 1)
-    return block * len(mass) + inner
+def inverse_cdf_one(weights: Tensor, cdf: Tensor, u: float) -> int:
+    """`inverse_cdf` of one row (V,) on a CPU; cdf is the row's block_cdf."""
+    target, blocks = u * cdf[-1].item(), weights.view(len(cdf), -1)
+    block = min(torch.searchsorted(cdf, target, right=True).item(), len(blocks) - 1)
+    target -= cdf[block - 1].item() if block else 0
+    inner_cdf = list(accumulate(blocks[block].tolist()))
+    target = min(target, inner_cdf[-1] * (1 - 1e-12))
+    inner = bisect_right(inner_cdf, target, hi=len(inner_cdf) - 1)
+    return block * len(inner_cdf) + inner
 
 
-def draw(weights: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
+def draw_from_weights(weights: Tensor, sampling: Sampling,
+                      generator: torch.Generator | None = None) -> Tensor:
     """Ids (...) int64 drawn in proportion to weights (..., V); at temperature 0 the likeliest.
-    Unlike multinomial it never waits for the GPU."""
+    Unlike torch.multinomial, this never waits for the GPU."""
     if sampling.temperature == 0:
         return weights.argmax(-1)
     flat = weights.reshape(-1, weights.shape[-1])
@@ -108,46 +112,47 @@ def draw(weights: Tensor, sampling: Sampling, generator: torch.Generator | None 
 
 def sample(logits: Tensor, sampling: Sampling = GREEDY,
            generator: torch.Generator | None = None) -> Tensor:
-    """Token ids (...) int64 for logits (..., V), each drawn anew; the likeliest at temperature 0.
-    The keys are the generator's. Whoever wants the seed and the penalties takes Rows."""
+    """Token ids (...) int64 for logits (..., V); the likeliest at temperature 0. Random numbers
+    come from the generator. (The Sampling's seed and penalties are for Rows, which knows the past.)
+    """
     rows = logits.reshape(-1, logits.shape[-1])
     if sampling.temperature == 0:
         ids = rows.argmax(-1)
     else:
         keys = random_keys(len(rows), rows.device, generator)
         if on_cpu(rows):
-            ids = choose_on_cpu(rows, [sampling] * len(rows), keys.tolist())
+            ids = draw_on_cpu(rows, [sampling] * len(rows), keys.tolist())
         else:
-            ids = choose_on_gpu(rows, sampling.limits(), keys)
+            ids = draw_on_gpu(rows, sampling.limits(), keys)
     return in_step(ids).view(logits.shape[:-1])
 
 
-def choose_on_gpu(logits: Tensor, limits: dict[str, float | Tensor], keys: Tensor) -> Tensor:
-    """Ids (B,) of rows (B, V), whatever is in the tensors. The limits are those of `probabilities`,
-    by name: numbers, or tensors (B,)."""
+def draw_on_gpu(logits: Tensor, limits: dict[str, float | Tensor], keys: Tensor) -> Tensor:
+    """Ids (B,) of rows (B, V), by the same operations whatever the tensors hold. The limits are
+    those of `probabilities`, by name: numbers, or tensors (B,)."""
     ids = inverse_cdf(probabilities(logits, **limits), uniform(keys))
     if not isinstance(limits["temperature"], Tensor):
         return ids
     return torch.where(limits["temperature"] == 0, logits.argmax(-1), ids)
 
 
-def choose_on_cpu(logits: Tensor, asked: list[Sampling], keys: list[int]) -> Tensor:
-    """Ids (B,) of rows (B, V), a Sampling and a key for each, sorting as little as can be: greedy
-    rows take the likeliest, rows with top-k look at no more than that many, and others sort
-    nothing. A row with a limit that is not in FAST is drawn from its `probabilities`.
+def draw_on_cpu(logits: Tensor, asked: list[Sampling], keys: list[int]) -> Tensor:
+    """Ids (B,) of rows (B, V), with a Sampling and a key for each. Sorting is slow on a CPU: greedy
+    rows take the likeliest token, rows with top-k sort that many, and the others sort nothing. A
+    row with a limit that is not in FAST is drawn from its `probabilities`.
 
-    After a step of the model the first call of every operator costs 15 to 30 us, since its code has
-    left the processor's caches: so few kinds of them are used, and plain numbers."""
+    After a step of the model an operator's code has left the processor's caches, and its first call
+    is slow: so this calls few kinds of operators, and computes with plain numbers."""
     n_rows, size = logits.shape
-    ids, unsorted = [0] * n_rows, []
+    ids, unsorted = [0] * n_rows, []  # unsorted: rows that are drawn by rejection
     for row, (one, key) in enumerate(zip(asked, keys, strict=True)):
         if not one.temperature:
             ids[row] = logits[row].argmax().item()
         elif not FAST.issuperset(limits := one.limits()):
             probs = probabilities(logits[row], **limits)
-            ids[row] = inverse_cdf_one(probs, block_heights(probs), uniform(key))
+            ids[row] = inverse_cdf_one(probs, block_cdf(probs), uniform(key))
         elif 0 < one.top_k < size:
-            likely, at = top(logits[row], one.top_k)
+            likely, at = blockwise_topk(logits[row], one.top_k)
             ids[row] = at[draw_in_order(likely.tolist(), one, uniform(key))].item()
         else:
             unsorted.append(row)
@@ -156,59 +161,61 @@ def choose_on_cpu(logits: Tensor, asked: list[Sampling], keys: list[int]) -> Ten
         temperatures = [[max(asked[row].temperature, COLDEST)] for row in unsorted]
         same = all(one == temperatures[0] for one in temperatures)
         probs = (probs / (temperatures[0][0] if same else torch.tensor(temperatures))).softmax(-1)
-        heights = block_heights(probs)
-        for at, row in enumerate(unsorted):
-            ids[row] = draw_by_rejection(probs[at], heights[at], asked[row], keys[row])
+        cdf = block_cdf(probs)  # (n, V / BLOCK)
+        for n, row in enumerate(unsorted):
+            ids[row] = draw_by_rejection(probs[n], cdf[n], asked[row], keys[row])
     return torch.tensor(ids)
 
 
-def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`logits.topk(k)` of (V,) with less to sort: the k likeliest are in the k blocks with the
-    largest maxima."""
+def blockwise_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`logits.topk(k)` of logits (V,) with less to sort: the k likeliest tokens are in the k blocks
+    with the largest maxima."""
     size = math.gcd(len(logits), BLOCK)
     if k * size >= len(logits):
         return logits.topk(k)
     blocks = logits.view(-1, size)
-    of = blocks.amax(-1).topk(k, sorted=False).indices
-    likely, at = blocks[of].view(-1).topk(k)
-    return likely, of[at // size] * size + at % size
+    chosen = blocks.amax(-1).topk(k, sorted=False).indices  # (k,)
+    likely, at = blocks[chosen].view(-1).topk(k)
+    return likely, chosen[at // size] * size + at % size
 
 
 def draw_in_order(likely: list[float], sampling: Sampling, u: float) -> int:
-    """Which of the likeliest logits, the likeliest first, is drawn."""
+    """The index of the logit that is drawn among the likeliest, which are in falling order."""
     weights = [math.exp((logit - likely[0]) / sampling.temperature) for logit in likely]
-    mass, n = list(accumulate(weights)), len(weights) - 1  # n is the last one kept
+    mass, last = list(accumulate(weights)), len(weights) - 1  # last: the index of the last one kept
     if sampling.top_p < 1:
-        n = bisect_left(mass, sampling.top_p * mass[-1])
-    n = max(0, min(n, bisect_right(weights, -sampling.min_p, key=neg) - 1))
-    return bisect_right(mass, u * mass[n], hi=n)
+        last = bisect_left(mass, sampling.top_p * mass[-1])
+    by_min_p = bisect_right(weights, -sampling.min_p, key=neg) - 1
+    last = max(0, min(last, by_min_p))
+    return bisect_right(mass, u * mass[last], hi=last)
 
 
-def draw_by_rejection(probs: Tensor, heights: Tensor, sampling: Sampling, key: int) -> int:
-    """Draw from probabilities (V,) until a token is one that top-p and min-p keep.
+def draw_by_rejection(probs: Tensor, cdf: Tensor, sampling: Sampling, key: int) -> int:
+    """Draw from probabilities (V,), whose block_cdf is given, until top-p and min-p keep the token.
 
-    What comes out has the distribution that sorting would give: in the order of likelihood (of
-    equals, of ids), a token is kept when less than top_p comes before it, and after one that is not
-    kept, none is. So the next draw is from those before it. One draw in twenty is repeated at
-    top-p 0.95, and three passes over the vocabulary cost a hundredth of sorting it."""
+    The result has the distribution that sorting would give. In the order of likelihood (equal
+    tokens in the order of ids) a token is kept when the mass before it is less than top_p; when one
+    is dropped, so is every later one. So the next draw is from the tokens before it. Most draws are
+    accepted at once, and a few passes over the vocabulary cost far less than sorting it."""
     top_p, min_p = sampling.top_p, sampling.min_p
-    token = inverse_cdf_one(probs, heights, uniform(key))
+    token = inverse_cdf_one(probs, cdf, uniform(key))
     least = min_p * probs.max().item() if min_p else 0
     again = 0
     while top_p < 1 or least:
         p = probs[token].item()
-        # With its equals, and a few that are less by a rounding: what comes before is not more.
+        # A quick upper bound of the mass before the token counts its equals, and what rounding
+        # makes smaller than it.
         if p >= least and (
                 top_p >= 1 or F.threshold(probs, p * (1 - 2e-7), 0).sum().item() - p < top_p):
             break
-        before = F.threshold(probs, p, 0)
-        before[:token] += p * (probs[:token] == p)
+        before = F.threshold(probs, p, 0)  # tokens that are likelier
+        before[:token] += p * (probs[:token] == p)  # and equal ones with a lower id
         mass = before.sum().item()
-        dropped = p < least or top_p < 1 and mass >= top_p  # not where p is NaN
-        if not dropped or not mass:  # the likeliest always stays
+        dropped = p < least or top_p < 1 and mass >= top_p  # False where p is NaN
+        if not dropped or not mass:  # the likeliest token is always kept
             break
         again += 1
-        token = inverse_cdf_one(before, block_heights(before), uniform(key, again))
+        token = inverse_cdf_one(before, block_cdf(before), uniform(key, again))
     return token
 
 
@@ -216,22 +223,24 @@ def draw_by_rejection(probs: Tensor, heights: Tensor, sampling: Sampling, key: i
 
 
 class Rows:
-    """The Sampling of each of B rows, and what the rows have said.
+    """Draws the tokens of B rows, each by its own Sampling, and keeps what penalties need.
 
-    A row is begun when its prompt is read, and ended to be greedy and cheap. The host knows all of
-    it, and computes what some row asks for; a GPU finds it in tensors, too."""
+    A row begins when its prompt has been read; one that has ended is greedy, which costs least. The
+    settings are on the host, which decides by them what is computed, and for a GPU in tensors,
+    too."""
 
     def __init__(self, n_rows: int, vocab_size: int, device="cpu"):
         self.asked = [GREEDY] * n_rows
         self.keys, self.drawn = [0] * n_rows, [0] * n_rows  # the seeds' keys; tokens drawn so far
-        self.on_gpu = {}  # all of these as tensors (B,), by name
-        # In the prompt or the answer (B, V), and how often in the answer: from the first penalty on
+        self.on_gpu = {}  # the settings, keys and drawn as tensors (B,), by name; empty: outdated
+        # (B, V), made for the first row with a penalty. seen: the token is in the prompt or the
+        # answer; counts: how often it is in the answer.
         self.seen = self.counts = None
         self.vocab_size, self.device = vocab_size, device
 
     def begin(self, row: int, sampling: Sampling, prompt_ids: list[int]) -> None:
-        """Draw as asked for in a row from now on, whose prompt this is. A seed has to be given
-        unless the row is greedy."""
+        """Begin an answer in a row: how it is drawn, and the prompt before it. A row that is not
+        greedy needs a seed."""
         self.asked[row], self.on_gpu = sampling, {}
         self.keys[row], self.drawn[row] = seed_key(sampling.seed or 0), 0
         if not sampling.penalizes:
@@ -247,18 +256,18 @@ class Rows:
         self.asked[row], self.on_gpu = GREEDY, {}
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is asked for, for a GPU; copied there when a row has begun or ended."""
+        """on_gpu, copied to the device anew when a row has begun or ended."""
         if not self.on_gpu:
             columns = [[getattr(one, name) for one in self.asked] for name in RANGES]
             table = torch.tensor([*columns, self.keys, self.drawn], dtype=torch.float64)
-            table = table.to(self.device, non_blocking=True)  # which does not wait for a GPU
+            table = table.to(self.device, non_blocking=True)  # the host does not wait
             self.on_gpu = {
                 name: column.long() if name in ("top_k", "key", "drawn") else column.float()
                 for name, column in zip((*RANGES, "key", "drawn"), table, strict=True)}
         return self.on_gpu
 
     def sample(self, logits: Tensor, rows: slice = slice(None)) -> Tensor:
-        """The next token (B, 1) of the rows, or of some, whose logits (B, 1, V) these are."""
+        """The next token (B, 1) of all rows, or of a slice of them, for their logits (B, 1, V)."""
         asked, logits = self.asked[rows], logits[:, -1].float()
         penalized = [row for row, one in enumerate(asked) if one.penalizes]
         if penalized:
@@ -267,11 +276,11 @@ class Rows:
             ids = logits.argmax(-1)
         elif on_cpu(logits):
             keys = [mix(key ^ n) for key, n in zip(self.keys[rows], self.drawn[rows], strict=True)]
-            ids = choose_on_cpu(logits, asked, keys)
+            ids = draw_on_cpu(logits, asked, keys)
         else:
             on = {name: column[rows] for name, column in self.tensors().items()}
             limits = {name: on[name] for one in asked for name in one.limits()}
-            ids = choose_on_gpu(logits, limits, mix(on["key"] ^ on["drawn"]))
+            ids = draw_on_gpu(logits, limits, mix(on["key"] ^ on["drawn"]))
         ids = in_step(ids)[:, None]
         self.drawn[rows] = [n + 1 for n in self.drawn[rows]]
         if self.on_gpu:
@@ -282,8 +291,8 @@ class Rows:
         return ids
 
     def penalize(self, logits: Tensor, rows: slice, penalized: list[int]) -> Tensor:
-        """The logits (B, V) of the rows, of which some ask for it. A CPU looks which tokens were
-        seen, and computes those only."""
+        """The logits (B, V) of a slice of rows with penalties, which the rows `penalized` ask for.
+        A CPU computes only the tokens that were seen."""
         seen, counts = self.seen[rows], self.counts[rows]
         if not on_cpu(logits):
             penalties = [self.tensors()[name][rows] for name in PENALTIES]  # each (B,)

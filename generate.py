@@ -3,9 +3,9 @@
     python generate.py --compile
     python generate.py --checkpoint smollm2 --prompt "Once upon a time" --max-new-tokens 5000
 
-Read from the top: a cache, prefill, decode, an answer, and last the command line; load.py is before
-all that. Every model call is a token or a chunk of one of a few sizes, so nothing is ever compiled
-again.
+Read it from the top: a cache, prefill, decode, an answer, and last the command line; load.py makes
+the model. Every call of the model is a token or a chunk of one of a few sizes, so nothing is
+compiled again however long a prompt or an answer is.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cli import (
     figures,
     load_arguments,
     make_parser,
-    sampling,
+    sampling_of,
     speculation_arguments,
 )
 from draw import Rows, new_seed, sample
@@ -41,13 +41,14 @@ from tp import agree
 
 SMALL_CHUNK, LARGE_CHUNK = 32, 128  # tokens of a prefill step; the small one is for short turns
 DEFAULT_PROMPT = "It was a dark and stormy night, and"
-MAX_DEFAULT_WINDOW = 4096  # sinks and window together, where nothing is asked for
+MAX_DEFAULT_WINDOW = 4096  # sinks and window together, where no window is given
 
 
 def make_cache(model: Transformer, n_sink: int | None = None, window: int | None = None,
                batch_size: int = 1) -> KVCache:
-    """A cache for a loaded model. None is 4 sinks, and as window all of the trained context that
-    the sinks leave, at most MAX_DEFAULT_WINDOW. Raises ValueError naming a size that cannot be."""
+    """A cache that fits a model. By default it has 4 sinks, and as window what the sinks leave of
+    the trained context, or of MAX_DEFAULT_WINDOW. Raises ValueError naming a size that cannot be.
+    """
     config, n_sink = model.config, 4 if n_sink is None else n_sink
     if window is None:
         window = default_window(config, n_sink)
@@ -68,7 +69,7 @@ def default_window(config: ModelConfig, n_sink: int) -> int:
 
 def prefill(model: Transformer, cache: KVCache, prompt_ids: list[int],
             speculation: Speculation | None = None) -> Tensor:
-    """Write a prompt into a cache of one row; logits (1, 1, V) after its last token.
+    """Write a prompt into a cache of one row. Returns the logits (1, 1, V) after its last token.
 
     Raises ValueError for an empty prompt or an id outside the vocabulary."""
     *_, logits = prefill_chunks(model, cache, prompt_ids)
@@ -85,15 +86,16 @@ def prefill(model: Transformer, cache: KVCache, prompt_ids: list[int],
 @torch.no_grad()
 def prefill_chunks(model: Transformer, cache: KVCache,
                    prompt_ids: list[int]) -> Iterator[Tensor | None]:
-    """`prefill` in pieces: yields after every chunk, None until the last one's logits (1, 1, V).
+    """`prefill`, a chunk at a time: yields None after each chunk, after the last one the logits
+    (1, 1, V).
 
-    Any length is cut into chunks of two fixed sizes. The last one is padded, and the padding
-    un-written."""
+    A prompt of any length is cut into chunks of two fixed sizes. The last one is padded, and the
+    padding is rolled back."""
     check_ids(model, prompt_ids)
     large, small = min(LARGE_CHUNK, cache.max_chunk), min(SMALL_CHUNK, cache.max_chunk)
     done = 0
     while done < len(prompt_ids):
-        # A large chunk pays, padding and all, once more than half of it is used.
+        # A padded large chunk is faster than small ones if more than half of it is used.
         size = large if len(prompt_ids) - done > large // 2 else small
         chunk = prompt_ids[done:done + size]
         tokens = torch.zeros(1, size, dtype=torch.int64)
@@ -107,7 +109,7 @@ def prefill_chunks(model: Transformer, cache: KVCache,
 
 
 def check_ids(model: Transformer, prompt_ids: list[int]) -> None:
-    """Raises ValueError unless there are any and all are in the vocabulary."""
+    """Raises ValueError for an empty prompt, and for one with ids outside the vocabulary."""
     if not prompt_ids:
         raise ValueError("the prompt is empty")
     if min(prompt_ids) < 0 or max(prompt_ids) >= model.config.vocab_size:
@@ -115,7 +117,8 @@ def check_ids(model: Transformer, prompt_ids: list[int]) -> None:
 
 
 def start_reading(tokens: Tensor) -> Callable[[], list[int]]:
-    """Copy tokens to the host without waiting for what is queued after this; call to get them."""
+    """Start copying tokens to the host. Call what this returns to get them as a list: that waits
+    for the copy, but for nothing that was queued after it."""
     tokens = tokens.flatten()
     if not tokens.is_cuda:
         return tokens.tolist
@@ -130,8 +133,9 @@ def decode(model: Transformer, cache: KVCache, token: Tensor, max_new_tokens: in
     """Yield `token` (1, 1), sampled but not in the cache yet, and the ids that continue it, up to
     one of stop_ids, which is yielded too. draw makes the next token (1, 1) of logits (1, 1, V).
 
-    When a token is yielded, it is in the cache or queued for it: the host reads each token while
-    a GPU is at the next step already, and whoever stops here, at any token, loses none."""
+    A token that is yielded is in the cache, or queued for it: the host reads it while a GPU
+    computes the next step. So the caller may stop at any token, and the cache holds just those that
+    were yielded."""
     for _ in range(max_new_tokens):
         read = start_reading(token)
         following = draw(model(token, cache))
@@ -147,16 +151,17 @@ def generate(model: Transformer, cache: KVCache, prompt_ids: list[int], max_new_
              speculation: Speculation | None = None, temperature: float | None = None,
              top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
              repetition_penalty: float | None = None, seed: int | None = None) -> Iterator[int]:
-    """The token ids that follow prompt_ids, which follow what the cache (one row) holds, up to one
-    of stop_ids: None is the model's EOS ids, and () is none at all. They are drawn as a
-    Sampling says, or its settings one by one; without any, greedily. A seed that is needed and not
-    given comes from PyTorch's default generator. Penalties are for tokens of these prompt_ids and
-    of the answer.
+    """An iterator over the token ids that continue what the cache (one row) holds and prompt_ids.
 
-    At any yield the cache holds everything up to the token yielded (with speculation: once this
-    generator is closed), so a conversation goes on by calling this again with the next turn's ids
-    only. Raises ValueError here, at the call, for an unusable prompt, cache or setting; nothing is
-    written before the first id is asked for."""
+    It ends with one of stop_ids (None: the model's EOS ids; (): none), or after max_new_tokens. A
+    Sampling, or else its settings one by one, says how tokens are drawn; the default is greedy.
+    Penalties are for the tokens of prompt_ids and of the answer. A seed that is needed and not
+    given comes from PyTorch's default generator.
+
+    At any yield the cache holds everything up to the token yielded (with speculation: once the
+    iterator is closed). So a conversation goes on with another call, with the ids of the next turn
+    only. Raises ValueError at the call, not at the first id, for an unusable prompt, cache or
+    setting; the cache is written to from the first id on."""
     loose = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                  repetition_penalty=repetition_penalty, seed=seed)
     sampling = either_sampling(sampling, loose)
@@ -170,11 +175,11 @@ def generate(model: Transformer, cache: KVCache, prompt_ids: list[int], max_new_
     stop_ids = model.config.eos_ids if stop_ids is None else tuple(stop_ids)
     if sampling.temperature and sampling.seed is None:
         sampling = replace(sampling, seed=new_seed())
-    return read_and_continue(model, cache, prompt_ids, max_new_tokens, stop_ids, sampling,
+    return prefill_and_continue(model, cache, prompt_ids, max_new_tokens, stop_ids, sampling,
                              speculation)
 
 
-def read_and_continue(model: Transformer, cache: KVCache, prompt_ids: list[int],
+def prefill_and_continue(model: Transformer, cache: KVCache, prompt_ids: list[int],
                       max_new_tokens: int, stop_ids: Container[int], sampling: Sampling,
                       speculation: Speculation | None) -> Iterator[int]:
     """Prefill the prompt and yield what follows it."""
@@ -186,8 +191,8 @@ def read_and_continue(model: Transformer, cache: KVCache, prompt_ids: list[int],
 def continue_from(model: Transformer, cache: KVCache, logits: Tensor, prompt_ids: list[int],
                   max_new_tokens: int, stop_ids: Container[int], sampling: Sampling,
                   speculation: Speculation | None = None) -> Iterator[int]:
-    """Yield what follows the logits (1, 1, V) of a prefill: speculating while that pays, then
-    token by token."""
+    """Yield the ids that follow a prefill, whose logits (1, 1, V) are given: by speculation while
+    that pays, then token by token."""
     row = Rows(1, model.config.vocab_size, logits.device)
     row.begin(0, sampling, prompt_ids)
     token = row.sample(logits)  # (1, 1)
@@ -200,8 +205,8 @@ def continue_from(model: Transformer, cache: KVCache, logits: Tensor, prompt_ids
 @torch.no_grad()
 def warm(model: Transformer, cache: KVCache, speculation: Speculation | None = None,
          sampling: Sampling | None = None) -> float:
-    """Run every graph that generating needs, so that none is compiled later; seconds it took.
-    CUDA graphs are recorded on the second call of a shape and replayed from the third."""
+    """Run every graph that generating needs, so that none is compiled later. Returns the seconds it
+    took. CUDA graphs are recorded on the second call of a shape and replayed from the third."""
     start = time.perf_counter()
     for _ in range(3 if cache.length.is_cuda else 1):
         cache.reset()
@@ -224,18 +229,17 @@ def warm(model: Transformer, cache: KVCache, speculation: Speculation | None = N
 
 @dataclass
 class Prefilled:
-    """A prompt that a cache has read: an answer begins here, and further ones at a deep copy of
-    it."""
+    """A prompt after its prefill. An answer continues it, and further answers a deep copy."""
 
     prompt_ids: list[int]
     cache: KVCache  # ends with the prompt
     logits: Tensor  # (1, 1, V) after its last token
-    began: float
+    began: float  # time.perf_counter()
     ended: float
-    interrupted: bool = False  # Ctrl-C came meanwhile
+    interrupted: bool = False  # by Ctrl-C, which ends the answer at its first token
 
     def copy_into(self, cache: KVCache) -> Prefilled:
-        """The same in another cache of these sizes, read in no time."""
+        """The same prompt in another cache of the same sizes, by copying it."""
         cache.copy_row(0, self.cache)
         now = time.perf_counter()
         return replace(self, cache=cache, began=now, ended=now)
@@ -243,7 +247,8 @@ class Prefilled:
 
 def timed_prefill(model: Transformer, cache: KVCache, prompt_ids: list[int],
                   speculation: Speculation | None = None) -> Prefilled:
-    """`prefill`, waited for. Ctrl-C does not interrupt it, but ends the answer that follows."""
+    """`prefill` with its times, once the device has done it. Ctrl-C does not interrupt it, but ends
+    the answer that follows."""
     prompt_ids, began = agree(prompt_ids), time.perf_counter()
     with hold_interrupt() as interrupted:
         logits = prefill(model, cache, prompt_ids, speculation)
@@ -252,19 +257,19 @@ def timed_prefill(model: Transformer, cache: KVCache, prompt_ids: list[int],
     return Prefilled(prompt_ids, cache, logits, began, time.perf_counter(), bool(interrupted))
 
 
-def hide(text: str) -> None:
-    """Show nothing of an answer."""
+def discard(text: str) -> None:
+    """Does not show a piece of an answer, as with --json."""
 
 
 class Transcript:
-    """What one stream says, shown as it comes, and when it said it."""
+    """What one stream says, shown as it comes, with the times that --json prints."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_tokens: int, stop: Sequence[str] = (),
-                 emit: Callable[[str], None] = hide):
+                 emit: Callable[[str], None] = discard):
         """stop are texts that end the answer; emit shows each piece of it."""
         self.prompt_tokens, self.emit = prompt_tokens, emit
         self.said, self.interrupted = GeneratedText(tokenizer, stop), False
-        # Of the prefill, and of the first and the latest token
+        # When the prefill began and ended, and when the first and the latest token came
         self.start = self.prefilled = self.first = self.last = time.perf_counter()
 
     def add(self, token_id: int) -> bool:
@@ -275,10 +280,10 @@ class Transcript:
         self.emit(self.said.add(token_id))
         return self.said.stopped
 
-    def end(self, model: Transformer, caches: Sequence[KVCache], length: int,
+    def record(self, model: Transformer, caches: Sequence[KVCache], length: int,
             stop_ids: Container[int], seed: int) -> dict:
-        """Show what was held back. Returns the figures that --json prints; length is how far the
-        stream has come in the first of the caches that served it."""
+        """Show the text that was held back, and return what --json prints. length is the stream's
+        in the first of the caches, which are those that served it."""
         self.emit(self.said.flush())
         new_tokens, seen = len(self.said.ids), caches[0].n_sink + caches[0].window
         prefill_s, decode_s = self.prefilled - self.start, self.last - self.first
@@ -300,12 +305,11 @@ class Transcript:
 
 def answer(model: Transformer, tokenizer: Tokenizer, prompt: Prefilled, max_new_tokens: int,
            sampling: Sampling, *, stop: Sequence[str] = (), stop_ids: Collection[int] | None = None,
-           emit: Callable[[str], None] = hide, speculation: Speculation | None = None) -> dict:
-    """Continue the prompt's cache with what the model says, shown as it comes. The Sampling has a
-    seed; stop are texts and stop_ids tokens that end the answer (None: the EOS ids).
+           emit: Callable[[str], None] = discard, speculation: Speculation | None = None) -> dict:
+    """Answer a prompt and show the answer as it comes. Returns what --json prints.
 
-    Returns the figures that --json prints. Ctrl-C ends the answer, and what was said by then is
-    kept, as finish_reason "interrupt"."""
+    The Sampling needs a seed. stop are texts, stop_ids tokens that end the answer (None: the EOS
+    ids). Ctrl-C ends it too, as finish_reason "interrupt", and the cache keeps what was said."""
     stop_ids = model.config.eos_ids if stop_ids is None else stop_ids
     before = speculation and speculation.figures()
     transcript = Transcript(tokenizer, len(prompt.prompt_ids), stop, emit)
@@ -318,10 +322,11 @@ def answer(model: Transformer, tokenizer: Tokenizer, prompt: Prefilled, max_new_
             if interrupted or prompt.interrupted:
                 transcript.interrupted = True
                 break
-    record = transcript.end(model, [prompt.cache], int(prompt.cache.length), stop_ids,
+    record = transcript.record(model, [prompt.cache], int(prompt.cache.length), stop_ids,
                             sampling.seed)
     if speculation:
-        # The first token, known after the prefill, is told with the others of the first round.
+        # The first token is yielded with the others of the first round, so the rate counts from
+        # the end of the prefill.
         took = transcript.last - transcript.prefilled
         record["decode_tok_s"] = (record["new_tokens"] - 1) / took or None
         record.update({name: n - before[name] for name, n in speculation.figures().items()})
@@ -332,7 +337,7 @@ def answer(model: Transformer, tokenizer: Tokenizer, prompt: Prefilled, max_new_
 
 
 def open_model(checkpoint: str, **how) -> tuple[Transformer, Tokenizer]:
-    """load.load, and say so."""
+    """Load a checkpoint and say so; `how` is what load.load takes."""
     say(f"loading {checkpoint}")
     return load(checkpoint, **how)
 
@@ -340,9 +345,9 @@ def open_model(checkpoint: str, **how) -> tuple[Transformer, Tokenizer]:
 def open_speculation(model: Transformer, cache: KVCache, tokenizer: Tokenizer, *,
                      draft: str | None = None, lookup: bool = False, size: int | None = None,
                      **how) -> Speculation | None:
-    """Speculation by a draft, loaded as told, or by lookup; None where neither is wanted. size is
-    the number of proposals a round, None as many as pay. Raises ValueError naming what does not fit
-    the model."""
+    """Speculation with a draft or by lookup, or None where neither is wanted. size is the number of
+    proposals a round (None: as many as pay); `how` is what load.load takes. Raises ValueError where
+    size or draft do not fit the model."""
     if not (draft or lookup):
         return None
     if size and size >= cache.max_chunk:
@@ -356,7 +361,8 @@ def open_speculation(model: Transformer, cache: KVCache, tokenizer: Tokenizer, *
 def get_ready(model: Transformer, cache: KVCache, sampling: Sampling,
               speculation: Speculation | None = None, *, compile: bool = False,
               compile_prefill: bool = False) -> tuple[float, Sampling]:
-    """Compile what is to be compiled. Returns the seconds it took, and the Sampling with a seed."""
+    """Compile if asked to, and draw a seed where none is given. Returns the seconds that compiling
+    took, and the Sampling with its seed."""
     compile_s = 0.0
     if compile:
         say("compiling: 10 to 30 s the first time, a few from then on"
@@ -380,7 +386,7 @@ def main():
         model, tokenizer = open_model(args.checkpoint, **compiling, **load_arguments(args))
         cache = make_cache(model, args.sink, args.window)
         speculation = open_speculation(model, cache, tokenizer, **speculating)
-        compile_s, how = get_ready(model, cache, sampling(args), speculation, **compiling)
+        compile_s, how = get_ready(model, cache, sampling_of(args), speculation, **compiling)
         say(text)
         prompt = timed_prefill(model, cache, tokenizer.encode(text), speculation)
         kept = copy.deepcopy(prompt) if args.samples > 1 else None
@@ -390,7 +396,7 @@ def main():
             seed = how.seed + index
             record = answer(model, tokenizer, prompt, args.max_new_tokens, replace(how, seed=seed),
                             stop=stop, stop_ids=() if args.ignore_eos else None,
-                            emit=hide if args.json else show, speculation=speculation)
+                            emit=discard if args.json else show, speculation=speculation)
             which = {"index": index} if args.samples > 1 else {}
             record = {**which, **record, "compile_s": compile_s}
             show((json.dumps(record) if args.json else "") + "\n")

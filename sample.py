@@ -14,17 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-COLDEST = 1e-30  # as temperature: below, float32 would overflow
+COLDEST = 1e-30  # the lowest temperature that float32 divides by without overflowing
 ANY = -math.inf, math.inf
 RANGES = {"temperature": (0, math.inf), "top_k": (0, math.inf), "top_p": (0, 1), "min_p": (0, 1),
           "repetition_penalty": (1e-3, math.inf), "presence_penalty": ANY, "frequency_penalty": ANY}
-PENALTIES = "repetition_penalty", "presence_penalty", "frequency_penalty"  # the rest are limits
+PENALTIES = "repetition_penalty", "presence_penalty", "frequency_penalty"  # the others: limits
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one answer is drawn, checked. The defaults are greedy, and everything else off; None is
-    the default too."""
+    """How one answer is drawn. The defaults are greedy, with everything else off; None stands for a
+    default, too."""
 
     temperature: float = 0.0
     top_k: int = 0  # 0: all
@@ -40,7 +40,8 @@ class Sampling:
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if value is None:
-                object.__setattr__(self, name, value := getattr(type(self), name))
+                value = getattr(type(self), name)
+                object.__setattr__(self, name, value)
             check_range(name, value, low, high)
         if self.top_k != int(self.top_k):
             raise ValueError(f"top_k {self.top_k} must be a whole number")
@@ -50,8 +51,8 @@ class Sampling:
         return any(getattr(self, name) != getattr(type(self), name) for name in PENALTIES)
 
     def limits(self) -> dict[str, float]:
-        """What `probabilities` takes, by name: the temperature, and every other setting that is not
-        off. The penalties come before it and are not in here."""
+        """What `probabilities` takes, by name: the temperature, and of the other limits those that
+        are not off. Penalties change the logits before that."""
         limits = {"temperature": self.temperature}
         for name in RANGES:
             value = getattr(self, name)
@@ -61,7 +62,8 @@ class Sampling:
 
 
 def either_sampling(sampling: Sampling | None, loose: dict[str, float | None]) -> Sampling:
-    """The Sampling that is given, or one of the loose settings. Raises ValueError for both."""
+    """The Sampling that is given, or else one made of loose settings, of which None is not given.
+    Raises ValueError, naming both, where both are given."""
     given = {name: value for name, value in loose.items() if value is not None}
     if sampling is not None and given:
         name, value = next(iter(given.items()))
@@ -88,8 +90,10 @@ def probabilities(logits: Tensor, temperature: float | Tensor, top_k: int | Tens
     exactly the top_k most likely, then the fewest of those whose mass reaches top_p, and of those
     the ones at least min_p times as likely as the likeliest. None (and 0, 1, 0) is off."""
     scores = scale(logits, temperature)
-    top_k, top_p, min_p = (None if not isinstance(x, Tensor) and x == off else x
-                           for x, off in ((top_k, 0), (top_p, 1), (min_p, 0)))
+    # Numbers that are off become None. (Of tensors, only the device knows.)
+    top_k = None if not isinstance(top_k, Tensor) and top_k == 0 else top_k
+    top_p = None if not isinstance(top_p, Tensor) and top_p == 1 else top_p
+    min_p = None if not isinstance(min_p, Tensor) and min_p == 0 else min_p
     if top_k is None and top_p is None:
         kept, ids = scores.softmax(-1), None
     else:
@@ -104,7 +108,7 @@ def probabilities(logits: Tensor, temperature: float | Tensor, top_k: int | Tens
 
 
 def per_row(setting: float | Tensor | None, logits: Tensor) -> float | Tensor | None:
-    """A setting as it broadcasts with logits (B, ..., V)."""
+    """A setting, viewed so that it broadcasts with logits (B, ..., V)."""
     if not isinstance(setting, Tensor):
         return setting
     return setting.view(-1, *[1] * (logits.ndim - 1))
@@ -113,7 +117,7 @@ def per_row(setting: float | Tensor | None, logits: Tensor) -> float | Tensor | 
 def scale(logits: Tensor, temperature: float | Tensor) -> Tensor:
     """The logits over the temperature, as float32; temperature 0 in a tensor counts as 1.
 
-    The largest goes to 0 first: a tiny temperature then overflows only to -inf."""
+    The largest logit is made 0 first, so that with a tiny temperature the others become -inf."""
     logits = logits.float()
     if isinstance(temperature, Tensor):
         temperature = per_row(torch.where(temperature == 0, 1, temperature), logits)
@@ -126,8 +130,8 @@ def most_likely(scores: Tensor, top_k: int | Tensor | None,
     """The likeliest tokens in order (scores, ids), both (..., n), at least those that top_k and
     top_p can keep, and the logarithm of the mass of all tokens, or None where n is enough for it.
 
-    A CPU takes 8 ms to sort 128k of them and 0.5 for the first thousand, which nearly always do.
-    A GPU sorts fast, and looking whether they do would make the host wait for it."""
+    A CPU finds the first thousand much faster than it sorts all, and they are nearly always enough.
+    A GPU sorts fast, and the host would have to wait to see whether fewer are enough."""
     size = scores.shape[-1]
     if isinstance(top_k, int) and top_k:
         return *scores.topk(min(top_k, size)), None
@@ -165,7 +169,7 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def on_cpu(logits: Tensor) -> bool:
-    """Where looking at values costs nothing."""
+    """Whether the host can look at values without waiting for a device."""
     return logits.device.type == "cpu"
 
 
@@ -174,10 +178,10 @@ def penalize(logits: Tensor, seen: Tensor, counts: Tensor | None = None,
              frequency: float | Tensor = 0.0) -> Tensor:
     """Logits (B, V) that make it less likely to say again what was said, in float32.
 
-    Where seen (B, V) is not 0, in the prompt or the answer, a positive logit is divided by the
-    repetition penalty and a negative one multiplied (Keskar et al., 2019); then, as OpenAI defines
-    it, each of counts (B, V), in the answer, costs the frequency penalty, and any at all the
-    presence penalty."""
+    seen (B, V) says which tokens are in the prompt or the answer: their positive logits are divided
+    by the repetition penalty, their negative ones multiplied by it (Keskar et al., 2019). counts
+    (B, V) says how often a token is in the answer: as OpenAI defines it, each time costs the
+    frequency penalty, and the first one also the presence penalty."""
     logits = logits.float()
     repetition, presence, frequency = (per_row(x, logits) for x in (
         repetition, presence, frequency))
@@ -194,8 +198,8 @@ def seen_in(ids: list[int], vocab_size: int, device="cpu") -> Tensor:
 
 
 def log_probabilities(logits: Tensor, ids: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Logarithms of the probabilities of ids (B, 1) in logits (B, V) as they are, and then of the n
-    likeliest, (B, 1 + n), and which tokens those are, (B, 1 + n)."""
+    """Log-probabilities (B, 1 + n) in logits (B, V), without any sampling: of ids (B, 1), and of
+    the n likeliest tokens. And which tokens those are, (B, 1 + n)."""
     log_probs = logits.float().log_softmax(-1)
     ids = torch.cat([ids, log_probs.topk(n).indices], dim=-1)
     return log_probs.gather(-1, ids), ids

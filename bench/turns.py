@@ -13,7 +13,7 @@ from bench import peers
 from bench.apart import beside
 from bench.clocks import compile_all, forget_peak, peak_bytes
 from bench.models import peer_settings, sizes
-from chat import from_file
+from chat import turns_of
 from cli import read_prompts
 from formats.hub import find
 from generate import generate, make_cache
@@ -25,7 +25,7 @@ from tokenizer import Tokenizer
 def turn_prompts(args) -> list[list[int]]:
     """The token ids that each turn of a conversation adds. They do not depend on the answers."""
     tokenizer = Tokenizer(find(args.checkpoint)[0])  # with --shape, the embedded model's
-    turns = from_file(read_prompts(args.turns), args.limit or 20)
+    turns = turns_of(read_prompts(args.turns), args.limit or 20)
     return [tokenizer.encode(text, bos=n == 0) if raw
             else tokenizer.next_turn(text) if n else tokenizer.first_turn(text)
             for n, (text, raw) in enumerate(turns)]

@@ -11,13 +11,13 @@ import draw as module
 from draw import (
     BLOCK,
     Rows,
-    block_heights,
+    block_cdf,
+    blockwise_topk,
     inverse_cdf,
     inverse_cdf_one,
     mix,
     sample,
     seed_key,
-    top,
     uniform,
 )
 from generate import generate, make_cache
@@ -174,14 +174,14 @@ def test_top_k_among_equals_keeps_exactly_k(way):
 
 
 @pytest.mark.parametrize("size", [49, 64, 1000, 64 * 30])
-def test_top_is_topk(size):
+def test_blockwise_topk_is_topk(size):
     logits = some_logits(size)
     for k in (1, 5, 40):
-        ours, theirs = top(logits, k), logits.topk(k)
+        ours, theirs = blockwise_topk(logits, k), logits.topk(k)
         assert torch.equal(ours[0], theirs.values) and torch.equal(ours[1], theirs.indices)
 
 
-def test_picking_is_inverse_cdf_and_takes_nothing_of_weight_zero():
+def test_one_row_is_inverse_cdf_and_takes_nothing_of_weight_zero():
     weights = some_logits(40, 5 * BLOCK).relu()
     weights[:, BLOCK:2 * BLOCK] = 0
     weights[0, :-1] = 0
@@ -193,7 +193,7 @@ def test_picking_is_inverse_cdf_and_takes_nothing_of_weight_zero():
         exact = (mass <= u * mass[:, -1:]).sum(-1)
         assert (ids - exact).count_nonzero() <= 1  # a sum in float32 may differ at a border
         for row in range(40):
-            assert ids[row] == inverse_cdf_one(weights[row], block_heights(weights[row]), u)
+            assert ids[row] == inverse_cdf_one(weights[row], block_cdf(weights[row]), u)
 
 
 def test_however_cold_the_likeliest_is_drawn(way):
@@ -356,10 +356,10 @@ def test_a_cpu_draws_from_probabilities_what_its_fast_draws_do_not_know(monkeypa
 def test_one_way_of_drawing_is_for_a_cpu(monkeypatch):
     """So that the tests above mean what they say."""
     called = []
-    for name in ("choose_on_cpu", "choose_on_gpu"):
+    for name in ("draw_on_cpu", "draw_on_gpu"):
         monkeypatch.setattr(module, name, lambda rows, *rest, name=name: called.append(name)
                             or rows.argmax(-1))
     sample(torch.randn(2, 9), Sampling(1.0))
     monkeypatch.setattr(module, "on_cpu", lambda logits: False)
     sample(torch.randn(2, 9), Sampling(1.0))
-    assert called == ["choose_on_cpu", "choose_on_gpu"]
+    assert called == ["draw_on_cpu", "draw_on_gpu"]

@@ -273,8 +273,8 @@ def test_a_draft_that_no_longer_reads_along_is_not_kept(tmp_path):
     list(generate(model, talk.cache, [5, 6, 7], 40, speculation=speculation, stop_ids=()))
     speculation.size = 0  # it did not pay
     list(generate(model, talk.cache, [8, 9], 3, speculation=speculation, stop_ids=()))
-    chat.save(tmp_path / "s", talk)
-    chat.load(tmp_path / "s", talk)
+    chat.save_conversation(tmp_path / "s", talk)
+    chat.load_conversation(tmp_path / "s", talk)
     assert talk.cache.length == 48 and talk.speculation.cache.length == 0
     assert speculation.size > 0  # and may try again
 
