@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear import in_memory
+from linear import materialize
 
 
 def attend(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, at) -> Tensor:
@@ -89,8 +89,8 @@ def attend_in_sums(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, mask:
     # A slice would make two graphs of one: the compiler would check whether n is every slot.
     k = k.as_strided((B, n_kv_heads, n, D), k.stride())[:, :, None].float()
     v = v.as_strided((B, n_kv_heads, n, D), v.stride())[:, :, None].float()
-    q_sink = in_memory(q_sink.float().view(B, n_kv_heads, -1, 1, D))  # (B, kv_heads, G, 1, D)
-    q_recent = in_memory(q_recent.float().view(B, n_kv_heads, -1, 1, D))
+    q_sink = materialize(q_sink.float().view(B, n_kv_heads, -1, 1, D))  # (B, kv_heads, G, 1, D)
+    q_recent = materialize(q_recent.float().view(B, n_kv_heads, -1, 1, D))
     is_sink = (torch.arange(n) < n_sink)[:, None]
     scores = (torch.where(is_sink, q_sink, q_recent) * k).sum(-1) / math.sqrt(D) + mask[:, None]
     weights = scores.softmax(-1)  # (B, kv_heads, G, n)

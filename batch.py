@@ -32,22 +32,22 @@ from cli import (
     read_prompts,
     sampling_of,
 )
-from draw import Rows, new_seed
+from draw import RowSampler, new_seed
 from generate import (
     Transcript,
     check_ids,
+    copy_to_host,
     get_ready,
     make_cache,
     open_model,
     prefill_chunks,
-    start_reading,
 )
 from kv_cache import KVCache
 from model import Transformer
 from sample import Sampling, check_range, log_probabilities
 from terminal import hold_interrupt, progress, say, show, user_errors
 from tokenizer import Tokenizer
-from tp import agree
+from tp import broadcast_ids
 
 LONG_PROMPT = 1024  # tokens; others need not wait for a prompt that has more
 TOP_LOGPROBS = 20  # the most alternatives that a prompt may have
@@ -146,7 +146,7 @@ class Batch:
         for prefill in self.prefills:
             prefill.cache.clear_row(0)
         size, device = self.cache.batch_size, self.cache.length.device
-        self.sampler = Rows(size, vocab_size, device)
+        self.sampler = RowSampler(size, vocab_size, device)
         self.tokens = torch.zeros(size, 1, dtype=torch.int64, device=device)  # not in the cache yet
         self.logprobs = {}  # of `tokens`, for rows that want them: row -> (values, ids)
         self.rows: list[Stream | None] = [None] * size
@@ -309,8 +309,8 @@ def decode_step(model: Transformer, batch: Batch) -> Iterator[tuple[Stream, int 
     As in generate.decode, a GPU is at the next step while the host reads the latest tokens. Idle
     rows take part, always at position 0. Their tokens are never read, nor the last one that is
     drawn in a row whose stream ends here."""
-    read = start_reading(batch.tokens)
-    logprobs = {row: [start_reading(x) for x in pair] for row, pair in batch.logprobs.items()}
+    read = copy_to_host(batch.tokens)
+    logprobs = {row: [copy_to_host(x) for x in pair] for row, pair in batch.logprobs.items()}
     busy = len(batch.rows) - batch.rows.count(None)
     if busy < len(batch.rows):
         batch.cache.length.mul_(batch.is_busy)
@@ -432,7 +432,7 @@ def main():
         stop = [check_text("--stop", text) for text in args.stop]
         compiling = dict(compile=args.compile, compile_prefill=args.compile_prefill)
         model, tokenizer = open_model(args.checkpoint, **compiling, **load_arguments(args))
-        ids = agree([tokenizer.opening(entry) for entry in entries])
+        ids = broadcast_ids([tokenizer.opening(entry) for entry in entries])
         batch = Batch(model, args.batch, args.sink, args.window)
         compile_s, how = get_ready(model, batch.staging[0], sampling_of(args), **compiling)
         if args.compile:  # the step of all rows, as often as generate.warm runs the others

@@ -54,7 +54,7 @@ from sample import Sampling
 from speculate import Speculation
 from terminal import ending, hold_interrupt, say, show, user_errors
 from tokenizer import Tokenizer
-from tp import n_ranks, rank, tell_all
+from tp import broadcast_text, n_ranks, rank
 
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401  (input() then edits lines and remembers them)
@@ -75,9 +75,9 @@ def typed_lines() -> Iterator[str]:
         if line:
             yield line
         try:
-            line = tell_all(input(prompt).strip() if rank() == 0 else "")
+            line = broadcast_text(input(prompt).strip() if rank() == 0 else "")
         except EOFError:
-            line = tell_all("/quit")
+            line = broadcast_text("/quit")
         except KeyboardInterrupt:
             say(f"\n{HELP}")
             line = ""

@@ -26,7 +26,7 @@ from sample import (
     probabilities,
     seen_in,
 )
-from tp import in_step
+from tp import broadcast_tokens
 
 BLOCK = 64  # neighbouring tokens that are summed first, so that a draw looks into one block only
 GREEDY = Sampling()
@@ -113,8 +113,7 @@ def draw_from_weights(weights: Tensor, sampling: Sampling,
 def sample(logits: Tensor, sampling: Sampling = GREEDY,
            generator: torch.Generator | None = None) -> Tensor:
     """Token ids (...) int64 for logits (..., V); the likeliest at temperature 0. Random numbers
-    come from the generator. (The Sampling's seed and penalties are for Rows, which knows the past.)
-    """
+    come from the generator. (A seed and penalties are for RowSampler, which knows the past.)"""
     rows = logits.reshape(-1, logits.shape[-1])
     if sampling.temperature == 0:
         ids = rows.argmax(-1)
@@ -124,7 +123,7 @@ def sample(logits: Tensor, sampling: Sampling = GREEDY,
             ids = draw_on_cpu(rows, [sampling] * len(rows), keys.tolist())
         else:
             ids = draw_on_gpu(rows, sampling.limits(), keys)
-    return in_step(ids).view(logits.shape[:-1])
+    return broadcast_tokens(ids).view(logits.shape[:-1])
 
 
 def draw_on_gpu(logits: Tensor, limits: dict[str, float | Tensor], keys: Tensor) -> Tensor:
@@ -222,7 +221,7 @@ def draw_by_rejection(probs: Tensor, cdf: Tensor, sampling: Sampling, key: int) 
 # ------------------------------------------------------------------------------ rows
 
 
-class Rows:
+class RowSampler:
     """Draws the tokens of B rows, each by its own Sampling, and keeps what penalties need.
 
     A row begins when its prompt has been read; one that has ended is greedy, which costs least. The
@@ -281,7 +280,7 @@ class Rows:
             on = {name: column[rows] for name, column in self.tensors().items()}
             limits = {name: on[name] for one in asked for name in one.limits()}
             ids = draw_on_gpu(logits, limits, mix(on["key"] ^ on["drawn"]))
-        ids = in_step(ids)[:, None]
+        ids = broadcast_tokens(ids)[:, None]
         self.drawn[rows] = [n + 1 for n in self.drawn[rows]]
         if self.on_gpu:
             self.on_gpu["drawn"][rows].add_(1)

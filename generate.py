@@ -29,7 +29,7 @@ from cli import (
     sampling_of,
     speculation_arguments,
 )
-from draw import Rows, new_seed, sample
+from draw import RowSampler, new_seed, sample
 from kv_cache import KVCache
 from load import load, weight_bytes
 from model import ModelConfig, Transformer
@@ -37,7 +37,7 @@ from sample import Sampling, either_sampling
 from speculate import Speculation, load_draft, speculate
 from terminal import ending, hold_interrupt, say, show, user_errors
 from tokenizer import GeneratedText, Tokenizer
-from tp import agree
+from tp import broadcast_ids
 
 SMALL_CHUNK, LARGE_CHUNK = 32, 128  # tokens of a prefill step; the small one is for short turns
 DEFAULT_PROMPT = "It was a dark and stormy night, and"
@@ -116,7 +116,7 @@ def check_ids(model: Transformer, prompt_ids: list[int]) -> None:
         raise ValueError(f"the prompt has token ids outside 0 to {model.config.vocab_size - 1}")
 
 
-def start_reading(tokens: Tensor) -> Callable[[], list[int]]:
+def copy_to_host(tokens: Tensor) -> Callable[[], list[int]]:
     """Start copying tokens to the host. Call what this returns to get them as a list: that waits
     for the copy, but for nothing that was queued after it."""
     tokens = tokens.flatten()
@@ -124,7 +124,12 @@ def start_reading(tokens: Tensor) -> Callable[[], list[int]]:
         return tokens.tolist
     host = tokens.to("cpu", non_blocking=True)
     arrived = torch.cuda.current_stream(tokens.device).record_event()
-    return lambda: (arrived.synchronize(), host.tolist())[1]
+
+    def wait_for_copy() -> list[int]:
+        arrived.synchronize()
+        return host.tolist()
+
+    return wait_for_copy
 
 
 @torch.no_grad()
@@ -137,7 +142,7 @@ def decode(model: Transformer, cache: KVCache, token: Tensor, max_new_tokens: in
     computes the next step. So the caller may stop at any token, and the cache holds just those that
     were yielded."""
     for _ in range(max_new_tokens):
-        read = start_reading(token)
+        read = copy_to_host(token)
         following = draw(model(token, cache))
         [token_id] = read()
         yield token_id
@@ -193,7 +198,7 @@ def continue_from(model: Transformer, cache: KVCache, logits: Tensor, prompt_ids
                   speculation: Speculation | None = None) -> Iterator[int]:
     """Yield the ids that follow a prefill, whose logits (1, 1, V) are given: by speculation while
     that pays, then token by token."""
-    row = Rows(1, model.config.vocab_size, logits.device)
+    row = RowSampler(1, model.config.vocab_size, logits.device)
     row.begin(0, sampling, prompt_ids)
     token = row.sample(logits)  # (1, 1)
     if speculation is not None:
@@ -249,7 +254,7 @@ def timed_prefill(model: Transformer, cache: KVCache, prompt_ids: list[int],
                   speculation: Speculation | None = None) -> Prefilled:
     """`prefill` with its times, once the device has done it. Ctrl-C does not interrupt it, but ends
     the answer that follows."""
-    prompt_ids, began = agree(prompt_ids), time.perf_counter()
+    prompt_ids, began = broadcast_ids(prompt_ids), time.perf_counter()
     with hold_interrupt() as interrupted:
         logits = prefill(model, cache, prompt_ids, speculation)
         if logits.is_cuda:

@@ -65,7 +65,7 @@ def int4_matmul_fake(x, weight, group_size, scales_and_zeros):
     return x.new_empty(x.shape[0], scales_and_zeros.shape[1])
 
 
-def in_memory(x: Tensor) -> Tensor:
+def materialize(x: Tensor) -> Tensor:
     """x itself. Inductor writes it to memory here and does not compute it again at every use."""
     return x.as_strided(x.shape, x.stride())
 
@@ -80,12 +80,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + bias
 
 
-def is_row(x: Tensor) -> bool:
+def is_single_token(x: Tensor) -> bool:
     """Whether x is one token, in a graph compiled for a CPU."""
     return x.numel() == x.shape[-1] and not x.is_cuda and torch.compiler.is_compiling()
 
 
-def row_times_matrix(x: Tensor, weight: Tensor) -> Tensor:
+def matvec(x: Tensor, weight: Tensor) -> Tensor:
     """x (1, 1, K) times W (N, K) transposed -> (1, 1, N) float32. Inductor makes one pass over W
     of it, a product and a sum, which is faster than a library's matmul of one row.
 
@@ -95,7 +95,7 @@ def row_times_matrix(x: Tensor, weight: Tensor) -> Tensor:
     # The fewest pieces, at least two, that are equal and have at most 4096 terms.
     pieces = next(n for n in range(min(2, K), K + 1) if K % n == 0 and K // n <= 4096)
     # In memory, or inductor would fuse what computes x and compute it again for every row of W.
-    x = in_memory(x.reshape(-1).float())  # (K,)
+    x = materialize(x.reshape(-1).float())  # (K,)
     n_parts = max(1, 4 // weight.itemsize)  # measured: four of int8, two of bf16
     sums = [(part.float() * x).view(-1, pieces, K // pieces).sum(-1)
             for part in weight.chunk(n_parts)]  # (N / n_parts, pieces) each
@@ -137,8 +137,8 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.packed:
             y = torch.ops.gpt_stream.packed_linear(x, self.weight, self.out_features)
-        elif is_row(x):
-            y = row_times_matrix(x, self.weight).type_as(x)
+        elif is_single_token(x):
+            y = matvec(x, self.weight).type_as(x)
         else:
             return linear(x, self.weight, self.bias)
         return y if self.bias is None else y + self.bias
@@ -160,8 +160,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         few = x.numel() // x.shape[-1] <= 16  # tokens; for more, it is faster to unpack W first
-        if is_row(x):
-            y = (row_times_matrix(x, self.weight) * self.scale).type_as(x)
+        if is_single_token(x):
+            y = (matvec(x, self.weight) * self.scale).type_as(x)
         elif few and not x.is_cuda:
             y = torch.ops.gpt_stream.int8_matmul(x.flatten(0, -2).contiguous(), self.weight,
                                                  self.scale.type_as(x))
@@ -187,9 +187,9 @@ class GroupedInt8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = reorder(x, self.order)
-        if is_row(x):
+        if is_single_token(x):
             groups = self.scale.shape[1]
-            row = in_memory(x.reshape(-1).float())
+            row = materialize(x.reshape(-1).float())
             sums = (self.weight.float() * row).view(len(self.weight), groups, -1).sum(-1)  # (N, G)
             sums = sums - self.zero.float() * row.view(groups, -1).sum(-1)
             y = (sums * self.scale).sum(-1)[None, None].type_as(x)
@@ -254,7 +254,7 @@ class Int4Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class SideBySide(nn.ModuleList):
+class ConcatLinear(nn.ModuleList):
     """Layers of one input whose outputs are concatenated: q, k and v that were quantized in
     different ways, or whose columns are in different orders."""
 
@@ -278,7 +278,7 @@ def quantized(name: str, plain: nn.Module, kind: dict | list | None, rows: list[
     if isinstance(kind, list):
         parts = [quantized(f"{name}.{i}", Linear(K, n, bias=False), part, [n])
                  for i, (part, n) in enumerate(zip(kind, rows))]
-        return SideBySide(parts, N if bias else None)
+        return ConcatLinear(parts, N if bias else None)
     if kind is None:
         return plain
     kind = kind if isinstance(kind, dict) else {"mode": kind}

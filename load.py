@@ -53,7 +53,7 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
     device = check_device(tp.join(device))
     folder, quantize = find(checkpoint, quantize, group_size)
     adapter_folders = [find_adapter(name) for name in adapters]
-    with tp.together():
+    with tp.raise_on_all_ranks():
         opened, asked = open_checkpoint(folder), asked_quantization(quantize, group_size)
         if asked:
             check_not_ours_quantized(opened)
@@ -65,7 +65,7 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
         quantization = asked or opened.quantization
         n = tp.n_ranks() if parallel else 1
         config, group = opened.config, (quantization or {}).get("group_size")
-        model = empty_model(config if n == 1 else tp.share(config, n, group), quantization)
+        model = empty_model(config if n == 1 else tp.shard_config(config, n, group), quantization)
         weights = read_weights(opened, asked, lora, dtype, n, device)
         dtype = dtype or default_dtype(weights)
         convert_floats(weights, dtype, device)

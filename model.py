@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from attention import attend, attend_causal
 from kv_cache import KVCache, write
-from linear import Linear, in_memory
+from linear import Linear, materialize
 from threads import timed_step
 from tp import all_gather, all_reduce
 
@@ -77,7 +77,7 @@ def rope(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     The angle is computed in float64, since a stream has no last position: in float32 it would be
     wrong by 0.02 radians at position 10^6 and by 2 at 10^8."""
     angles = positions[:, :, None, None].double() * frequencies
-    return in_memory(angles.cos().float()), in_memory(angles.sin().float())
+    return materialize(angles.cos().float()), materialize(angles.sin().float())
 
 
 def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
@@ -250,8 +250,8 @@ class Transformer(nn.Module):
             groups = self.config.n_heads // self.config.n_kv_heads
             at = Step(rope=rope(positions, self.frequencies),
                       sink_rope=rope(cache.sink_positions(positions), self.frequencies),
-                      slots=in_memory(cache.slots(positions)),
-                      mask=in_memory(cache.mask(positions, in_use).repeat_interleave(groups, 1)),
+                      slots=materialize(cache.slots(positions)),
+                      mask=materialize(cache.mask(positions, in_use).repeat_interleave(groups, 1)),
                       n_sink=cache.n_sink, window=cache.window)
             cache.length.add_(tokens.shape[1])  # in place: += would make it an output of the graph
         x = self.embed(tokens).type_as(self.norm.weight)  # (B, T, dim)

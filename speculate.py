@@ -26,7 +26,7 @@ from load import load
 from model import Transformer
 from sample import Sampling, distribution
 from tokenizer import Tokenizer
-from tp import in_step
+from tp import broadcast_tokens
 
 log = logging.getLogger("gpt_stream")
 SIZES = (2, 5)  # proposals a round that are tried where no number is given; 0 when neither pays
@@ -115,7 +115,7 @@ def propose(speculation: Speculation, token: Tensor, size: int, vocab_size: int,
         distributions.append(distribution(logits, sampling))
         reads = draw_from_weights(distributions[-1], sampling, generator)[None]
         tokens.append(reads)
-    return in_step(torch.cat(tokens, dim=1)), torch.cat(distributions)
+    return broadcast_tokens(torch.cat(tokens, dim=1)), torch.cat(distributions)
 
 
 def look_up(history: array, size: int) -> list[int] | None:
@@ -171,7 +171,7 @@ def speculate_one_round(model: Transformer, cache: KVCache, token: Tensor, specu
     logits = model(torch.cat([token, proposals], dim=1), cache)[0]  # (K + 1, V)
     p = distribution(logits, sampling)
     n, following = verify(p, q, proposals[0], sampling, generator)
-    decided = in_step(torch.cat([n, following, proposals[0]]))  # (2 + K,)
+    decided = broadcast_tokens(torch.cat([n, following, proposals[0]]))  # (2 + K,)
     following = decided[1:2]
     n, _, *ids = decided.tolist()  # the only time in a round that the host waits for the device
     rollback_both(cache, speculation, size - n)

@@ -71,7 +71,7 @@ def finish(parser: argparse.ArgumentParser) -> Iterator[None]:
         fail(parser, error_line(error))
     finally:
         sys.stdout.flush()  # here, so that a failure is reported here and not by Python at its exit
-    tp.part()
+    tp.barrier()
     if ending:
         sys.exit(128 + ending[0])
 

@@ -75,7 +75,7 @@ def text_group() -> dist.ProcessGroup:
     return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
 
 
-def part() -> None:
+def barrier() -> None:
     """A barrier before a rank exits: gloo may lose the last message of a process that has gone.
     A rank that exits because of an error does not wait."""
     if n_ranks() > 1 and dist.is_initialized():
@@ -83,18 +83,18 @@ def part() -> None:
             dist.barrier(group=text_group())
 
 
-def tell_all(text: str) -> str:
+def broadcast_text(text: str) -> str:
     """Broadcast rank 0's text."""
-    return text if n_ranks() == 1 else gather_texts(text)[0]
+    return text if n_ranks() == 1 else all_gather_texts(text)[0]
 
 
-def agree(ids: list) -> list:
+def broadcast_ids(ids: list) -> list:
     """Broadcast rank 0's token ids. A chat template may hold the date, on which machines may
     differ."""
-    return ids if n_ranks() == 1 else json.loads(tell_all(json.dumps(ids)))
+    return ids if n_ranks() == 1 else json.loads(broadcast_text(json.dumps(ids)))
 
 
-def gather_texts(text: str) -> list[str]:
+def all_gather_texts(text: str) -> list[str]:
     """Every rank's text, on every rank."""
     raw = text.encode(errors="surrogateescape")
     sizes = torch.zeros(n_ranks(), dtype=torch.int64)
@@ -109,7 +109,7 @@ def gather_texts(text: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def together():
+def raise_on_all_ranks():
     """Raise on all ranks when the block raises on one, so that none waits for a rank that left.
     A rank that did not fail itself raises ValueError with the first failed rank's message."""
     failure = None
@@ -119,9 +119,10 @@ def together():
         failure = error
     if n_ranks() > 1:
         mine = str(failure) or type(failure).__name__ if failure else ""
-        reports = [f"rank {r}: {report}" for r, report in enumerate(gather_texts(mine)) if report]
+        every = enumerate(all_gather_texts(mine))
+        reports = [f"rank {number}: {report}" for number, report in every if report]
         if reports:
-            part()
+            barrier()
         if reports and not failure:
             raise ValueError(reports[0])
     if failure:
@@ -196,7 +197,7 @@ def all_gather(x: Tensor, n: int, size: int) -> Tensor:
     return every.permute(1, 2, 0, 3).flatten(2)[..., :size]
 
 
-def in_step(ids: Tensor) -> Tensor:
+def broadcast_tokens(ids: Tensor) -> Tensor:
     """Broadcast rank 0's ids, so that all ranks go on with the same tokens. Unequal machines may
     compute logits that differ in the last bits, and then draw other tokens."""
     if n_ranks() > 1:
@@ -207,7 +208,7 @@ def in_step(ids: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------ shards
 
 
-def share(config, n: int, group_size: int | None = None):
+def shard_config(config, n: int, group_size: int | None = None):
     """The ModelConfig of one of n ranks, for the whole model's config. Raises ValueError naming the
     numbers of ranks that can share the model. group_size is that of its int4 weights: no shard
     may cut a group of columns."""
@@ -253,11 +254,11 @@ def shard(tensor: str, layer, blocks: list[Tensor], config, n: int) -> Tensor:
         holders = max(n // config.n_kv_heads, 1)
         places[1:] = 2 * [(rank() // holders, n // holders)]
     number = owner.rpartition(".")[2]
-    if number.isdigit():  # layers of different kinds (linear.SideBySide) are stored apart
-        return nth(blocks[0], *places[int(number)])
+    if number.isdigit():  # layers of different kinds (linear.ConcatLinear) are stored apart
+        return shard_rows(blocks[0], *places[int(number)])
     if len(blocks) != len(layer.parts):
         blocks = blocks[0].split(list(layer.parts.values()))
-    mine = [nth(block, *place) for block, place in zip(blocks, places, strict=True)]
+    mine = [shard_rows(block, *place) for block, place in zip(blocks, places, strict=True)]
     return mine[0] if len(mine) == 1 else torch.cat(mine)
 
 
@@ -268,10 +269,10 @@ def shard_columns(whole: Tensor, part: str, n: int) -> Tensor:
         return whole if rank() == 0 else torch.zeros_like(whole)
     if whole.ndim == 1:  # a scale for each row
         return whole
-    return nth(whole.t(), rank(), n).t().contiguous()
+    return shard_rows(whole.t(), rank(), n).t().contiguous()
 
 
-def nth(x: Tensor, index: int, n: int) -> Tensor:
+def shard_rows(x: Tensor, index: int, n: int) -> Tensor:
     """Shard `index` of n equal ones of x's rows. The last shards are padded with zero rows."""
     size = -(-len(x) // n)
     rows = x[index * size:(index + 1) * size]

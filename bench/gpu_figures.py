@@ -21,10 +21,10 @@ from bench.models import open_model, random_model, shape_config
 from bench.steps import bytes_a_step, prefill_anew, seconds_a_token
 from bench.turns import bench_turns
 from cli import EMBEDDED
-from draw import Rows, sample
+from draw import RowSampler, sample
 from formats.config import config_from_hf
 from formats.folder import write_checkpoint
-from generate import decode, make_cache, start_reading, warm, weight_bytes
+from generate import copy_to_host, decode, make_cache, warm, weight_bytes
 from kv_cache import KVCache
 from load import compile_model, load
 from model import ModelConfig, Transformer
@@ -107,7 +107,7 @@ def decode_figures(args) -> Iterator[dict]:
     model, cache, compile_s = open_compiled(args)
     full, device = cache.n_sink + cache.window, cache.length.device
     times, far, sampled, copies, products = ([] for _ in range(5))
-    row = Rows(1, model.config.vocab_size, device)
+    row = RowSampler(1, model.config.vocab_size, device)
     row.begin(0, SAMPLING, [])
     limits = make_limits(device)
     for _ in rounds():
@@ -182,7 +182,7 @@ def batch_steps(model: Transformer, cache: KVCache, n: int) -> None:
     read."""
     tokens = torch.zeros_like(cache.length)[:, None]
     for _ in range(n):
-        read = start_reading(tokens)
+        read = copy_to_host(tokens)
         tokens = sample(model(tokens, cache))
         read()
     tokens.tolist()

@@ -9,7 +9,7 @@ import torch
 
 from bench.clocks import STEPS, compile_all, rounds
 from bench.models import sizes
-from draw import Rows
+from draw import RowSampler
 from generate import make_cache
 from model import Transformer
 from sample import Sampling
@@ -37,7 +37,7 @@ def bench_sampling(args, model: Transformer) -> dict:
     device, vocab_size = cache.length.device, model.config.vocab_size
     kinds = {}
     for name, asked in SETTINGS.items():
-        kinds[name] = Rows(args.batch, vocab_size, device)
+        kinds[name] = RowSampler(args.batch, vocab_size, device)
         for row in range(args.batch):
             kinds[name].begin(row, asked[row % len(asked)], [0])
     steps, draws = [], {name: [] for name in kinds}

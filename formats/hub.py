@@ -59,10 +59,10 @@ def find(name: str | Path, quantize: str | None = None,
 
 def by_one_process(look: Callable[[bool], object]):
     """look(fetch) by the first process of a machine, then by the others, which fetch nothing."""
-    with tp.together():
+    with tp.raise_on_all_ranks():
         if tp.local_rank() == 0:
             found = look(True)
-    with tp.together():
+    with tp.raise_on_all_ranks():
         if tp.local_rank() > 0:
             found = look(False)
     return found

@@ -466,7 +466,7 @@ def test_progress_and_totals_go_to_stderr(prompts):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_has_written_what_is_finished(prompts, monkeypatch, number):
-    steps, read = [], program.start_reading
+    steps, read = [], program.copy_to_host
 
     def interrupting(tokens):
         steps.append(1)
@@ -475,7 +475,7 @@ def test_an_interrupted_run_has_written_what_is_finished(prompts, monkeypatch, n
         return read(tokens)
 
     expected = {record["index"]: record["token_ids"] for record in greedy(prompts)}
-    monkeypatch.setattr(program, "start_reading", interrupting)
+    monkeypatch.setattr(program, "copy_to_host", interrupting)
     status, out, err = run("batch", "--prompts", prompts, "--batch", 2, "--dtype", "fp32",
                            "--temperature", 0, "--window", 60, "--max-new-tokens", 12)
     written = [json.loads(line) for line in out.splitlines()]

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from draw import Rows, sample
+from draw import RowSampler, sample
 from generate import decode, generate, load, make_cache, prefill
 from helpers import TINY, as_on_a_gpu, random_model, run
 from kv_cache import KVCache
@@ -183,7 +183,7 @@ def test_the_decode_loop_reads_the_device_once_a_token(monkeypatch):
     step, tolist = model.step, torch.Tensor.tolist
     monkeypatch.setattr(model, "step", lambda *a: events.append("step") or step(*a))
     as_on_a_gpu(monkeypatch)
-    row = Rows(1, 64)
+    row = RowSampler(1, 64)
     row.begin(0, Sampling(0.7, top_p=0.9, seed=1), [])
     token = row.sample(logits)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: events.append("read") or tolist(t))

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 import generate as generate_module
 from batch import Batch, generate_batch
-from draw import Rows, sample
+from draw import RowSampler, sample
 from formats.session import load_session, save_session
 from generate import decode, generate, load, make_cache, prefill, warm
 from helpers import TINY, random_model
@@ -162,7 +162,7 @@ def test_nothing_is_compiled_after_warming_and_every_step_replays_a_graph(compil
 
 def test_a_decode_step_never_waits_for_the_device(compiled, monkeypatch):
     """But where a token is read, which is the step before's."""
-    def start_reading(tokens, start=generate_module.start_reading):
+    def copy_to_host(tokens, start=generate_module.copy_to_host):
         read = start(tokens)
 
         def reading():
@@ -175,8 +175,8 @@ def test_a_decode_step_never_waits_for_the_device(compiled, monkeypatch):
 
     cache, token = make_cache(compiled, 4, WINDOW), torch.tensor([[7]], device=DEVICE)
     warm(compiled, cache)
-    monkeypatch.setattr(generate_module, "start_reading", start_reading)
-    row = Rows(1, compiled.config.vocab_size, DEVICE)
+    monkeypatch.setattr(generate_module, "copy_to_host", copy_to_host)
+    row = RowSampler(1, compiled.config.vocab_size, DEVICE)
     row.begin(0, Sampling(0.8, 20, 0.95, seed=0), [])
     row.sample(compiled(token, cache))  # as generate does: then the settings are on the GPU
     try:

@@ -10,7 +10,7 @@ import torch
 import draw as module
 from draw import (
     BLOCK,
-    Rows,
+    RowSampler,
     block_cdf,
     blockwise_topk,
     inverse_cdf,
@@ -201,7 +201,7 @@ def test_however_cold_the_likeliest_is_drawn(way):
     for temperature in (1e-20, 1e-46, 1e-300):
         assert torch.equal(sample(logits, Sampling(temperature)), logits.argmax(-1))
         assert torch.equal(probabilities(logits, temperature).argmax(-1), logits.argmax(-1))
-        rows = Rows(20, 5 * BLOCK)
+        rows = RowSampler(20, 5 * BLOCK)
         for row in range(20):
             rows.begin(row, Sampling(temperature, seed=row), [])
         assert torch.equal(rows.sample(logits[:, None])[:, 0], logits.argmax(-1))
@@ -243,12 +243,12 @@ def test_a_row_says_what_it_says_alone_in_any_slot(way):
     asked = asked[3:] + asked[:3]
     logits = some_logits(6, len(asked), 5 * BLOCK)
     logits[:, :] = logits[:, :1]
-    together = Rows(len(asked), 5 * BLOCK)
+    together = RowSampler(len(asked), 5 * BLOCK)
     for row, one in enumerate(asked):
         together.begin(row, one, [1, 2, 3])
     said = said_by(together, logits)
     for row, one in enumerate(asked):
-        alone = Rows(1, 5 * BLOCK)
+        alone = RowSampler(1, 5 * BLOCK)
         alone.begin(0, one, [1, 2, 3])
         assert torch.equal(said_by(alone, logits[:, :1])[0], said[row])
     assert len(said.unique(dim=0)) > 7
@@ -258,7 +258,7 @@ def test_rows_draw_from_the_distribution(way):
     """Of 3,000 seeds, each row's second token, whose penalty the first has changed."""
     logits, n = some_logits(40), 3000
     one = Sampling(0.9, 0, 0.9, 0.01, 1.5, 0.5, 0.7)
-    rows = Rows(n, 40)
+    rows = RowSampler(n, 40)
     for row in range(n):
         rows.begin(row, Sampling(**{**one.__dict__, "seed": row}), [4, 5])
     first, second = said_by(rows, logits.expand(2, n, -1), 2).T
@@ -273,7 +273,7 @@ def test_rows_draw_from_the_distribution(way):
 
 def test_what_a_row_ended_with_is_forgotten():
     logits = some_logits(2, 20)
-    rows = Rows(2, 20)
+    rows = RowSampler(2, 20)
     rows.begin(0, Sampling(0, 0, 1, 0, 5.0, 2.0, 2.0), list(range(10)))
     rows.sample(logits[:, None])
     rows.end(0)
@@ -284,7 +284,7 @@ def test_what_a_row_ended_with_is_forgotten():
 
 def test_sampling_leaves_the_logits_as_they_are(way):
     logits = some_logits(8, 5 * BLOCK)
-    before, rows = logits.clone(), Rows(8, 5 * BLOCK)
+    before, rows = logits.clone(), RowSampler(8, 5 * BLOCK)
     for row, one in enumerate(MIXED):
         rows.begin(row, Sampling(**{**one.__dict__, "frequency_penalty": 0.1}), [1])
     rows.sample(logits[:, None])
@@ -333,7 +333,7 @@ def test_a_new_setting_needs_a_field_a_range_and_a_step(way, monkeypatch):
         chi_square, bound = goodness(sample(logits.expand(n, -1), one,
                                             torch.Generator().manual_seed(1)), expected)
         assert chi_square < bound
-        rows = Rows(n, 40)
+        rows = RowSampler(n, 40)
         for row in range(n):
             rows.begin(row, replace(one if row % 3 else WithFloor(0.9), seed=row), [])
         ids = rows.sample(logits.expand(n, 1, -1))[:, 0]

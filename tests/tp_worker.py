@@ -106,7 +106,7 @@ def of_a_checkpoint_that_one_rank_lacks(folder: Path) -> dict[str, torch.Tensor]
     try:
         load(folder / ("wide" if tp.rank() == 0 else "nowhere"), device="cpu")
     except ValueError as error:
-        reports = tp.gather_texts(str(error))
+        reports = tp.all_gather_texts(str(error))
         return {"lacking": torch.tensor(list("\n".join(reports).encode()), dtype=torch.uint8)}
     return {}
 
@@ -133,4 +133,4 @@ if __name__ == "__main__":
     if tp.rank() == 0:
         found = {name: tensor.contiguous() for name, tensor in found.items()}
         save_file(found, folder / f"ranks-{tp.n_ranks()}.safetensors")
-    tp.part()
+    tp.barrier()
