@@ -18,17 +18,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tp
 from cli import add_checkpoint, number, plain_parser
 from eval import read_text
-from formats.checkpoint import check_not_ours_quantized, float_tensors, stack
-from formats.config import block_layers, model_layers
-from formats.folder import open_checkpoint, our_config, write_checkpoint
+from formats.checkpoint import check_not_ours_quantized, stack
+from formats.config import block_layers
+from formats.folder import check_out, open_checkpoint, our_config, write_checkpoint
 from formats.hub import find
 from linear import pack_nibbles
 from load import check_device
@@ -37,7 +38,6 @@ from quantize import (
     asked_quantization,
     dequantize,
     empty_model,
-    kind_of_tensor,
     quantize_int4,
     store,
     stored_shapes,
@@ -180,18 +180,19 @@ def read_inputs(block: Block, linears: list[str], seen: Tensor, exact: Tensor,
         linear = block.get_submodule(name)
         K = linear.in_features
         sums[name] = [seen.new_zeros(K, K), seen.new_zeros(K, K)]
-
-        def add(module, args, name=name):
-            x, y = args[0].flatten(0, 1).chunk(2)
-            sums[name][0].addmm_(x.t(), x)
-            sums[name][1].addmm_((y - x).t(), x)
-
-        hooks.append(linear.register_forward_pre_hook(add))
+        hooks.append(linear.register_forward_pre_hook(partial(add_inputs, sums[name])))
     for x, y in zip(batches(seen), batches(exact)):
         y.copy_(block(torch.cat([x, y]), at, None, None)[len(x):])
     for hook in hooks:
         hook.remove()
     return sums
+
+
+def add_inputs(sums: list[Tensor], module: nn.Module, args: tuple[Tensor]) -> None:
+    """Add the inputs that a linear reads, those of `seen` and of `exact`, to its two sums."""
+    x, y = args[0].flatten(0, 1).chunk(2)  # (tokens, K) each
+    sums[0].addmm_(x.t(), x)
+    sums[1].addmm_((y - x).t(), x)
 
 
 def batches(states: Tensor) -> tuple[Tensor, ...]:
@@ -210,52 +211,47 @@ def quantize_layer(block: Block, prefix: str, sums: dict[str, list[Tensor]],
 
 
 @torch.no_grad()
-def quantized_tensors(tensors: dict[str, list[Tensor]], config: ModelConfig, quantization: dict,
-                      sequences: Tensor, device: torch.device,
-                      show=None) -> Iterator[tuple[str, Tensor]]:
-    """Yield all stored tensors, calibrated on sequences (N, L) int64. tensors are the float ones
-    by name, each as what it stacks (float_tensors).
+def calibrated_tensors(blocks: dict[str, list[Tensor]], config: ModelConfig, group_size: int,
+                       sequences: Tensor, device: torch.device,
+                       show=None) -> Iterator[tuple[str, Tensor]]:
+    """Yield all stored tensors, calibrated on sequences (N, L) int64. blocks are the float tensors
+    by name, each as the blocks of rows that it stacks (Checkpoint.blocks).
 
     It holds one layer in float32, its Hessians, and the hidden states of all sequences twice:
     read through the quantized layers, and through the original ones."""
-
-    def whole(name):
-        return stack(tensors[name]).to(device)
-
-    layers = model_layers(config)
-
-    def stored_whole(name: str) -> dict[str, Tensor]:
-        return store(name, whole(name), kind_of_tensor(name, layers, quantization))
-
-    embedding = stored_whole("embed.weight")
+    table = stack(blocks["embed.weight"]).to(device)
+    embedding = store("embed.weight", table, {"mode": "int8"})
     yield from embedding.items()
-    sequences, table = sequences.to(device), embedding["embed.weight"]
-    seen = table[sequences] * embedding["embed.scale"][sequences][..., None]  # (N, L, dim)
-    exact = whole("embed.weight")[sequences].float()
+    sequences = sequences.to(device)
+    seen = embedding["embed.weight"][sequences] * embedding["embed.scale"][sequences][..., None]
+    exact = table[sequences].float()  # (N, L, dim), as seen is
+    del table, embedding
     positions = torch.arange(sequences.shape[1], device=device)[None]
     at = Step(rope(positions, rope_frequencies(config, device)))
     for layer in range(config.n_layers):
         prefix = f"layers.{layer}."
-        stored = {name: whole(name) for name in tensors if name.startswith(prefix)}
-        block = make_block(config, stored, prefix)
+        weights = {name: stack(parts).to(device) for name, parts in blocks.items()
+                   if name.startswith(prefix)}
+        block = make_block(config, weights, prefix)
         sums = read_inputs(block, list(block_layers(config)), seen, exact, at)
-        yield from quantize_layer(block, prefix, sums, quantization["group_size"])
-        yield from ((name, tensor) for name, tensor in stored.items() if tensor.ndim == 1)
+        yield from quantize_layer(block, prefix, sums, group_size)
+        yield from ((name, tensor) for name, tensor in weights.items() if tensor.ndim == 1)
         for x in batches(seen):
             x.copy_(block(x, at, None, None))
         if show:
             show(layer + 1, config.n_layers)
-    yield "norm.weight", whole("norm.weight")
-    if "output.weight" in tensors:  # not where it is the embedding
-        yield from stored_whole("output.weight").items()
+    yield "norm.weight", stack(blocks["norm.weight"])
+    if "output.weight" in blocks:  # not where it is the embedding
+        output = stack(blocks["output.weight"]).to(device)
+        yield from store("output.weight", output, {"mode": "int8"}).items()
 
 
-def make_block(config: ModelConfig, stored: dict[str, Tensor], prefix: str) -> Block:
+def make_block(config: ModelConfig, weights: dict[str, Tensor], prefix: str) -> Block:
     """A layer in float32."""
     with torch.device("meta"):
         block = Block(config)
     block.load_state_dict({name.removeprefix(prefix): tensor.float().clone()
-                           for name, tensor in stored.items()}, assign=True)
+                           for name, tensor in weights.items()}, assign=True)
     return block
 
 
@@ -279,15 +275,11 @@ def gptq_checkpoint(source: Path, text: str, out: Path, n_sequences: int = 128,
     if length and length > longest:
         raise ValueError(f"--length {length} is above the model's trained context of {longest}")
 
-    def weights():  # begun when `out` is known to be free
-        sequences = sequences_of(text, Tokenizer(source), n_sequences,
-                                 length or min(LENGTH, longest))
-        tensors = dict(float_tensors(checkpoint))
-        for name, tensor in quantized_tensors(tensors, config, quantization, sequences, device,
-                                              show):
-            yield name, tensor.cpu()
-
-    write_checkpoint(out, source, our_config(checkpoint, quantization), weights(), len(shapes))
+    check_out(out)
+    sequences = sequences_of(text, Tokenizer(source), n_sequences, length or min(LENGTH, longest))
+    weights = calibrated_tensors(checkpoint.blocks, config, group_size, sequences, device, show)
+    write_checkpoint(out, source, our_config(checkpoint, quantization),
+                     ((name, tensor.cpu()) for name, tensor in weights), len(shapes))
 
 
 def main():

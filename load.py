@@ -18,12 +18,7 @@ from torch import Tensor
 
 import tp
 from formats.adapters import Lora, digest, merge, read_adapter
-from formats.checkpoint import (
-    Checkpoint,
-    check_not_ours_quantized,
-    stack,
-    stored_tensors,
-)
+from formats.checkpoint import Checkpoint, check_not_ours_quantized, stack, stored_tensors
 from formats.config import Layer, hf_parts, layer_name, model_layers
 from formats.folder import in_dtype, open_checkpoint
 from formats.hub import find, find_adapter
@@ -54,26 +49,15 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
     folder, quantize = find(checkpoint, quantize, group_size)
     adapter_folders = [find_adapter(name) for name in adapters]
     with tp.together():
-        opened, asked = open_checkpoint(folder), asked_quantization(quantize, group_size)
+        source, asked = open_checkpoint(folder), asked_quantization(quantize, group_size)
         if asked:
-            check_not_ours_quantized(opened)
-        if adapters and opened.quantization:
+            check_not_ours_quantized(source)
+        if adapters and source.quantization:
             raise ValueError(f"{folder}: is stored quantized; an adapter needs the original, which "
                              "--quantize quantizes after merging")
-        lora = [read_adapter(at, opened.config) for at in adapter_folders]
+        lora = [read_adapter(at, source.config) for at in adapter_folders]
         tokenizer = Tokenizer(folder)
-        quantization = asked or opened.quantization
-        n = tp.n_ranks() if parallel else 1
-        config, group = opened.config, (quantization or {}).get("group_size")
-        model = empty_model(config if n == 1 else tp.share(config, n, group), quantization)
-        weights = read_weights(opened, asked, lora, dtype, n, device)
-        dtype = dtype or default_dtype(weights)
-        convert_floats(weights, dtype, device)
-        share_tied(weights, config, n)
-        settings = settings_of(config), dtype, quantization, *map(digest, lora)
-        model.fingerprint = fingerprint(settings, weights)
-        finish(model, weights, device)
-        del weights  # compiling lays them out anew
+        model = build(source, asked, lora, dtype, device, tp.n_ranks() if parallel else 1)
         if compile:
             compile_model(model, compile_prefill)
         elif device.type == "cpu":
@@ -81,13 +65,32 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
     return model, tokenizer
 
 
-def read_weights(opened: Checkpoint, asked: dict | None, lora: list[Lora],
+def build(source: Checkpoint, asked: dict | None, lora: list[Lora], dtype: torch.dtype | None,
+          device: torch.device, n: int) -> Transformer:
+    """The model of a checkpoint, or this rank's part of it, of n, on its device. asked is the
+    quantization asked for, and None keeps the stored one."""
+    config, quantization = source.config, asked or source.quantization
+    group = (quantization or {}).get("group_size")
+    model = empty_model(config if n == 1 else tp.share(config, n, group), quantization)
+    weights = read_weights(source, asked, lora, dtype, n, device)
+    dtype = dtype or default_dtype(weights)
+    check_int4(weights, dtype, device)
+    for name, tensor in weights.items():
+        weights[name] = in_dtype(name, tensor, dtype)
+    share_tied(weights, config, n)
+    settings = settings_of(config), dtype, quantization, *map(digest, lora)
+    model.fingerprint = fingerprint(settings, weights)
+    finish(model, weights, device)
+    return model
+
+
+def read_weights(source: Checkpoint, asked: dict | None, lora: list[Lora],
                  dtype: torch.dtype | None, n: int, device: torch.device) -> dict[str, Tensor]:
     """This rank's part, of n, of every stored tensor: adapters are merged in, and then it is
     quantized as asked for."""
-    config, weights = opened.config, {}
+    config, weights = source.config, {}
     layers, parts = model_layers(config), hf_parts(config)
-    for name, blocks in stored_tensors(opened, asked):
+    for name, blocks in stored_tensors(source, asked):
         if lora:
             blocks = merge(blocks, parts[name], lora, torch.float32 if asked else dtype)
         kind = kind_of_tensor(name, layers, asked) if blocks[0].is_floating_point() else None
@@ -118,13 +121,10 @@ def share_tied(weights: dict[str, Tensor], config: ModelConfig, n: int) -> None:
             weights[own] = whole if n == 1 else tp.shard(own, layer, [whole], config, n)
 
 
-def convert_floats(weights: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
-    """Convert in place to the dtype that the model computes in. Raises ValueError where the device
-    does not compute in it."""
+def check_int4(weights: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ValueError where the device has no int4 in this dtype."""
     if device.type == "cuda" and has_int4(weights) and dtype != torch.bfloat16:
         raise ValueError(f"int4 on a GPU computes in bf16, not {dtype}; give --dtype bf16")
-    for name, tensor in weights.items():
-        weights[name] = in_dtype(name, tensor, dtype)
 
 
 def has_int4(weights: dict[str, Tensor]) -> bool:

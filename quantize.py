@@ -58,20 +58,29 @@ def quantize_int4(weight: Tensor, group_size: int) -> dict[str, Tensor]:
     sixteenths = (-low / full * 16).round().clamp(0, 255)[..., None]
     zero = sixteenths / 16
 
-    def nearest(scale):  # (N, K / g, 1) -> the steps from zero, (N, K / g, g)
-        return (groups / scale + zero).round().clamp(0, 15) - zero
-
-    def fit(steps):  # the scale with the least squared error for these steps
-        squares = steps.square().sum(-1, keepdim=True)
-        return ((groups * steps).sum(-1, keepdim=True) / squares.clamp(min=tiny)).clamp(min=tiny)
-
-    candidates = [fit(nearest(share * full[..., None])) for share in SHARES]
-    errors = [(nearest(scale) * scale - groups).square().sum(-1) for scale in candidates]
+    candidates, errors = [], []
+    for share in SHARES:
+        scale = best_scale(groups, nearest_levels(groups, share * full[..., None], zero))
+        candidates.append(scale)  # (N, K / g, 1)
+        errors.append((nearest_levels(groups, scale, zero) * scale - groups).square().sum(-1))
     best = torch.stack(errors, -1).argmin(-1, keepdim=True)  # (N, K / g, 1)
     scale = torch.cat(candidates, -1).gather(-1, best)
-    nibbles = (nearest(scale) + zero).flatten(1).to(torch.uint8)
+    nibbles = (nearest_levels(groups, scale, zero) + zero).flatten(1).to(torch.uint8)
     return {"weight": pack_nibbles(nibbles), "scale": scale[..., 0],
             "zero": sixteenths[..., 0].to(torch.uint8)}
+
+
+def nearest_levels(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """The nibbles less zero that are nearest to groups / scale: (N, K / g, g), as groups; scale and
+    zero are (N, K / g, 1)."""
+    return (groups / scale + zero).round().clamp(0, 15) - zero
+
+
+def best_scale(groups: Tensor, levels: Tensor) -> Tensor:
+    """The scale (N, K / g, 1) with the least squared error of levels * scale to groups."""
+    tiny = torch.finfo(torch.float32).tiny
+    squares = levels.square().sum(-1, keepdim=True)
+    return ((groups * levels).sum(-1, keepdim=True) / squares.clamp(min=tiny)).clamp(min=tiny)
 
 
 def dequantize(parts: dict[str, Tensor]) -> Tensor:

@@ -29,7 +29,25 @@ def read_adapter(folder: Path, config: ModelConfig) -> Lora:
     not supported, or is not of this model."""
     settings, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
     check_settings(folder / "adapter_config.json", settings)
-    tensors = open_file(path)
+    tensors, shapes = open_file(path), linear_shapes(config)
+    adapter = {}
+    for layer, stem in adapted_layers(path, tensors).items():
+        if layer not in shapes:
+            raise ValueError(f"{path}: tensor {stem}A.weight is of another model: this one has no "
+                             f"linear layer {layer}")
+        N, K = shapes[layer]
+        r, s = rank_and_scale(folder / "adapter_config.json", settings, layer)
+        A = read_factor(path, tensors, f"{stem}A.weight", (r, K))
+        B = read_factor(path, tensors, f"{stem}B.weight", (N, r))
+        adapter[layer + ".weight"] = A, B, s
+    if not adapter:
+        raise ValueError(f"{path}: no tensors in it")
+    return adapter
+
+
+def adapted_layers(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Hugging Face's name of each layer that an adapter changes, and its tensors' names up to A or
+    B. Raises ValueError naming a tensor that is neither."""
     layers = {}
     for name in tensors:
         found = re.fullmatch(r"base_model\.model\.(.+)\.lora_[AB]\.weight", name)
@@ -37,28 +55,25 @@ def read_adapter(folder: Path, config: ModelConfig) -> Lora:
             raise ValueError(f"{path}: tensor {name} is not supported: an adapter may have lora_A "
                              "and lora_B of linear layers")
         layers.setdefault(found[1], name.removesuffix("A.weight").removesuffix("B.weight"))
-    sizes = {part: (rows, layer.columns) for layer in model_layers(config).values()
-             for part, rows in layer.parts.items()
-             if not layer.is_table and layer.tied_to is None}
-    adapter = {}
-    for layer, stem in layers.items():
-        if layer not in sizes:
-            raise ValueError(f"{path}: tensor {stem}A.weight is of another model: this one has no "
-                             f"linear layer {layer}")
-        N, K = sizes[layer]
-        r, s = rank_and_scale(folder / "adapter_config.json", settings, layer)
-        for kind, shape in (("A", (r, K)), ("B", (N, r))):
-            tensor = tensors.get(f"{stem}{kind}.weight")
-            if tensor is None:
-                raise ValueError(f"{path}: tensor {stem}{kind}.weight is missing")
-            if tuple(tensor.shape) != shape or not tensor.isfinite().all():
-                raise ValueError(f"{path}: tensor {stem}{kind}.weight has shape "
-                                 f"{tuple(tensor.shape)} or values that are not finite; of this "
-                                 f"model and the adapter's rank it is {shape}")
-        adapter[layer + ".weight"] = (tensors[stem + "A.weight"], tensors[stem + "B.weight"], s)
-    if not adapter:
-        raise ValueError(f"{path}: no tensors in it")
-    return adapter
+    return layers
+
+
+def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """The shape (N, K) of every linear layer that has a weight of its own, by Hugging Face's names.
+    """
+    return {part: (rows, layer.columns) for layer in model_layers(config).values()
+            for part, rows in layer.parts.items() if not layer.is_table and layer.tied_to is None}
+
+
+def read_factor(path: Path, tensors: dict[str, Tensor], name: str, shape: tuple) -> Tensor:
+    """An adapter's A or B. Raises ValueError when it is not there or not as it should be."""
+    tensor = tensors.get(name)
+    if tensor is None:
+        raise ValueError(f"{path}: tensor {name} is missing")
+    if tuple(tensor.shape) != shape or not tensor.isfinite().all():
+        raise ValueError(f"{path}: tensor {name} has shape {tuple(tensor.shape)} or values that "
+                         f"are not finite; of this model and the adapter's rank it is {shape}")
+    return tensor
 
 
 def check_settings(path: Path, settings: dict) -> None:
@@ -85,15 +100,20 @@ def check_settings(path: Path, settings: dict) -> None:
 def rank_and_scale(path: Path, settings: dict, layer: str) -> tuple[int, float]:
     """r and s of a layer: alpha / r or, with rslora, alpha / sqrt(r) (Kalajdzievski, 2023). Keys of
     rank_pattern and alpha_pattern are ends of a layer's name, as regular expressions."""
-    def of(patterns, default):
-        return next((value for key, value in (settings.get(patterns) or {}).items()
-                     if re.match(rf"(.*\.)?({key})$", layer)), default)
     try:
-        r = of("rank_pattern", settings.get("r", 8))
-        alpha = of("alpha_pattern", settings.get("lora_alpha", 8))
+        r = first_match(settings.get("rank_pattern"), layer, settings.get("r", 8))
+        alpha = first_match(settings.get("alpha_pattern"), layer, settings.get("lora_alpha", 8))
         return r, alpha / (r ** 0.5 if settings.get("use_rslora") else r)
     except (re.error, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{path}: no rank or scale for {layer}: {error}") from None
+
+
+def first_match(patterns: dict | None, layer: str, default: float) -> float:
+    """The value of the first pattern that is an end of the layer's name."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            return value
+    return default
 
 
 def merge(blocks: list[Tensor], parts: dict[str, tuple[int, ...]], adapters: list[Lora],

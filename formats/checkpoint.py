@@ -57,23 +57,30 @@ def decode(block: Tensor | Encoded) -> dict[str, Tensor]:
     return {part: stack([piece[part] for piece in pieces]) for part in pieces[0]}
 
 
+def float_pieces(block: Tensor | Encoded) -> Iterator[Tensor]:
+    """A block in floating point, some rows at a time."""
+    return iter([block]) if isinstance(block, Tensor) else map(dequantize, block.decode())
+
+
 def to_float(block: Tensor | Encoded, dtype: torch.dtype | None = None) -> Tensor:
     """A block in floating point, (rows, columns); dtype None is its own, of integers float32."""
     return stack([piece.to(dtype or piece.dtype) for piece in float_pieces(block)])
 
 
-def float_tensors(checkpoint: Checkpoint,
-                  dtype: torch.dtype | None = None) -> Iterator[tuple[str, list[Tensor]]]:
-    """Every tensor by our name, in floating point, as the blocks of rows that it stacks."""
-    for name, blocks in checkpoint.blocks.items():
-        yield name, [to_float(block, dtype) for block in blocks]
+def is_of_kind(block: Tensor | Encoded, kind: dict | None) -> bool:
+    """Whether a block is stored so, as integers."""
+    return kind is not None and isinstance(block, Encoded) and block.kind == kind
 
 
-def stored_tensors(checkpoint: Checkpoint,
-                   asked: dict | None = None) -> Iterator[tuple[str, list[Tensor]]]:
+# ------------------------------------------------------------------------------ every tensor
+
+
+def stored_tensors(checkpoint: Checkpoint, asked: dict | None = None,
+                   dtype: torch.dtype | None = None) -> Iterator[tuple[str, list[Tensor]]]:
     """Every tensor by its stored name, as the blocks of rows that it stacks: as the checkpoint's
     quantization says, or where another is asked for, in floating point, to be quantized. Integers
-    that are of that kind already stay what they are. One layer at a time is decoded."""
+    that are of that kind already stay what they are; what is decoded to floating point is in dtype,
+    or if that is None in float32. One layer at a time is decoded."""
     layers = model_layers(checkpoint.config)
     for name, blocks in checkpoint.blocks.items():
         kind = kind_of_tensor(name, layers, asked or checkpoint.quantization)
@@ -83,16 +90,10 @@ def stored_tensors(checkpoint: Checkpoint,
             for i, block in enumerate(blocks):
                 stem = name.replace("weight", f"{i}.")
                 yield from ((stem + part, [tensor]) for part, tensor in decode(block).items())
-        elif is_of_kind(blocks, kind):
+        elif all(is_of_kind(block, kind) for block in blocks):
             yield from stacked_parts(name, [decode(block) for block in blocks])
         else:
-            yield name, [to_float(block) for block in blocks]
-
-
-def is_of_kind(blocks: list[Tensor | Encoded], kind: dict | None) -> bool:
-    """Whether all blocks are stored so, as integers."""
-    return kind is not None and all(
-        isinstance(block, Encoded) and block.kind == kind for block in blocks)
+            yield name, [to_float(block, dtype) for block in blocks]
 
 
 def stacked_parts(name: str, blocks: list[dict[str, Tensor]]) -> Iterator[tuple[str, list[Tensor]]]:
@@ -108,18 +109,19 @@ def quantized_tensors(checkpoint: Checkpoint, asked: dict) -> Iterator[tuple[str
     in pieces of rows. Raises ValueError naming a tensor that cannot be quantized."""
     layers = model_layers(checkpoint.config)
     for name, blocks in checkpoint.blocks.items():
-        kind, pieces = kind_of_tensor(name, layers, asked), []
-        for block in blocks:
-            if is_of_kind([block], kind):
-                stem = name.removesuffix("weight")
-                pieces += [{stem + part: rows for part, rows in piece.items()}
-                           for piece in block.decode()]
-            else:
-                pieces += [store(name, piece, kind) for piece in float_pieces(block)]
+        kind = kind_of_tensor(name, layers, asked)
+        pieces = [piece for block in blocks for piece in stored_pieces(name, block, kind)]
         for part in pieces[0]:
             yield part, stack([piece[part] for piece in pieces])
 
 
-def float_pieces(block: Tensor | Encoded) -> Iterator[Tensor]:
-    """A block in floating point, some rows at a time."""
-    return iter([block]) if isinstance(block, Tensor) else map(dequantize, block.decode())
+def stored_pieces(name: str, block: Tensor | Encoded,
+                  kind: dict | None) -> Iterator[dict[str, Tensor]]:
+    """A block stored as that kind, some rows at a time: tensors by their stored names."""
+    if is_of_kind(block, kind):
+        stem = name.removesuffix("weight")
+        for piece in block.decode():
+            yield {stem + part: rows for part, rows in piece.items()}
+    else:
+        for piece in float_pieces(block):
+            yield store(name, piece, kind)

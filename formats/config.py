@@ -32,15 +32,8 @@ ROPE = {"rope_theta": POSITIVE, "factor": POSITIVE, "low_freq_factor": POSITIVE,
 
 def config_from_hf(hf: dict) -> ModelConfig:
     """Read a Hugging Face config.json. Raises ValueError naming what is not supported."""
-    architecture = hf.get("architectures") or "none given"
-    architecture = architecture[0] if isinstance(architecture, list) else architecture
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"architecture {architecture!r:.80} is not supported; "
-                         f"known: {', '.join(ARCHITECTURES)}")
-    if (activation := hf.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise ValueError(f"hidden_act {activation!r:.80} is not supported; known: silu")
+    architecture = read_architecture(hf)
     check_keys(hf, SIZES | OPTIONAL, needed=SIZES)
-
     mistral, qwen2, qwen3 = (architecture.startswith(a) for a in ("Mistral", "Qwen2", "Qwen3"))
     dim, n_heads = hf["hidden_size"], hf["num_attention_heads"]
     n_kv_heads = hf.get("num_key_value_heads") or n_heads
@@ -61,6 +54,18 @@ def config_from_hf(hf: dict) -> ModelConfig:
         tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
         sliding_window=hf.get("sliding_window") if windowed else None,
         eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
+
+
+def read_architecture(hf: dict) -> str:
+    """The architecture's name. Raises ValueError naming one that is not supported."""
+    architecture = hf.get("architectures") or "none given"
+    architecture = architecture[0] if isinstance(architecture, list) else architecture
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture {architecture!r:.80} is not supported; "
+                         f"known: {', '.join(ARCHITECTURES)}")
+    if (activation := hf.get("hidden_act", "silu")) not in ("silu", "swish"):
+        raise ValueError(f"hidden_act {activation!r:.80} is not supported; known: silu")
+    return architecture
 
 
 def read_rope(hf: dict) -> tuple[float, dict | None]:
@@ -168,24 +173,25 @@ def block_norms(config: ModelConfig) -> dict[str, tuple[str, int]]:
 def hf_parts(config: ModelConfig) -> dict[str, dict[str, tuple[int, ...]]]:
     """For each tensor of ours that a file holds, the Hugging Face tensors that it stacks, and the
     shape of each."""
-    parts, layers = {}, model_layers(config)
-
-    def add_layer(name: str) -> None:
-        layer = layers[name]
-        if layer.tied_to is None:
-            parts[f"{name}.weight"] = {f"{part}.weight": (rows, layer.columns)
-                                       for part, rows in layer.parts.items()}
-        if layer.bias:
-            parts[f"{name}.bias"] = {f"{part}.bias": (rows,) for part, rows in layer.parts.items()}
-
-    add_layer("embed")
+    layers = model_layers(config)
+    parts = layer_parts("embed", layers["embed"])
     for i in range(config.n_layers):
-        for name in block_layers(config):
-            add_layer(f"layers.{i}.{name}")
+        for name in (f"layers.{i}.{name}" for name in block_layers(config)):
+            parts |= layer_parts(name, layers[name])
         for name, (theirs, size) in block_norms(config).items():
             parts[f"layers.{i}.{name}.weight"] = {f"model.layers.{i}.{theirs}.weight": (size,)}
     parts["norm.weight"] = {"model.norm.weight": (config.dim,)}
-    add_layer("output")
+    return parts | layer_parts("output", layers["output"])
+
+
+def layer_parts(name: str, layer: Layer) -> dict[str, dict[str, tuple[int, ...]]]:
+    """hf_parts of one layer: its weight, unless another layer has it, and its bias, if any."""
+    parts = {}
+    if layer.tied_to is None:
+        parts[f"{name}.weight"] = {f"{part}.weight": (rows, layer.columns)
+                                   for part, rows in layer.parts.items()}
+    if layer.bias:
+        parts[f"{name}.bias"] = {f"{part}.bias": (rows,) for part, rows in layer.parts.items()}
     return parts
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import pickle
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import safetensors
@@ -22,7 +22,6 @@ from torch import Tensor
 from formats.checkpoint import (
     Checkpoint,
     check_not_ours_quantized,
-    float_tensors,
     quantized_tensors,
     stack,
     stored_tensors,
@@ -50,20 +49,25 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     try:
         if "gpt_stream" in raw:
             quantization = raw["gpt_stream"].get("quantization")
-            expected = stored_shapes(empty_model(config, quantization))
-            check_tensors({name: tensor.shape for name, tensor in tensors.items()}, expected)
-            blocks = {name: [tensors[name]] for name in expected}
+            blocks = our_blocks(tensors, config, quantization)
         elif raw.get("quantization_config"):
-            quantization, blocks = read_published(folder, raw, tensors, config)
+            quantization, blocks = read_published(raw, tensors, config)
         else:
-            quantization, blocks = None, stacked(tensors, config)
+            quantization, blocks = None, hf_blocks(tensors, config)
     except ValueError as error:
-        text = str(error)
-        raise ValueError(text if text.startswith(str(folder)) else f"{folder}: {text}") from None
+        raise ValueError(f"{folder}: {error}") from None
     return Checkpoint(folder, raw, config, quantization, blocks)
 
 
-def stacked(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, list[Tensor]]:
+def our_blocks(tensors: dict[str, Tensor], config: ModelConfig,
+               quantization: dict | None) -> dict[str, list[Tensor]]:
+    """The tensors of a folder of ours, each whole. Raises ValueError naming one that is wrong."""
+    expected = stored_shapes(empty_model(config, quantization))
+    check_tensors({name: tensor.shape for name, tensor in tensors.items()}, expected)
+    return {name: [tensors[name]] for name in expected}
+
+
+def hf_blocks(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, list[Tensor]]:
     """Hugging Face's tensors under our names. Raises ValueError naming one that is wrong."""
     parts = hf_parts(config)
     expected = {part: shape for each in parts.values() for part, shape in each.items()}
@@ -171,14 +175,19 @@ def write_converted(checkpoint: Checkpoint, out: Path, dtype: torch.dtype | None
     check_not_ours_quantized(checkpoint)
     stored = quantization or checkpoint.quantization
     shapes = stored_shapes(empty_model(checkpoint.config, stored))  # refuses what cannot be
-    if quantization:
-        tensors = quantized_tensors(checkpoint, quantization)
-    else:
-        blocks = stored_tensors(checkpoint) if stored else float_tensors(checkpoint, dtype)
-        tensors = ((name, stack(each)) for name, each in blocks)
     write_checkpoint(out, checkpoint.folder, our_config(checkpoint, stored, dtype),
-                     ((name, in_dtype(name, tensor, dtype)) for name, tensor in tensors),
-                     len(shapes), show)
+                     converted_tensors(checkpoint, dtype, quantization), len(shapes), show)
+
+
+def converted_tensors(checkpoint: Checkpoint, dtype: torch.dtype | None,
+                      quantization: dict | None) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor as a folder of ours stores it."""
+    if quantization:
+        for name, tensor in quantized_tensors(checkpoint, quantization):
+            yield name, in_dtype(name, tensor, dtype)
+    else:
+        for name, blocks in stored_tensors(checkpoint, dtype=dtype):
+            yield name, stack([in_dtype(name, block, dtype) for block in blocks])
 
 
 def in_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -189,37 +198,53 @@ def in_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def write_checkpoint(out: Path, source: Path, raw: dict, weights: Iterable[tuple[str, Tensor]],
-                     total: int, progress=None) -> None:
+                     total: int, show=None) -> None:
     """Write a folder of ours, whole or not at all: raw as config.json, the weights, of which
-    progress expects `total`, and the tokenizer's files of `source`. Raises ValueError when `out`
-    holds something."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: exists already and is not an empty folder")
+    there are `total`, and the tokenizer's files of `source`. Raises ValueError when `out` holds
+    something."""
+    check_out(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(out) as partial:
         partial.mkdir(0o700)
-        files, waiting = {}, {}  # file name -> its tensors' names; tensors not yet written
-
-        def write_waiting() -> None:
-            file = f"model-{len(files) + 1:05}.safetensors"
-            save_file(waiting, partial / file, metadata={"format": "pt"})
-            files[file] = list(waiting)
-            waiting.clear()
-
-        for count, (name, tensor) in enumerate(weights, 1):
-            waiting[name] = tensor.contiguous()
-            if sum(t.nbytes for t in waiting.values()) >= FILE_BYTES:
-                write_waiting()
-            if progress:
-                progress(count, total)
-        if waiting:
-            write_waiting()
-        if len(files) == 1:
-            (partial / "model-00001.safetensors").rename(partial / "model.safetensors")
-        else:
-            weight_map = {name: file for file, names in files.items() for name in names}
-            write_json(partial / "model.safetensors.index.json", {"weight_map": weight_map})
+        write_weights(partial, weights, total, show)
         write_json(partial / "config.json", raw)
         for name in COPIED:
             if (source / name).exists():
                 shutil.copyfile(source / name, partial / name)
+
+
+def check_out(out: Path) -> None:
+    """Raises ValueError when a folder cannot be written there because something is there."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: exists already and is not an empty folder")
+
+
+def write_weights(folder: Path, weights: Iterable[tuple[str, Tensor]], total: int,
+                  show=None) -> None:
+    """Write weights as one safetensors file, or as several and their index."""
+    files = {}  # file name -> its tensors' names
+    for tensors in file_contents(weights, total, show):
+        file = f"model-{len(files) + 1:05}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        files[file] = list(tensors)
+    if len(files) == 1:
+        (folder / "model-00001.safetensors").rename(folder / "model.safetensors")
+    else:
+        weight_map = {name: file for file, names in files.items() for name in names}
+        write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+
+
+def file_contents(weights: Iterable[tuple[str, Tensor]], total: int,
+                  show=None) -> Iterator[dict[str, Tensor]]:
+    """The tensors of one file after the other, in one dict, which is cleared after each: so no two
+    files are in memory at once."""
+    tensors = {}
+    for count, (name, tensor) in enumerate(weights, 1):
+        tensors[name] = tensor.contiguous()
+        if sum(t.nbytes for t in tensors.values()) >= FILE_BYTES:
+            yield tensors
+            tensors.clear()
+        if show:
+            show(count, total)
+    if tensors:
+        yield tensors

@@ -106,16 +106,9 @@ def read_settings(metadata: dict, tensors: dict[str, Stored]) -> tuple[dict, Mod
     name = check_architecture(metadata)
     if "token_embd.weight" not in tensors:
         raise ValueError("tensor token_embd.weight is missing")
-    sizes = {ours: read_number(metadata, f"{name}.{key}", int) for ours, key in SIZES.items()}
-    heads, dim, layers = (sizes[key] for key in (
-        "num_attention_heads", "hidden_size", "num_hidden_layers"))
-    if f"blk.{layers - 1}.attn_norm.weight" not in tensors:  # before so many are built
-        raise ValueError(f"{name}.block_count is {layers}; the file has no tensors of the last one")
     raw = {
-        "architectures": [ARCHITECTURES[name]], "model_type": name, "hidden_act": "silu", **sizes,
-        "num_key_value_heads": read_number(metadata, f"{name}.attention.head_count_kv", int, heads),
-        "head_dim": read_number(metadata, f"{name}.attention.key_length", int, dim // heads),
-        "vocab_size": tensors["token_embd.weight"].shape[0],
+        "architectures": [ARCHITECTURES[name]], "model_type": name, "hidden_act": "silu",
+        **read_sizes(metadata, name, tensors),
         "rms_norm_eps": read_number(metadata, f"{name}.attention.layer_norm_rms_epsilon", float),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
@@ -127,12 +120,25 @@ def read_settings(metadata: dict, tensors: dict[str, Stored]) -> tuple[dict, Mod
                                 if (key := f"tokenizer.ggml.{end}_token_id") in metadata})}
     if metadata.get(key := f"{name}.attention.sliding_window"):
         raw.update(sliding_window=read_number(metadata, key, int), use_sliding_window=True)
-    for key in (f"{name}.attention.value_length", f"{name}.rope.dimension_count"):
-        if (value := metadata.get(key, raw["head_dim"])) != raw["head_dim"]:
-            raise ValueError(f"{key} is {value}; only heads of one size ({raw['head_dim']}), "
-                             "rotated whole, are supported")
     raw["rope_parameters"].update(read_scaling(metadata, name, tensors, config_from_hf(raw)))
     return raw, config_from_hf(raw)
+
+
+def read_sizes(metadata: dict, name: str, tensors: dict[str, Stored]) -> dict[str, int]:
+    """The sizes that a config.json has. Raises ValueError naming the key of one that cannot be."""
+    sizes = {ours: read_number(metadata, f"{name}.{key}", int) for ours, key in SIZES.items()}
+    heads, dim, layers = (sizes[key] for key in (
+        "num_attention_heads", "hidden_size", "num_hidden_layers"))
+    if f"blk.{layers - 1}.attn_norm.weight" not in tensors:  # before so many are built
+        raise ValueError(f"{name}.block_count is {layers}; the file has no tensors of the last one")
+    kv_heads = read_number(metadata, f"{name}.attention.head_count_kv", int, heads)
+    head_dim = read_number(metadata, f"{name}.attention.key_length", int, dim // heads)
+    for key in (f"{name}.attention.value_length", f"{name}.rope.dimension_count"):
+        if (value := metadata.get(key, head_dim)) != head_dim:
+            raise ValueError(f"{key} is {value}; only heads of one size ({head_dim}), rotated "
+                             "whole, are supported")
+    return {**sizes, "num_key_value_heads": kv_heads, "head_dim": head_dim,
+            "vocab_size": tensors["token_embd.weight"].shape[0]}
 
 
 def check_architecture(metadata: dict) -> str:

@@ -32,12 +32,7 @@ def write_tokenizer(folder: Path, metadata: dict) -> None:
         raise ValueError(f"tokenizer.ggml.model {model!r} is not supported; known: llama, gpt2")
     tokens = read_list(metadata, "tokens", str)
     types = read_list(metadata, "token_type", int, [NORMAL] * len(tokens))
-    ids = SPM_IDS if model == "llama" else {}
-    ids = {**ids, **{name: metadata[key] for name in SPM_IDS
-                     if (key := f"tokenizer.ggml.{name}_token_id") in metadata}}
-    if wrong := [name for name, token_id in ids.items() if token_id not in range(len(tokens))]:
-        raise ValueError(f"tokenizer.ggml.{wrong[0]}_token_id is {ids[wrong[0]]}; there are "
-                         f"{len(tokens)} tokens")
+    ids = special_ids(metadata, SPM_IDS if model == "llama" else {}, len(tokens))
     begins = model == "llama" or CUTS.get(metadata.get("tokenizer.ggml.pre")) == (LLAMA3,)
     begins = "bos" in ids and bool(metadata.get("tokenizer.ggml.add_bos_token", begins))
     settings = {"add_bos_token": begins, "chat_template": metadata.get("tokenizer.chat_template"),
@@ -55,6 +50,21 @@ def write_tokenizer(folder: Path, metadata: dict) -> None:
         (folder / "tokenizer.model").write_bytes(sentencepiece_model(
             tokens, scores, types, ids, metadata.get("tokenizer.ggml.add_space_prefix", True)))
     write_json(folder / "tokenizer_config.json", settings)
+
+
+def special_ids(metadata: dict, default: dict[str, int], n_tokens: int) -> dict[str, int]:
+    """The ids of "bos", "eos" and "unknown", those that there are. Raises ValueError naming one
+    that is no token's."""
+    ids = {}
+    for name in SPM_IDS:
+        key = f"tokenizer.ggml.{name}_token_id"
+        token_id = metadata.get(key, default.get(name))
+        if token_id is None:
+            continue
+        if token_id not in range(n_tokens):
+            raise ValueError(f"{key} is {token_id}; there are {n_tokens} tokens")
+        ids[name] = token_id
+    return ids
 
 
 def read_list(metadata: dict, name: str, kind: type, default: list | None = None) -> list:

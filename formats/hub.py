@@ -27,6 +27,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import tp
@@ -54,7 +55,7 @@ def find(name: str | Path, quantize: str | None = None,
 
     Under torchrun (after tp.join) the first process of a machine fetches, and the others find what
     it left. Raises ValueError, in one line, on all of them."""
-    return by_one_process(lambda fetch: locate(name, quantize, group_size, fetch))
+    return by_one_process(partial(locate, name, quantize, group_size))
 
 
 def by_one_process(look: Callable[[bool], object]):
@@ -71,18 +72,20 @@ def by_one_process(look: Callable[[bool], object]):
 def find_adapter(name: str | Path) -> Path:
     """The folder of a LoRA adapter: one on this disk, or org/adapter[@revision] on the Hub. Raises
     ValueError, in one line."""
-    def look(fetch):
-        text = str(name)
-        path = Path(os.path.expanduser(text))
-        if path.is_dir() and text:
-            return path
-        refuse_path(name, "adapter")
-        if not HUB_NAME.fullmatch(text):
-            raise ValueError(f"adapter {text!r} is unknown; it is a folder, or org/adapter or "
-                             "org/adapter@revision on the Hugging Face Hub")
-        return from_hub(text, fetch, ADAPTER)
+    return by_one_process(partial(locate_adapter, name))
 
-    return by_one_process(look)
+
+def locate_adapter(name: str | Path, fetch: bool) -> Path:
+    """What `find_adapter` returns. Not to fetch is to take what is on this disk."""
+    text = str(name)
+    path = Path(os.path.expanduser(text))
+    if path.is_dir() and text:
+        return path
+    refuse_path(name, "adapter")
+    if not HUB_NAME.fullmatch(text):
+        raise ValueError(f"adapter {text!r} is unknown; it is a folder, or org/adapter or "
+                         "org/adapter@revision on the Hugging Face Hub")
+    return from_hub(text, fetch, ADAPTER)
 
 
 def locate(name: str | Path, quantize: str | None, group_size: int,
@@ -125,9 +128,9 @@ def from_gguf(path: Path, quantize: str | None, group_size: int) -> tuple[Path, 
     digits = hashlib.sha256(key).hexdigest()[:8]  # so a file that has changed is converted anew
     folder = CHECKPOINTS / f"{path.stem}-{digits}{'-int4' if exact else ''}"
 
-    def make(partial: Path) -> None:
+    def make(out: Path) -> None:
         log.info("converting %s (%.0f MB) to %s, once", path, state.st_size / 1e6, folder)
-        convert(path, partial, {"mode": "int4", "group_size": 32} if exact else None)
+        convert(path, out, {"mode": "int4", "group_size": 32} if exact else None)
 
     return once(folder, make), None if exact else quantize
 

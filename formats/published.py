@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -67,7 +66,7 @@ class Layer(NamedTuple):
 # ------------------------------------------------------------------------------ configuration
 
 
-def read_ways(folder: Path, raw: dict) -> list[Way]:
+def read_ways(raw: dict) -> list[Way]:
     """The ways in which a folder's layers may be stored, from its quantization_config. Raises
     ValueError naming what is not supported, and what would do."""
     readers = {"gptq": gptq_ways, "awq": awq_ways, "compressed-tensors": compressed_ways}
@@ -85,10 +84,10 @@ def read_ways(folder: Path, raw: dict) -> list[Way]:
             if type(way.group_size) is not int or way.group_size < 1 and way.group_size != -1:
                 raise Unsupported(f"group_size {way.group_size!r}")
     except Unsupported as what:
-        raise ValueError(f"{folder}: quantization_config: {what} is not supported (integers of 4 "
+        raise ValueError(f"quantization_config: {what} is not supported (integers of 4 "
                          f"and 8 bits by {', '.join(readers)} are); {INSTEAD}") from None
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder}: quantization_config is damaged: {error!r}") from None
+        raise ValueError(f"quantization_config is damaged: {error!r}") from None
     return ways
 
 
@@ -303,29 +302,27 @@ def our_tensors(tensors: dict[str, Tensor], layer: Layer) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------ folders
 
 
-def read_published(folder: Path, raw: dict, tensors: dict[str, Tensor], config: ModelConfig
+def read_published(raw: dict, tensors: dict[str, Tensor], config: ModelConfig
                    ) -> tuple[dict | None, dict[str, list[Tensor | Encoded]]]:
     """What a Checkpoint says of a published folder: its quantization, {"mode": its method,
     "group_size": the largest, "layers": a kind for each}, and its blocks, by our names. Raises
     ValueError naming what is not supported, or a tensor that is not as it should be."""
-    schemes, layers = read_ways(folder, raw), model_layers(config)
-    blocks, kinds, sizes, integers = {}, {}, [], {}
+    schemes, layers = read_ways(raw), model_layers(config)
+    blocks, kinds, integers = {}, {}, {}
     for name, parts in hf_parts(config).items():
-        blocks[name] = [tensors.get(part) for part in parts]
         layer = layers.get(name.removesuffix(".weight"))
         if layer is None or layer.is_table:  # a norm, a bias or the embedding
+            blocks[name] = [tensors.get(part) for part in parts]
             continue
-        found = [open_layer(tensors, part.removesuffix("weight"), *shape, schemes)
-                 for part, shape in parts.items()]
-        integers.update({part: one for part, one in zip(parts, found) if one})
-        blocks[name] = [Encoded(one.kind, partial(decode_layer, tensors, one)) if one else plain
-                        for one, plain in zip(found, blocks[name])]
-        each = [one and one.kind for one in found]
-        sizes += [kind["group_size"] for kind in each if kind and "group_size" in kind]
-        if any(each):
-            same = alike(each, [one and one.order for one in found])
-            kinds[name.removesuffix(".weight")] = each[0] if same else each
+        found = {part: open_layer(tensors, part.removesuffix("weight"), *shape, schemes)
+                 for part, shape in parts.items()}
+        blocks[name] = [Encoded(one.kind, partial(decode_layer, tensors, one)) if one
+                        else tensors[part] for part, one in found.items()]
+        if any(found.values()):
+            kinds[name.removesuffix(".weight")] = stacked_kind(list(found.values()))
+        integers |= {part: one for part, one in found.items() if one}
     check_rest(tensors, integers, config)
+    sizes = [one.kind["group_size"] for one in integers.values() if "group_size" in one.kind]
     quantization = {"mode": raw["quantization_config"]["quant_method"], "layers": kinds,
                     **({"group_size": max(sizes)} if sizes else {})}
     return quantization, blocks
@@ -335,10 +332,13 @@ def decode_layer(tensors: dict[str, Tensor], layer: Layer) -> Iterator[dict[str,
     yield our_tensors(tensors, layer)
 
 
-def alike(kinds: list[dict | None], orders: list[Tensor | None]) -> bool:
-    """Whether layers of one input can be stacked."""
-    return all(kind == kinds[0] and (order is None or torch.equal(order, orders[0]))
+def stacked_kind(layers: list[Layer | None]) -> dict | list[dict | None]:
+    """The kind of layers of one input that can be stacked, or a list of one for each."""
+    kinds = [layer and layer.kind for layer in layers]
+    orders = [layer and layer.order for layer in layers]
+    same = all(kind == kinds[0] and (order is None or torch.equal(order, orders[0]))
                for kind, order in zip(kinds, orders))
+    return kinds[0] if same else kinds
 
 
 def check_rest(tensors: dict[str, Tensor], integers: dict[str, Layer], config: ModelConfig) -> None:

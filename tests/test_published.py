@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import tp_worker
 from convert_hf import convert
-from formats.checkpoint import float_tensors, stored_tensors
+from formats.checkpoint import stored_tensors, to_float
 from formats.config import hf_parts
 from formats.folder import open_checkpoint
 from generate import generate, load, make_cache
@@ -106,7 +106,7 @@ def weights_of(folder):
     """Every weight in floating point, by Hugging Face's names."""
     checkpoint = open_checkpoint(folder)
     parts = hf_parts(checkpoint.config)
-    return {part: block for name, blocks in float_tensors(checkpoint)
+    return {part: to_float(block) for name, blocks in checkpoint.blocks.items()
             for part, block in zip(parts[name], blocks)}
 
 
