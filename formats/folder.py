@@ -144,15 +144,24 @@ def open_file(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: named by the index, but missing")
     try:
         if path.suffix == ".bin":
-            tensors = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-            if all(isinstance(tensor, Tensor) for tensor in dict(tensors).values()):
-                return tensors
-            raise RuntimeError("it holds other things than tensors")
+            return unpickle_tensors(path)
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{path}: damaged or not a weights file: {reason}") from None
+
+
+def unpickle_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .bin file, memory-mapped. Raises RuntimeError for a damaged one."""
+    try:
+        tensors = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except (LookupError, TypeError, AttributeError, ValueError) as error:  # of a damaged pickle
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
+    if not isinstance(tensors, dict) or not all(
+            isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise RuntimeError("it holds other things than tensors")
+    return tensors
 
 
 # ------------------------------------------------------------------------------ writing

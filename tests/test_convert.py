@@ -136,6 +136,21 @@ def test_old_files_extra_tables_and_tied_copies_are_no_obstacle(hf_folder, tmp_p
     assert "output.weight" not in weights_of(tmp_path / "out")
 
 
+def test_a_damaged_pickle_is_named(tmp_path):
+    """It asks for a memo that was never stored, which the unpickler answers with a KeyError."""
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.ones(3), "b": torch.ones(2)}, path)
+    assert open_file(path)["b"].tolist() == [1, 1]
+    whole = path.read_bytes()
+    assert b"h\x02" in whole  # BINGET 2
+    path.write_bytes(whole.replace(b"h\x02", b"h\xc8"))
+    with pytest.raises(ValueError, match="pytorch_model.bin: damaged or not a weights file"):
+        open_file(path)
+    torch.save([torch.ones(3)], path)
+    with pytest.raises(ValueError, match="pytorch_model.bin: .* other things than tensors"):
+        open_file(path)
+
+
 @pytest.mark.slow
 def test_loading_maps_the_file_instead_of_copying_it(tmp_path):
     """Resident anonymous memory stays far below the size of the weights."""
