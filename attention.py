@@ -1,10 +1,12 @@
 """softmax(q k^T / sqrt(D)) v: over a sink+window cache, or over a sequence by itself.
 
-Over a cache a query has been rotated twice (kv_cache.py): for the sinks, and for the ring. A GPU
-computes that over all slots, in shapes that never change. On a CPU what is not held is not read: a
-token's graph loops up to a number that is not compiled in, and a chunk's calls an operator.
+Over a cache, a query is rotated twice (kv_cache.py): once for the sinks and once for the ring. A
+GPU attends to all slots, in shapes that never change. A CPU reads only the n slots that hold
+something: in a compiled graph, one token loops over them with n as a dynamic size; everything else
+calls the operator `attend_held`.
 
-G query heads share one key-value head; D is the size of a head.
+Shapes: B rows, T tokens, S sinks, R ring slots, G query heads that share one key-value head, D the
+size of a head.
 """
 
 from __future__ import annotations
@@ -15,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear import in_memory
+from linear import materialize
 
 
 def attend(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, at) -> Tensor:
-    """q_sink and q_recent are one query (B, T, heads, D), rotated for the sinks and for the ring; k
-    and v (B, kv_heads, S + R, D); at is the model's Step, of which the mask, n_sink and window
-    count here. -> (B, T, heads, D)"""
+    """Attention over a cache -> (B, T, heads, D). q_sink and q_recent (B, T, heads, D) are one
+    query, rotated for the sinks and for the ring; k and v are (B, kv_heads, S + R, D); `at` is the
+    model's Step, of which the mask, n_sink and window are used."""
     if k.is_cuda:
         return attend_all(q_sink, q_recent, k, v, at.mask, at.n_sink)
     if q_recent.shape[1] == 1 and torch.compiler.is_compiling():
@@ -30,9 +32,9 @@ def attend(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, at) -> Tensor
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Without a cache: each token sees itself and those before it. q (B, T, heads, D), k and v
-    (B, T, kv_heads, D) -> (B, T, heads, D)"""
-    if not q.is_cuda:  # PyTorch's flash attention for CPUs knows no groups
+    """Attention without a cache: each token sees itself and all tokens before it.
+    q (B, T, heads, D), k and v (B, T, kv_heads, D) -> (B, T, heads, D)"""
+    if not q.is_cuda:  # PyTorch's flash attention for CPUs has no grouped queries
         k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.is_cuda)
@@ -40,8 +42,8 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def grouped(q: Tensor, n_kv_heads: int) -> Tensor:
-    """(B, T, heads, D) -> (B, kv_heads, T * G, D): queries that share a key-value head are rows of
-    one product, so the cache is read once and never repeated."""
+    """(B, T, heads, D) -> (B, kv_heads, T * G, D). Queries that share a key-value head become rows
+    of one product, so keys and values are read once and never repeated."""
     B, T, _, D = q.shape
     if T == 1:
         return q.reshape(B, n_kv_heads, -1, D)
@@ -57,10 +59,11 @@ def ungrouped(y: Tensor, T: int) -> Tensor:
 
 def attend_all(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, mask: Tensor,
                n_sink: int) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v over the n slots that are given; mask (B, T * G, n)."""
+    """Attention over all n slots of k and v (B, kv_heads, n, D), with a mask (B, T * G, n) to add
+    to the scores -> (B, T, heads, D)"""
     T, scale = q_recent.shape[1], 1 / math.sqrt(q_recent.shape[-1])
-    # All slots, then the sinks again: a matmul over a part of k would first copy that part.
-    scores = products(grouped(q_recent * scale, k.shape[1]), k)
+    # Scores of all slots, then of the sinks again: a matmul over the ring would first copy it.
+    scores = products(grouped(q_recent * scale, k.shape[1]), k)  # (B, kv_heads, T * G, n)
     if n_sink:
         sink_scores = products(grouped(q_sink * scale, k.shape[1]), k[:, :, :n_sink])
         scores = torch.cat([sink_scores, scores[..., n_sink:]], dim=-1)
@@ -69,8 +72,8 @@ def attend_all(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, mask: Ten
 
 
 def products(q: Tensor, k: Tensor) -> Tensor:
-    """q k^T (B, kv_heads, rows, n). On a CPU (k q^T)^T, which reads k as it lies: for one token,
-    3 heads and 4,223 slots in 92 us instead of 318."""
+    """q k^T (B, kv_heads, rows, n). On a CPU it is computed as (k q^T)^T, which reads k in its
+    order in memory and is faster for one token."""
     return q @ k.transpose(2, 3) if k.is_cuda else (k @ q.transpose(2, 3)).transpose(2, 3)
 
 
@@ -79,22 +82,22 @@ def products(q: Tensor, k: Tensor) -> Tensor:
 
 def attend_in_sums(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, mask: Tensor,
                    n_sink: int) -> Tensor:
-    """attend_all of one token (T = 1) over the n slots that the mask is about, for inductor: it
-    writes loops up to whatever n is, in 7 us where the operator below takes 49 (32 slots), and in
-    26 of 49 (508)."""
+    """attend_all of one token (T = 1) over the first n slots, n the size of the mask, written for
+    inductor. It makes loops of it with n as a dynamic size, which are faster than calling the
+    operator below."""
     (B, n_kv_heads, _, D), n, dtype = k.shape, mask.shape[-1], v.dtype
-    # Of a slice, the compiler would note whether n is all of them: two graphs instead of one.
+    # A slice would make two graphs of one: the compiler would check whether n is every slot.
     k = k.as_strided((B, n_kv_heads, n, D), k.stride())[:, :, None].float()
     v = v.as_strided((B, n_kv_heads, n, D), v.stride())[:, :, None].float()
-    q_sink = in_memory(q_sink.float().view(B, n_kv_heads, -1, 1, D))  # (B, kv_heads, G, 1, D)
-    q_recent = in_memory(q_recent.float().view(B, n_kv_heads, -1, 1, D))
+    q_sink = materialize(q_sink.float().view(B, n_kv_heads, -1, 1, D))  # (B, kv_heads, G, 1, D)
+    q_recent = materialize(q_recent.float().view(B, n_kv_heads, -1, 1, D))
     is_sink = (torch.arange(n) < n_sink)[:, None]
     scores = (torch.where(is_sink, q_sink, q_recent) * k).sum(-1) / math.sqrt(D) + mask[:, None]
     weights = scores.softmax(-1)  # (B, kv_heads, G, n)
     return (weights[..., None] * v).sum(-2).reshape(B, 1, -1, D).to(dtype)
 
 
-FEW = 1024  # slots; for one token over more of them attend_all is faster than the flash kernel
+FLASH_SLOTS = 1024  # over more slots, attend_all is faster for one token than the flash kernel
 
 torch.library.define("gpt_stream::attend_held", "(Tensor q_sink, Tensor q_recent, Tensor k, "
                      "Tensor v, Tensor mask, int n_sink, int window) -> Tensor")
@@ -108,25 +111,26 @@ def attend_held_fake(q_sink, q_recent, k, v, mask, n_sink, window):
 
 @torch.library.impl("gpt_stream::attend_held", "cpu")
 def attend_held_cpu(q_sink, q_recent, k, v, mask, n_sink, window):
-    """attend_all over the slots that the mask is about, which are all that are in use.
+    """attend_all over the first n slots, n the size of the mask: all that hold something.
 
-    Until the window slides, sinks are seen at their true distances, and one query does for all.
-    From then on the sinks are attended to apart, and both parts are added up in proportion to the
-    sums of their exponentials, as flash attention adds up its blocks (Dao et al., 2022)."""
+    Until the window slides, sinks are at their true distances and q_recent is right for all slots.
+    From then on the sinks are attended to by themselves, and the two parts are added in proportion
+    to the sums of their exponentials, as flash attention adds its blocks (Dao et al., 2022)."""
     T, n_kv_heads, n = q_recent.shape[1], k.shape[1], mask.shape[-1]
     sinks_apart = n_sink if n >= n_sink + window else 0
-    if T == 1 and n > FEW:
+    if T == 1 and n > FLASH_SLOTS:
         return attend_all(q_sink, q_recent, k[:, :, :n], v[:, :, :n], mask, sinks_apart)
     keys, values = k[:, :, sinks_apart:n], v[:, :, sinks_apart:n]
     seen = mask[:, None, :, sinks_apart:]
-    q = grouped(q_recent, n_kv_heads).contiguous()  # which the kernel takes for granted
+    q = grouped(q_recent, n_kv_heads).contiguous()  # the kernel does not check this
     y, total = flash(q, keys, values, attn_mask=seen)
     if sinks_apart:
         sinks_seen = mask[:, None, :, :n_sink]
         y_sinks, total_sinks = flash(grouped(q_sink, n_kv_heads).contiguous(), k[:, :, :n_sink],
                                      v[:, :, :n_sink], attn_mask=sinks_seen)
-        # To a query that sees nothing of a part (a first sink of the ring, or what another rule in
-        # KVCache.visible hides) the kernel gives 0 and a total of 0.
+        # For a query that sees no slot of a part, the kernel returns 0 and a total of 0, where
+        # -inf is right. The first S queries see no ring slot, and a KVCache subclass with another
+        # rule (`visible`) may hide all sinks.
         total = total.masked_fill(seen.amax(-1) < 0, -math.inf)
         total_sinks = total_sinks.masked_fill(sinks_seen.amax(-1) < 0, -math.inf)
         y = add_up(y, total, y_sinks, total_sinks)
@@ -134,7 +138,7 @@ def attend_held_cpu(q_sink, q_recent, k, v, mask, n_sink, window):
 
 
 def add_up(a: Tensor, total_a: Tensor, b: Tensor, total_b: Tensor) -> Tensor:
-    """Two parts of one attention (B, kv_heads, T * G, D), each with the logsumexp of its scores:
-    b's share of the whole is exp(total_b) / (exp(total_a) + exp(total_b))."""
+    """The sum of two parts of one attention (B, kv_heads, T * G, D), each with the logsumexp of its
+    scores (B, kv_heads, T * G): b's weight is exp(total_b) / (exp(total_a) + exp(total_b))."""
     share = torch.sigmoid(total_b - total_a)[..., None]
     return a.to(share.dtype).lerp(b.to(share.dtype), share).type_as(a)

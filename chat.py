@@ -20,20 +20,41 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cli import add_generation, check_text, figures, make_parser, number, read_prompts
+from cli import (
+    add_generation,
+    check_text,
+    figures,
+    load_arguments,
+    make_parser,
+    number,
+    read_prompts,
+    sampling_of,
+    speculation_arguments,
+)
 from formats.files import check_target, name_leftovers
 from formats.session import load_session, save_session
-from generate import answer, check_ids, get_ready, make_cache, open_model, open_speculation, prefill
+from generate import (
+    answer,
+    check_ids,
+    discard,
+    get_ready,
+    make_cache,
+    open_model,
+    open_speculation,
+    prefill,
+    timed_prefill,
+)
 from kv_cache import KVCache
 from model import Transformer
+from sample import Sampling
 from speculate import Speculation
 from terminal import ending, hold_interrupt, say, show, user_errors
 from tokenizer import Tokenizer
-from tp import n_ranks, rank, tell_all
+from tp import broadcast_text, n_ranks, rank
 
 with contextlib.suppress(ImportError):
     import readline  # noqa: F401  (input() then edits lines and remembers them)
@@ -43,8 +64,9 @@ HELP = ("/reset forgets everything, /save FILE keeps the conversation, /load FIL
         "/reset forgets everything, /quit leaves, Ctrl-C ends all")
 
 
-def typed() -> Iterator[str]:
-    """Lines from the terminal, or from a pipe. Under torchrun rank 0 reads them for all."""
+def typed_lines() -> Iterator[str]:
+    """Lines from the terminal or a pipe, until /quit or the end. Under torchrun rank 0 reads them
+    and tells the other ranks."""
     terminal = sys.stdin is not None and sys.stdin.isatty()
     if terminal:
         say(HELP)
@@ -53,34 +75,42 @@ def typed() -> Iterator[str]:
         if line:
             yield line
         try:
-            line = tell_all(input(prompt).strip() if rank() == 0 else "")
+            line = broadcast_text(input(prompt).strip() if rank() == 0 else "")
         except EOFError:
-            line = tell_all("/quit")
+            line = broadcast_text("/quit")
         except KeyboardInterrupt:
             say(f"\n{HELP}")
             line = ""
 
 
-def from_file(entries: list[dict], limit: int | None) -> list[tuple[str, bool]]:
-    """Every turn of a prompts file: (text, whether it is raw, that is, without the template)."""
-    turns = [(text, "prompt" in entry) for entry in entries
-             for text in ([entry["prompt"]] if "prompt" in entry else entry["turns"])]
+def turns_of(entries: list[dict], limit: int | None) -> list[tuple[str, bool]]:
+    """The turns of a prompts file, all or the first `limit`: each a text and whether it is raw,
+    that is, goes to the model without the chat template."""
+    turns = []
+    for entry in entries:
+        if "prompt" in entry:
+            turns.append((entry["prompt"], True))
+        else:
+            turns += [(text, False) for text in entry["turns"]]
     return turns[:limit]
 
 
 @dataclass
 class Conversation:
-    """Who talks, what is remembered, and where it stands."""
+    """A conversation: the model and what it remembers, and what ends an answer."""
 
     model: Transformer
     tokenizer: Tokenizer
     cache: KVCache
     speculation: Speculation | None
-    system: str | None  # the pinned system turn
+    system: str | None  # the pinned system turn's text
     last_id: int | None = None  # the last token of the latest answer
+    max_new_tokens: int = 512
+    stop: Sequence[str] = ()  # texts
+    stop_ids: Collection[int] | None = None  # None: the EOS ids
 
     def caches(self) -> dict[str, tuple[Transformer, KVCache]]:
-        """As session.save_session takes them."""
+        """The caches by name, each with its model, as session.save_session takes them."""
         caches = {"model": (self.model, self.cache)}
         if self.speculation and self.speculation.draft:
             caches["draft"] = self.speculation.draft, self.speculation.cache
@@ -88,7 +118,8 @@ class Conversation:
 
 
 def turn_ids(talk: Conversation, text: str, raw: bool) -> list[int]:
-    """The ids that a turn adds. Before the first answer, what is held is the system turn."""
+    """The ids that a turn adds to the cache. Before the first answer the cache holds nothing, or
+    the pinned system turn."""
     held = int(talk.cache.length)
     if raw:
         return talk.tokenizer.encode(text, bos=not held)
@@ -97,15 +128,15 @@ def turn_ids(talk: Conversation, text: str, raw: bool) -> list[int]:
     return talk.tokenizer.next_turn(text, talk.last_id)
 
 
-def reset(talk: Conversation) -> None:
+def reset_conversation(talk: Conversation) -> None:
     talk.cache.reset()
     if talk.speculation:
         talk.speculation.reset()
     talk.last_id = None
 
 
-def save(path: str | Path, talk: Conversation) -> None:
-    """Save the conversation, or before its first turn the pinned system turn."""
+def save_conversation(path: str | Path, talk: Conversation) -> None:
+    """Save the conversation to a file; before its first turn, the pinned system turn alone."""
     check_target(path)
     if not talk.cache.length.any():
         if talk.system is None:
@@ -114,66 +145,94 @@ def save(path: str | Path, talk: Conversation) -> None:
         prefill(talk.model, talk.cache, ids, talk.speculation)
     unread, caches = talk.speculation.unread if talk.speculation else [], talk.caches()
     if talk.speculation and not talk.speculation.size:
-        caches.pop("draft", None)  # it has not read along since speculation stopped
+        caches.pop("draft", None)  # the draft has not read on since speculation stopped
     save_session(path, caches, system=talk.system, last_id=talk.last_id, unread=unread)
     say(f"saved {path}: {int(talk.cache.length)} tokens so far")
     name_leftovers(Path(path))
 
 
-def load(path: str | Path, talk: Conversation) -> None:
-    """Go on with a saved conversation."""
+def load_conversation(path: str | Path, talk: Conversation) -> None:
+    """Go on with a conversation that was saved to a file."""
     facts = load_session(path, talk.caches(), system=talk.system)
     talk.last_id = facts.get("last_id")
     if talk.speculation:
-        talk.speculation.begin(facts.get("unread") or [])
+        talk.speculation.restart(facts.get("unread") or [])
     say(f"loaded {path}: {int(talk.cache.length)} tokens so far")
     if not all(cache.length.any() for _, cache in talk.caches().values()):
         say("the draft begins anew: the session holds none like it")
 
 
-def obey(line: str, talk: Conversation) -> None:
-    """Do what a typed command says. A refusal changes nothing."""
+def run_command(line: str, talk: Conversation) -> None:
+    """Do what a typed command says. A command that fails changes nothing and is told in a line."""
     command, *paths = line.split(maxsplit=1)
     try:
         if command == "/reset":
-            reset(talk)
+            reset_conversation(talk)
         elif command == "/help":
             say(HELP)
         elif n_ranks() > 1:
             raise ValueError(f"{command} works without torchrun")
         elif not paths:
             raise ValueError(f"{command} needs a file: {command} FILE")
-        else:  # no shell has expanded the path
-            {"/save": save, "/load": load}[command](Path(paths[0]).expanduser(), talk)
+        else:
+            path = Path(paths[0]).expanduser()  # no shell has expanded it
+            if command == "/save":
+                save_conversation(path, talk)
+            else:
+                load_conversation(path, talk)
     except (ValueError, OSError, RuntimeError) as error:
         say(str(error).splitlines()[0])
 
 
-def take_turn(talk: Conversation, text: str, raw: bool, args, records: list[dict]) -> None:
-    """Answer one turn, or do what it says, and note the answer in records. The next turn has the
-    next seed."""
-    if args.prompts:
+def take_turn(talk: Conversation, text: str, raw: bool, is_typed: bool, sampling: Sampling,
+              emit: Callable[[str], None]) -> dict | None:
+    """Answer one turn, or if it is a typed command, do what it says. Returns the answer's figures,
+    or None where nothing was answered."""
+    if not is_typed:
         say(f"\n> {text}")
     elif text in ("/reset", "/help") or text.split()[0] in ("/save", "/load"):
-        return obey(text, talk)
+        run_command(text, talk)
+        return None
     try:
         ids = turn_ids(talk, check_text("the turn", text), raw)
         check_ids(talk.model, ids)
     except ValueError as error:
-        if args.prompts:
+        if not is_typed:
             raise
-        return say(str(error).splitlines()[0])  # and the conversation goes on
-    record = answer(talk.model, talk.cache, talk.tokenizer, ids, args,
-                    (lambda piece: None) if args.json else show, talk.speculation)
+        say(str(error).splitlines()[0])  # and the conversation goes on
+        return None
+    prompt = timed_prefill(talk.model, talk.cache, ids, talk.speculation)
+    record = answer(talk.model, talk.tokenizer, prompt, talk.max_new_tokens, sampling,
+                    stop=talk.stop, stop_ids=talk.stop_ids, emit=emit,
+                    speculation=talk.speculation)
     talk.last_id = record["token_ids"][-1]
-    show((json.dumps({"turn": len(records), **record}) if args.json else "") + "\n")
-    say(f"turn {len(records)}: {figures(record)}")
-    records.append(record)
-    args.seed += 1
+    return record
+
+
+def converse(talk: Conversation, turns: Iterable[tuple[str, bool]], is_typed: bool,
+             sampling: Sampling, as_json: bool, compile_s: float) -> list[dict]:
+    """Take the turns (text, whether it is raw) until they or the program end, and print each
+    answer. An answer's seed is that of the Sampling plus its number. Returns the figures of all."""
+    records = []
+    with contextlib.suppress(SystemExit):  # raised by a signal; the conversation is saved first
+        for text, raw in turns:
+            with hold_interrupt():  # half a turn must not be saved
+                n = len(records)
+                record = take_turn(talk, text, raw, is_typed,
+                                   replace(sampling, seed=sampling.seed + n),
+                                   discard if as_json else show)
+                if record is not None:
+                    record = {"turn": n, **record, "compile_s": compile_s}
+                    show((json.dumps(record) if as_json else "") + "\n")
+                    say(f"turn {n}: {figures(record)}")
+                    records.append(record)
+            if ending:
+                break
+    return records
 
 
 def totals(records: list[dict]) -> str:
-    """One line about a whole conversation."""
+    """A whole conversation's figures, for people, in one line."""
     waits = sorted(record["ttft_s"] for record in records)
     decoding = sum((r["new_tokens"] - 1) / r["decode_tok_s"] for r in records if r["decode_tok_s"])
     decoded = sum(r["new_tokens"] - 1 for r in records if r["decode_tok_s"])
@@ -196,38 +255,40 @@ def main():
     add("--load-session", metavar="FILE", help="go on with one that was kept")
     with user_errors(parser):
         args = parser.parse_args()
+        speculating = speculation_arguments(args)
         if args.limit and not args.prompts:
             raise ValueError("--limit goes with --prompts")
         if n_ranks() > 1 and (args.save_session or args.load_session):
             raise ValueError("--save-session and --load-session work without torchrun")
         if args.save_session:
-            check_target(args.save_session)  # now, and not when everything has been said
-        turns = from_file(read_prompts(args.prompts), args.limit) if args.prompts else None
-        model, tokenizer = open_model(args)
+            check_target(args.save_session)  # fail before the conversation, not after it
+        turns = turns_of(read_prompts(args.prompts), args.limit) if args.prompts else None
+        stop = [check_text("--stop", stop_text) for stop_text in args.stop]
+        compiling = dict(compile=args.compile, compile_prefill=args.compile_prefill)
+        model, tokenizer = open_model(args.checkpoint, **compiling, **load_arguments(args))
+        n_sink = args.sink
         if args.pin_system is not None:
             if args.sink is not None:
                 raise ValueError("--pin-system decides the number of sinks; leave --sink out")
             if turns and any(raw for _, raw in turns):
                 raise ValueError('--pin-system needs a template: {"prompt": ...} lines have none')
             check_text("--pin-system", args.pin_system)
-            args.sink = len(tokenizer.system_turn(args.pin_system))
-        cache = make_cache(model, args.sink, args.window)
-        speculation = open_speculation(model, cache, tokenizer, args)
-        get_ready(model, cache, args, speculation)
-        talk = Conversation(model, tokenizer, cache, speculation, args.pin_system)
+            n_sink = len(tokenizer.system_turn(args.pin_system))
+        cache = make_cache(model, n_sink, args.window)
+        speculation = open_speculation(model, cache, tokenizer, **speculating)
+        compile_s, how = get_ready(model, cache, sampling_of(args), speculation, **compiling)
+        talk = Conversation(model, tokenizer, cache, speculation, args.pin_system,
+                            max_new_tokens=args.max_new_tokens, stop=stop,
+                            stop_ids=() if args.ignore_eos else None)
         if args.load_session:
-            load(args.load_session, talk)
-
-        records = []
-        with contextlib.suppress(SystemExit):  # of a signal: what was said is saved before it ends
-            for text, raw in turns or ((line, False) for line in typed()):
-                with hold_interrupt():  # in here nothing is whole
-                    take_turn(talk, text, raw, args, records)
-                if ending:
-                    break
+            load_conversation(args.load_session, talk)
+        is_typed = turns is None
+        if is_typed:
+            turns = ((line, False) for line in typed_lines())
+        records = converse(talk, turns, is_typed, how, args.json, compile_s)
         if args.save_session:
             with hold_interrupt():
-                save(args.save_session, talk)
+                save_conversation(args.save_session, talk)
     if records:
         say(f"{totals(records)}, seeds from {records[0]['seed']} on")
 

@@ -1,4 +1,4 @@
-"""What the programs' command lines share: arguments, one-line errors, prompt files, signals."""
+"""What the programs' command lines share: arguments, their help, prompt files and figures."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from sample import Sampling
+
 EMBEDDED = Path(__file__).parent / "checkpoints" / "tiny"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EXAMPLES = "examples:"
@@ -22,24 +24,24 @@ EXAMPLES = "examples:"
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
     """An argparse type: a finite number from low to high."""
 
-    def read(text: str):
+    def parse(text: str):
         value = kind(text)
         if not low <= value <= min(high, sys.float_info.max):
             above = "" if high == math.inf else f" and at most {high}"
             raise argparse.ArgumentTypeError(f"{text} must be at least {low}{above}")
         return value
 
-    read.__name__ = kind.__name__  # argparse names it in "invalid int value"
-    return read
+    parse.__name__ = kind.__name__  # argparse names it in "invalid int value"
+    return parse
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Says every option's default, keeps examples as they are, and every word whole, however narrow
-    the terminal is. (Methods with an underscore are how argparse's own formatters are made.)"""
+    """Adds every option's default, keeps examples as they are, and never breaks a word, however
+    narrow the terminal is. argparse's own formatters override the same underscore methods."""
 
-    def __init__(self, prog: str, **how):
+    def __init__(self, prog: str, **settings):
         columns = min(shutil.get_terminal_size().columns, 100)  # a longer line is hard to read
-        super().__init__(prog, **{**how, "width": columns - 2})
+        super().__init__(prog, **{**settings, "width": columns - 2})
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, default = action.help, action.default
@@ -47,9 +49,11 @@ class HelpFormatter(argparse.HelpFormatter):
             return text
         if isinstance(default, list):
             default = " ".join(map(str, default))
-        said = "off" if default is False else "none" if default in (None, "") else str(default)
-        said = (f'"{said}"' if " " in said else said).replace("%", "%%")
-        return f"{text}; default {said}"
+        shown = "off" if default is False else "none" if default in (None, "") else str(default)
+        if " " in shown:
+            shown = f'"{shown}"'
+        shown = shown.replace("%", "%%")  # argparse formats the help with %
+        return f"{text}; default {shown}"
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(" ".join(text.split()), width, break_long_words=False,
@@ -60,8 +64,8 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 def plain_parser(doc: str) -> argparse.ArgumentParser:
-    """A parser that takes its help from a program's docstring: what comes first says what the
-    program does, then come its examples, which also name it."""
+    """A parser whose help is a program's docstring: its first paragraph says what the program does,
+    its second holds the examples. The first example also gives the program's name."""
     about, examples = doc.split("\n\n")[:2]
     name = re.search(r"python (-m )?(\S+)", examples)
     prog = f"python -m {name[2]}" if name[1] else Path(name[2]).name
@@ -70,15 +74,15 @@ def plain_parser(doc: str) -> argparse.ArgumentParser:
 
 
 def add_checkpoint(parser: argparse.ArgumentParser, default: str | Path | None = None) -> None:
-    """--checkpoint, which has to be given where it has no default."""
+    """Add --checkpoint. Without a default it is required."""
     parser.add_argument(
         "--checkpoint", default=default, required=default is None, metavar="NAME",
         help="a folder, a .gguf file, smollm2, or org/model[@revision] on the Hugging Face Hub")
 
 
 def make_parser(doc: str, checkpoint: str | Path = EMBEDDED) -> argparse.ArgumentParser:
-    """A parser with what every program takes that runs a model; doc is the program's docstring,
-    checkpoint its default."""
+    """A parser with the arguments of every program that runs a model. doc is the program's
+    docstring, checkpoint the default of --checkpoint."""
     parser = plain_parser(doc)
     add_checkpoint(parser, checkpoint)
     add = parser.add_argument
@@ -95,7 +99,7 @@ def make_parser(doc: str, checkpoint: str | Path = EMBEDDED) -> argparse.Argumen
 
 
 def add_generation(parser: argparse.ArgumentParser, samples=False) -> argparse.ArgumentParser:
-    """What every program takes that generates, some of them several answers to one prompt."""
+    """Add the arguments of every program that generates, and with `samples` --samples."""
     add = parser.add_argument
     if samples:
         add("--samples", type=number(int, 1), default=1, metavar="N",
@@ -134,7 +138,7 @@ def check_text(source: str, text: str) -> str:
         raise ValueError(f"{source} is empty; give it some text")
     try:
         text.encode()
-    except UnicodeEncodeError:  # how Python keeps undecodable bytes of a command line
+    except UnicodeEncodeError:  # Python keeps undecodable bytes of a command line as surrogates
         raise ValueError(f"{source} is not UTF-8 text") from None
     return text
 
@@ -148,7 +152,7 @@ def read_prompts(path: str) -> list[dict]:
     for n, line in lines:
         try:
             entry = json.loads(line)
-        except ValueError:  # not UTF-8 is one too
+        except ValueError:  # of JSON, or of UTF-8
             raise ValueError(f"{path}, line {n}: not a line of JSON in UTF-8") from None
         try:
             texts = [entry["prompt"]] if "prompt" in entry else entry["turns"]
@@ -166,7 +170,7 @@ def read_prompts(path: str) -> list[dict]:
 
 
 def figures(record: dict) -> str:
-    """A record of generate.answer, for people."""
+    """The figures of a record of generate.answer, as a line to read."""
     speed = f"{record['decode_tok_s']:.1f}" if record["decode_tok_s"] else "-"
     return (f"{record['prompt_tokens']} prompt + {record['new_tokens']} new tokens "
             f"({record['finish_reason']}), first after {record['ttft_s']:.3f} s, "
@@ -177,6 +181,28 @@ def figures(record: dict) -> str:
 
 
 def load_arguments(args) -> dict:
-    """What `load` takes of a command line, but for the checkpoint's name."""
+    """The arguments of `load` from a command line, all but the checkpoint's name."""
     return dict(device=args.device, dtype=DTYPES.get(args.dtype), quantize=args.quantize,
                 group_size=args.group_size, adapters=args.adapter)
+
+
+def sampling_of(args) -> Sampling:
+    """How tokens are drawn, as the command line says."""
+    return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
+                    seed=args.seed)
+
+
+def speculation_arguments(args) -> dict:
+    """What generate.open_speculation takes of a command line. Raises ValueError for flags that do
+    not go together."""
+    if args.draft and args.lookup:
+        raise ValueError("--draft and --lookup exclude each other")
+    if args.speculate and not (args.draft or args.lookup):
+        raise ValueError("--speculate goes with --draft or --lookup")
+    if args.draft or args.lookup:
+        for flag in ("samples", "repetition_penalty"):
+            if getattr(args, flag, 1) != 1:
+                raise ValueError(f"--{flag.replace('_', '-')} works without --draft and --lookup")
+    return dict(draft=args.draft, lookup=args.lookup, size=args.speculate, device=args.device,
+                dtype=DTYPES.get(args.dtype), compile=args.compile,
+                compile_prefill=args.compile_prefill)

@@ -31,8 +31,8 @@ from model import Transformer
 from terminal import progress, show, user_errors
 
 MODES = ("stream", "window", "recompute", "dense")
-RECOMPUTED_ROWS = 16  # windows read side by side
-SMOOTH = 1000  # tokens that a point of the plot is the mean of
+RECOMPUTED_ROWS = 16  # windows in one call of the model
+SMOOTH = 1000  # a point of the plot is the mean of this many tokens
 
 
 def read_text(path: str) -> str:
@@ -52,14 +52,15 @@ def nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def streamed(model: Transformer, ids: Tensor, cache: KVCache) -> Iterator[Tensor]:
-    """Nats a token, a chunk at a time, through the cache; how it is cut changes nothing."""
+    """Nats of each token after the first, a chunk at a time, through the cache."""
     for inputs, targets in zip(ids[:-1].split(cache.max_chunk), ids[1:].split(cache.max_chunk)):
         yield nll(model(inputs[None], cache)[0], targets)
 
 
 @torch.no_grad()
 def recomputed(model: Transformer, ids: Tensor, context: int, every: int) -> Iterator[Tensor]:
-    """Nats of every so many tokens, predicted from the latest `context` tokens alone, read anew."""
+    """Nats of each token whose number is a multiple of `every`, predicted from the latest `context`
+    tokens alone, which are read anew for it."""
     first = ids[:context + 1]
     yield nll(model(first[None, :-1])[0], first[1:])[every - 1::every]
     if len(ids) == len(first):
@@ -74,8 +75,8 @@ def recomputed(model: Transformer, ids: Tensor, context: int, every: int) -> Ite
 
 def measure(model: Transformer, ids: Tensor, mode: str, n_sink: int, window: int,
             every: int = 1) -> Tensor:
-    """Nats (N,) of the tokens of ids (N + 1,) but the first, with a progress bar; of `every` = n
-    each n-th, (N // n,). Modes without sinks see no further than the model's sliding window."""
+    """Nats of the tokens of ids (N + 1,) but the first, with a progress bar: of each n-th of them,
+    n = every, so (N // n,). Modes without sinks see no further than the model's sliding window."""
     longest = model.config.sliding_window or math.inf
     size = min(n_sink + window, longest)
     if mode == "dense":
@@ -99,7 +100,8 @@ def measure(model: Transformer, ids: Tensor, mode: str, n_sink: int, window: int
 
 
 def check_plot(path: str) -> None:
-    """Raises ValueError when no picture can be made, or none of this name."""
+    """Raises ValueError without matplotlib, and for a name that does not end in a picture's kind.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -111,9 +113,9 @@ def check_plot(path: str) -> None:
         raise ValueError(f"--plot {path}: the name must end in one of .{', .'.join(kinds)}")
 
 
-def draw(path: str, curves: dict[str, Tensor], marks: dict[str, int], every: int) -> None:
-    """Perplexity of the latest SMOOTH tokens along the text, a curve a mode, and a vertical line at
-    each mark. Of the tokens, each n-th was counted, n = every."""
+def plot_curves(path: str, curves: dict[str, Tensor], marks: dict[str, int], every: int) -> None:
+    """Plot the perplexity of the latest SMOOTH tokens along the text: a curve for each mode, of
+    nats of each n-th token, n = every, and a vertical line at each mark."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4))
@@ -123,7 +125,7 @@ def draw(path: str, curves: dict[str, Tensor], marks: dict[str, int], every: int
         before = torch.cat([total.new_zeros(min(smooth, len(nats))), total[:-smooth]])
         seen = torch.arange(1, len(nats) + 1).clamp(max=smooth)
         perplexity = ((total - before) / seen).exp()
-        shown = slice(min(smooth // 10, len(nats) // 2), None)  # a mean of few tokens says nothing
+        shown = slice(min(smooth // 10, len(nats) // 2), None)  # means of few tokens are too noisy
         axes.plot(range(every, every * len(nats) + 1, every)[shown], perplexity[shown],
                   label=name, linewidth=1)
     for (name, position), style in zip(marks.items(), ("--", ":")):
@@ -154,7 +156,7 @@ def main():
         args = parser.parse_args()
         text = read_text(args.text)
         if args.plot:
-            check_plot(args.plot)  # now, and not when everything has been measured
+            check_plot(args.plot)  # fail before everything has been measured, not after it
         model, tokenizer = load(args.checkpoint, **load_arguments(args))
         ids = torch.tensor(tokenizer.encode(text)[:args.max_tokens + 1],
                            device=model.norm.weight.device)
@@ -178,7 +180,7 @@ def main():
                 if mode != "stream":
                     break  # the number of sinks changes only the stream
         if args.plot:
-            draw(args.plot, curves, {"the window slides from": n_sink + window,
+            plot_curves(args.plot, curves, {"the window slides from": n_sink + window,
                                      "trained context,": model.config.max_seq_len}, args.every)
 
 

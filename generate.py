@@ -3,9 +3,9 @@
     python generate.py --compile
     python generate.py --checkpoint smollm2 --prompt "Once upon a time" --max-new-tokens 5000
 
-Read from the top: a cache, prefill, decode, an answer, and last the command line; load.py is before
-all that. Every model call is a token or a chunk of one of a few sizes, so nothing is ever compiled
-again.
+Read it from the top: a cache, prefill, decode, an answer, and last the command line; load.py makes
+the model. Every call of the model is a token or a chunk of one of a few sizes, so nothing is
+compiled again however long a prompt or an answer is.
 """
 
 from __future__ import annotations
@@ -14,30 +14,41 @@ import copy
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from cli import DTYPES, add_generation, check_text, figures, load_arguments, make_parser
+from cli import (
+    add_generation,
+    check_text,
+    figures,
+    load_arguments,
+    make_parser,
+    sampling_of,
+    speculation_arguments,
+)
+from draw import RowSampler, new_seed, sample
 from kv_cache import KVCache
 from load import load, weight_bytes
 from model import ModelConfig, Transformer
-from sample import Rows, Sampling, new_seed, sample
-from speculate import Speculation, speculate
+from sample import Sampling, either_sampling
+from speculate import Speculation, load_draft, speculate
 from terminal import ending, hold_interrupt, say, show, user_errors
-from tokenizer import Tokenizer, stop_at
-from tp import agree
+from tokenizer import GeneratedText, Tokenizer
+from tp import broadcast_ids
 
 SMALL_CHUNK, LARGE_CHUNK = 32, 128  # tokens of a prefill step; the small one is for short turns
 DEFAULT_PROMPT = "It was a dark and stormy night, and"
-MAX_DEFAULT_WINDOW = 4096  # sinks and window together, where nothing is asked for
+MAX_DEFAULT_WINDOW = 4096  # sinks and window together, where no window is given
 
 
 def make_cache(model: Transformer, n_sink: int | None = None, window: int | None = None,
                batch_size: int = 1) -> KVCache:
-    """A cache for a loaded model. None is 4 sinks, and as window all of the trained context that
-    the sinks leave, at most MAX_DEFAULT_WINDOW. Raises ValueError naming a size that cannot be."""
+    """A cache that fits a model. By default it has 4 sinks, and as window what the sinks leave of
+    the trained context, or of MAX_DEFAULT_WINDOW. Raises ValueError naming a size that cannot be.
+    """
     config, n_sink = model.config, 4 if n_sink is None else n_sink
     if window is None:
         window = default_window(config, n_sink)
@@ -58,7 +69,7 @@ def default_window(config: ModelConfig, n_sink: int) -> int:
 
 def prefill(model: Transformer, cache: KVCache, prompt_ids: list[int],
             speculation: Speculation | None = None) -> Tensor:
-    """Write a prompt into a cache of one row; logits (1, 1, V) after its last token.
+    """Write a prompt into a cache of one row. Returns the logits (1, 1, V) after its last token.
 
     Raises ValueError for an empty prompt or an id outside the vocabulary."""
     *_, logits = prefill_chunks(model, cache, prompt_ids)
@@ -75,15 +86,16 @@ def prefill(model: Transformer, cache: KVCache, prompt_ids: list[int],
 @torch.no_grad()
 def prefill_chunks(model: Transformer, cache: KVCache,
                    prompt_ids: list[int]) -> Iterator[Tensor | None]:
-    """`prefill` in pieces: yields after every chunk, None until the last one's logits (1, 1, V).
+    """`prefill`, a chunk at a time: yields None after each chunk, after the last one the logits
+    (1, 1, V).
 
-    Any length is cut into chunks of two fixed sizes. The last one is padded, and the padding
-    un-written."""
+    A prompt of any length is cut into chunks of two fixed sizes. The last one is padded, and the
+    padding is rolled back."""
     check_ids(model, prompt_ids)
     large, small = min(LARGE_CHUNK, cache.max_chunk), min(SMALL_CHUNK, cache.max_chunk)
     done = 0
     while done < len(prompt_ids):
-        # A large chunk pays, padding and all, once more than half of it is used.
+        # A padded large chunk is faster than small ones if more than half of it is used.
         size = large if len(prompt_ids) - done > large // 2 else small
         chunk = prompt_ids[done:done + size]
         tokens = torch.zeros(1, size, dtype=torch.int64)
@@ -97,86 +109,114 @@ def prefill_chunks(model: Transformer, cache: KVCache,
 
 
 def check_ids(model: Transformer, prompt_ids: list[int]) -> None:
-    """Raises ValueError unless there are any and all are in the vocabulary."""
+    """Raises ValueError for an empty prompt, and for one with ids outside the vocabulary."""
     if not prompt_ids:
         raise ValueError("the prompt is empty")
     if min(prompt_ids) < 0 or max(prompt_ids) >= model.config.vocab_size:
         raise ValueError(f"the prompt has token ids outside 0 to {model.config.vocab_size - 1}")
 
 
-def start_reading(tokens: Tensor) -> Callable[[], list[int]]:
-    """Copy tokens to the host without waiting for what is queued after this; call to get them."""
+def copy_to_host(tokens: Tensor) -> Callable[[], list[int]]:
+    """Start copying tokens to the host. Call what this returns to get them as a list: that waits
+    for the copy, but for nothing that was queued after it."""
     tokens = tokens.flatten()
     if not tokens.is_cuda:
         return tokens.tolist
     host = tokens.to("cpu", non_blocking=True)
     arrived = torch.cuda.current_stream(tokens.device).record_event()
-    return lambda: (arrived.synchronize(), host.tolist())[1]
+
+    def wait_for_copy() -> list[int]:
+        arrived.synchronize()
+        return host.tolist()
+
+    return wait_for_copy
 
 
 @torch.no_grad()
 def decode(model: Transformer, cache: KVCache, token: Tensor, max_new_tokens: int,
-           ignore_eos: bool = False, draw: Callable[[Tensor], Tensor] = sample) -> Iterator[int]:
+           stop_ids: Container[int], draw: Callable[[Tensor], Tensor] = sample) -> Iterator[int]:
     """Yield `token` (1, 1), sampled but not in the cache yet, and the ids that continue it, up to
-    an EOS id, which is yielded too. draw makes the next token (1, 1) of logits (1, 1, V).
+    one of stop_ids, which is yielded too. draw makes the next token (1, 1) of logits (1, 1, V).
 
-    When a token is yielded, it is in the cache or queued for it: the host reads each token while
-    a GPU is at the next step already, and whoever stops here, at any token, loses none."""
+    A token that is yielded is in the cache, or queued for it: the host reads it while a GPU
+    computes the next step. So the caller may stop at any token, and the cache holds just those that
+    were yielded."""
     for _ in range(max_new_tokens):
-        read = start_reading(token)
+        read = copy_to_host(token)
         following = draw(model(token, cache))
         [token_id] = read()
         yield token_id
-        if token_id in model.config.eos_ids and not ignore_eos:
+        if token_id in stop_ids:
             return
         token = following
 
 
-def generate(model: Transformer, cache: KVCache, prompt_ids: list[int], max_new_tokens: int = 64,
-             temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
-             generator: torch.Generator | None = None, ignore_eos: bool = False,
-             speculation: Speculation | None = None, min_p: float | None = None,
-             repetition_penalty: float = 1.0, seed: int | None = None) -> Iterator[int]:
-    """Yield the token ids that follow prompt_ids, which follow what the cache (one row) holds.
-    The repetition penalty is for tokens of these prompt_ids and of the answer. Without a seed, one
-    is drawn from the generator.
+def generate(model: Transformer, cache: KVCache, prompt_ids: list[int], max_new_tokens: int = 64, *,
+             sampling: Sampling | None = None, stop_ids: Collection[int] | None = None,
+             speculation: Speculation | None = None, temperature: float | None = None,
+             top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+             repetition_penalty: float | None = None, seed: int | None = None) -> Iterator[int]:
+    """An iterator over the token ids that continue what the cache (one row) holds and prompt_ids.
 
-    At any yield the cache holds everything up to the token yielded (with speculation: once this
-    generator is closed), so a conversation goes on by calling this again with the next turn's ids
-    only. Raises ValueError for an unusable prompt or setting, before anything is written."""
-    if speculation is not None and repetition_penalty != 1:
-        raise ValueError("a repetition penalty works without speculation")
-    seed = new_seed(generator) if seed is None and temperature else seed
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed=seed)
+    It ends with one of stop_ids (None: the model's EOS ids; (): none), or after max_new_tokens. A
+    Sampling, or else its settings one by one, says how tokens are drawn; the default is greedy.
+    Penalties are for the tokens of prompt_ids and of the answer. A seed that is needed and not
+    given comes from PyTorch's default generator.
+
+    At any yield the cache holds everything up to the token yielded (with speculation: once the
+    iterator is closed). So a conversation goes on with another call, with the ids of the next turn
+    only. Raises ValueError at the call, not at the first id, for an unusable prompt, cache or
+    setting; the cache is written to from the first id on."""
+    loose = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                 repetition_penalty=repetition_penalty, seed=seed)
+    sampling = either_sampling(sampling, loose)
+    if speculation is not None and sampling.penalizes:
+        raise ValueError("a penalty works without speculation")
+    if cache.batch_size != 1:
+        raise ValueError(f"generate takes a cache of one row, and this one has {cache.batch_size}; "
+                         "batch.generate_batch continues many")
+    cache.check_fits(model.config, model.norm.weight)
+    check_ids(model, prompt_ids)
+    stop_ids = model.config.eos_ids if stop_ids is None else tuple(stop_ids)
+    if sampling.temperature and sampling.seed is None:
+        sampling = replace(sampling, seed=new_seed())
+    return prefill_and_continue(model, cache, prompt_ids, max_new_tokens, stop_ids, sampling,
+                             speculation)
+
+
+def prefill_and_continue(model: Transformer, cache: KVCache, prompt_ids: list[int],
+                      max_new_tokens: int, stop_ids: Container[int], sampling: Sampling,
+                      speculation: Speculation | None) -> Iterator[int]:
+    """Prefill the prompt and yield what follows it."""
     logits = prefill(model, cache, prompt_ids, speculation)
-    yield from continue_from(model, cache, logits, prompt_ids, max_new_tokens, ignore_eos,
-                             speculation, sampling)
+    yield from continue_from(model, cache, logits, prompt_ids, max_new_tokens, stop_ids, sampling,
+                             speculation)
 
 
 def continue_from(model: Transformer, cache: KVCache, logits: Tensor, prompt_ids: list[int],
-                  max_new_tokens: int, ignore_eos: bool, speculation: Speculation | None,
-                  sampling: Sampling) -> Iterator[int]:
-    """Yield what follows the logits (1, 1, V) of a prefill: speculating while that pays, then
-    token by token."""
-    row = Rows(1, model.config.vocab_size, logits.device)
+                  max_new_tokens: int, stop_ids: Container[int], sampling: Sampling,
+                  speculation: Speculation | None = None) -> Iterator[int]:
+    """Yield the ids that follow a prefill, whose logits (1, 1, V) are given: by speculation while
+    that pays, then token by token."""
+    row = RowSampler(1, model.config.vocab_size, logits.device)
     row.begin(0, sampling, prompt_ids)
     token = row.sample(logits)  # (1, 1)
     if speculation is not None:
-        token, max_new_tokens = yield from speculate(model, cache, token, max_new_tokens,
-                                                     ignore_eos, speculation, sampling)
-    yield from decode(model, cache, token, max_new_tokens, ignore_eos, row.sample)
+        token, max_new_tokens = yield from speculate(model, cache, token, max_new_tokens, stop_ids,
+                                                     speculation, sampling)
+    yield from decode(model, cache, token, max_new_tokens, stop_ids, row.sample)
 
 
 @torch.no_grad()
 def warm(model: Transformer, cache: KVCache, speculation: Speculation | None = None,
          sampling: Sampling | None = None) -> float:
-    """Run every graph that generating needs, so that none is compiled later; seconds it took.
-    CUDA graphs are recorded on the second call of a shape and replayed from the third."""
+    """Run every graph that generating needs, so that none is compiled later. Returns the seconds it
+    took. CUDA graphs are recorded on the second call of a shape and replayed from the third."""
     start = time.perf_counter()
     for _ in range(3 if cache.length.is_cuda else 1):
         cache.reset()
         logits = prefill(model, cache, [0] * (LARGE_CHUNK + 1))  # both chunks
-        list(continue_from(model, cache, logits, [0], 1, True, None, sampling or Sampling()))
+        list(continue_from(model, cache, logits, [0], 1, (), sampling or Sampling()))
         for size in speculation.sizes if speculation else ():
             model(torch.zeros(1, size + 1, dtype=torch.int64, device=cache.length.device), cache)
         if speculation and speculation.draft:
@@ -192,143 +232,150 @@ def warm(model: Transformer, cache: KVCache, speculation: Speculation | None = N
 # ------------------------------------------------------------------------------ one answer
 
 
-class Transcript:
-    """What one stream says, as it comes: its ids, its text up to a stop text, and when."""
+@dataclass
+class Prefilled:
+    """A prompt after its prefill. An answer continues it, and further answers a deep copy."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_tokens: int, args,
-                 emit: Callable[[str], None] = lambda text: None):
-        """Starts the clock. args are a program's (cli.make_parser); emit shows the text."""
-        self.prompt_tokens, self.args, self.emit = prompt_tokens, args, emit
-        self.ids, self.texts, self.reason = [], [], "length"
-        self.detokenize, self.stop = tokenizer.stream(), stop_at(args.stop)
+    prompt_ids: list[int]
+    cache: KVCache  # ends with the prompt
+    logits: Tensor  # (1, 1, V) after its last token
+    began: float  # time.perf_counter()
+    ended: float
+    interrupted: bool = False  # by Ctrl-C, which ends the answer at its first token
+
+    def copy_into(self, cache: KVCache) -> Prefilled:
+        """The same prompt in another cache of the same sizes, by copying it."""
+        cache.copy_row(0, self.cache)
+        now = time.perf_counter()
+        return replace(self, cache=cache, began=now, ended=now)
+
+
+def timed_prefill(model: Transformer, cache: KVCache, prompt_ids: list[int],
+                  speculation: Speculation | None = None) -> Prefilled:
+    """`prefill` with its times, once the device has done it. Ctrl-C does not interrupt it, but ends
+    the answer that follows."""
+    prompt_ids, began = broadcast_ids(prompt_ids), time.perf_counter()
+    with hold_interrupt() as interrupted:
+        logits = prefill(model, cache, prompt_ids, speculation)
+        if logits.is_cuda:
+            torch.cuda.synchronize(logits.device)
+    return Prefilled(prompt_ids, cache, logits, began, time.perf_counter(), bool(interrupted))
+
+
+def discard(text: str) -> None:
+    """Does not show a piece of an answer, as with --json."""
+
+
+class Transcript:
+    """What one stream says, shown as it comes, with the times that --json prints."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_tokens: int, stop: Sequence[str] = (),
+                 emit: Callable[[str], None] = discard):
+        """stop are texts that end the answer; emit shows each piece of it."""
+        self.prompt_tokens, self.emit = prompt_tokens, emit
+        self.said, self.interrupted = GeneratedText(tokenizer, stop), False
+        # When the prefill began and ended, and when the first and the latest token came
         self.start = self.prefilled = self.first = self.last = time.perf_counter()
 
     def add(self, token_id: int) -> bool:
         """Take the next token. True when it completes a stop text."""
         self.last = time.perf_counter()
-        self.first = self.first if self.ids else self.last
-        self.ids.append(token_id)
-        text, stopped = self.stop(self.detokenize(token_id))
-        self.show(text)
-        self.reason = "stop" if stopped else self.reason
-        return stopped
+        if not self.said.ids:
+            self.first = self.last
+        self.emit(self.said.add(token_id))
+        return self.said.stopped
 
-    def show(self, text: str) -> None:
-        self.texts.append(text)
-        self.emit(text)
-
-    def end(self, model: Transformer, length: int, *caches: KVCache) -> dict:
-        """The figures that --json prints; length is how far the stream has come in its cache."""
-        if self.reason != "stop":
-            self.show(self.stop(self.detokenize(None), final=True)[0])
-        ids, eos_ids = self.ids, () if self.args.ignore_eos else model.config.eos_ids
-        if self.reason == "length" and ids[-1] in eos_ids:
-            self.reason = "eos"
-        seen = caches[0].n_sink + caches[0].window
+    def record(self, model: Transformer, caches: Sequence[KVCache], length: int,
+            stop_ids: Container[int], seed: int) -> dict:
+        """Show the text that was held back, and return what --json prints. length is the stream's
+        in the first of the caches, which are those that served it."""
+        self.emit(self.said.flush())
+        new_tokens, seen = len(self.said.ids), caches[0].n_sink + caches[0].window
+        prefill_s, decode_s = self.prefilled - self.start, self.last - self.first
         return dict(
-            prompt_tokens=self.prompt_tokens, new_tokens=len(ids), text="".join(self.texts),
-            token_ids=ids, ttft_s=self.first - self.start,
-            prefill_tok_s=self.prompt_tokens / (self.prefilled - self.start),
-            decode_tok_s=(len(ids) - 1) / (self.last - self.first) if len(ids) > 1 else None,
-            compile_s=self.args.compile_s, evicted=max(0, length - seen),
-            finish_reason=self.reason, seed=self.args.seed, weight_bytes=weight_bytes(model),
-            cache_bytes=sum(cache.nbytes() for cache in caches))
+            prompt_tokens=self.prompt_tokens, new_tokens=new_tokens, text=self.said.text,
+            token_ids=self.said.ids, ttft_s=self.first - self.start,
+            prefill_tok_s=self.prompt_tokens / prefill_s if prefill_s else None,
+            decode_tok_s=(new_tokens - 1) / decode_s if new_tokens > 1 else None,
+            evicted=max(0, length - seen), finish_reason=self.finish_reason(stop_ids), seed=seed,
+            weight_bytes=weight_bytes(model), cache_bytes=sum(cache.nbytes() for cache in caches))
+
+    def finish_reason(self, stop_ids: Container[int]) -> str:
+        if self.said.stopped:
+            return "stop"
+        if self.interrupted:
+            return "interrupt"
+        return "eos" if self.said.ids[-1] in stop_ids else "length"
 
 
-def answer(model: Transformer, cache: KVCache, tokenizer: Tokenizer, prompt_ids: list[int], args,
-           emit: Callable[[str], None], speculation: Speculation | None = None,
-           kept: list | None = None) -> dict:
-    """Continue the cache with prompt_ids and with what the model says, shown as it comes.
+def answer(model: Transformer, tokenizer: Tokenizer, prompt: Prefilled, max_new_tokens: int,
+           sampling: Sampling, *, stop: Sequence[str] = (), stop_ids: Collection[int] | None = None,
+           emit: Callable[[str], None] = discard, speculation: Speculation | None = None) -> dict:
+    """Answer a prompt and show the answer as it comes. Returns what --json prints.
 
-    args are a program's (cli.make_parser), seeded (get_ready). Returns the figures that --json
-    prints. Ctrl-C ends the answer, and what was said by then is kept, as finish_reason "interrupt".
-    Into an empty list `kept` go a copy of the cache after the prompt, and the logits; the next
-    answer begins there."""
-    prompt_ids = agree(prompt_ids)
-    before = speculation and (speculation.rounds, speculation.proposed, speculation.accepted)
+    The Sampling needs a seed. stop are texts, stop_ids tokens that end the answer (None: the EOS
+    ids). Ctrl-C ends it too, as finish_reason "interrupt", and the cache keeps what was said."""
+    stop_ids = model.config.eos_ids if stop_ids is None else stop_ids
+    before = speculation and speculation.figures()
+    transcript = Transcript(tokenizer, len(prompt.prompt_ids), stop, emit)
+    transcript.start, transcript.prefilled = prompt.began, prompt.ended
     with hold_interrupt() as interrupted:
-        transcript, reused = Transcript(tokenizer, len(prompt_ids), args, emit), bool(kept)
-        if kept:
-            cache.copy_row(0, kept[0])
-        logits = kept[1] if kept else prefill(model, cache, prompt_ids, speculation)
-        if kept == []:
-            kept += [copy.deepcopy(cache), logits.clone()]
-        if logits.is_cuda:
-            torch.cuda.synchronize(logits.device)
-        transcript.prefilled = time.perf_counter()
-        for token_id in continue_from(model, cache, logits, prompt_ids, args.max_new_tokens,
-                                      args.ignore_eos, speculation, sampling(args)):
+        for token_id in continue_from(model, prompt.cache, prompt.logits, prompt.prompt_ids,
+                                      max_new_tokens, stop_ids, sampling, speculation):
             if transcript.add(token_id):
                 break
-            if interrupted:
-                transcript.reason = "interrupt"
+            if interrupted or prompt.interrupted:
+                transcript.interrupted = True
                 break
-    record = transcript.end(model, int(cache.length), cache)
-    if reused:
-        record["prefill_tok_s"] = None  # it was a copy
+    record = transcript.record(model, [prompt.cache], int(prompt.cache.length), stop_ids,
+                            sampling.seed)
     if speculation:
-        # The first token, known after the prefill, is told with the others of the first round.
+        # The first token is yielded with the others of the first round, so the rate counts from
+        # the end of the prefill.
         took = transcript.last - transcript.prefilled
-        record.update(decode_tok_s=(len(transcript.ids) - 1) / took or None,
-                      rounds=speculation.rounds - before[0],
-                      proposed=speculation.proposed - before[1],
-                      accepted=speculation.accepted - before[2])
+        record["decode_tok_s"] = (record["new_tokens"] - 1) / took or None
+        record.update({name: n - before[name] for name, n in speculation.figures().items()})
     return record
-
-
-def sampling(args) -> Sampling:
-    return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
-                    seed=args.seed)
 
 
 # ------------------------------------------------------------------------------ command line
 
 
-def open_model(args) -> tuple[Transformer, Tokenizer]:
-    """Load what the command line asks for."""
-    for text in args.stop:
-        check_text("--stop", text)
-    say(f"loading {args.checkpoint}")
-    return load(args.checkpoint, compile=args.compile, compile_prefill=args.compile_prefill,
-                **load_arguments(args))
+def open_model(checkpoint: str, **how) -> tuple[Transformer, Tokenizer]:
+    """Load a checkpoint and say so; `how` is what load.load takes."""
+    say(f"loading {checkpoint}")
+    return load(checkpoint, **how)
 
 
-def open_speculation(model: Transformer, cache: KVCache, tokenizer: Tokenizer,
-                     args) -> Speculation | None:
-    """What the command line asks for, if anything."""
-    if args.draft and args.lookup:
-        raise ValueError("--draft and --lookup exclude each other")
-    if not (args.draft or args.lookup):
-        if args.speculate:
-            raise ValueError("--speculate goes with --draft or --lookup")
+def open_speculation(model: Transformer, cache: KVCache, tokenizer: Tokenizer, *,
+                     draft: str | None = None, lookup: bool = False, size: int | None = None,
+                     **how) -> Speculation | None:
+    """Speculation with a draft or by lookup, or None where neither is wanted. size is the number of
+    proposals a round (None: as many as pay); `how` is what load.load takes. Raises ValueError where
+    size or draft do not fit the model."""
+    if not (draft or lookup):
         return None
-    for flag in ("samples", "repetition_penalty"):
-        if getattr(args, flag, 1) != 1:
-            raise ValueError(f"--{flag.replace('_', '-')} works without --draft and --lookup")
-    if args.speculate and args.speculate >= cache.max_chunk:
-        raise ValueError(f"--speculate {args.speculate} is too many; at most {cache.max_chunk - 1}")
-    if args.lookup:
-        return Speculation(fixed=args.speculate)
-    draft, its_tokenizer = load(args.draft, args.device, DTYPES.get(args.dtype),
-                                compile=args.compile, parallel=False,
-                                compile_prefill=args.compile_prefill)
-    text = "Does it read \u00e9t\u00e9, 12:30 and\n two lines alike?"
-    if (draft.config.vocab_size != model.config.vocab_size
-            or its_tokenizer.encode(text) != tokenizer.encode(text)):
-        raise ValueError(f"--draft {args.draft} has another tokenizer than {args.checkpoint}; "
-                         "a draft needs the same one")
-    return Speculation(draft, make_cache(draft), args.speculate)
+    if size and size >= cache.max_chunk:
+        raise ValueError(f"--speculate {size} is too many; at most {cache.max_chunk - 1}")
+    if lookup:
+        return Speculation(fixed=size)
+    draft_model = load_draft(draft, model, tokenizer, **how)
+    return Speculation(draft_model, make_cache(draft_model), size)
 
 
-def get_ready(model: Transformer, cache: KVCache, args,
-              speculation: Speculation | None = None) -> None:
-    """Compile what is to be compiled, and seed. Notes both in args."""
-    args.compile_s = 0.0
-    if args.compile:
+def get_ready(model: Transformer, cache: KVCache, sampling: Sampling,
+              speculation: Speculation | None = None, *, compile: bool = False,
+              compile_prefill: bool = False) -> tuple[float, Sampling]:
+    """Compile if asked to, and draw a seed where none is given. Returns the seconds that compiling
+    took, and the Sampling with its seed."""
+    compile_s = 0.0
+    if compile:
         say("compiling: 10 to 30 s the first time, a few from then on"
-            + (", and as long again for each of two sizes of prompt" * args.compile_prefill))
-        args.compile_s = warm(model, cache, speculation, sampling(args))
-    args.seed = secrets.randbits(32) if args.seed is None else args.seed
+            + (", and as long again for each of two sizes of prompt" * compile_prefill))
+        compile_s = warm(model, cache, speculation, sampling)
+    if sampling.seed is None:
+        sampling = replace(sampling, seed=secrets.randbits(32))
+    return compile_s, sampling
 
 
 def main():
@@ -337,22 +384,30 @@ def main():
                         help="what to go on from")
     with user_errors(parser):
         args = parser.parse_args()
-        prompt = check_text("--prompt", args.prompt)
-        model, tokenizer = open_model(args)
+        speculating = speculation_arguments(args)
+        text = check_text("--prompt", args.prompt)
+        stop = [check_text("--stop", stop_text) for stop_text in args.stop]
+        compiling = dict(compile=args.compile, compile_prefill=args.compile_prefill)
+        model, tokenizer = open_model(args.checkpoint, **compiling, **load_arguments(args))
         cache = make_cache(model, args.sink, args.window)
-        speculation = open_speculation(model, cache, tokenizer, args)
-        get_ready(model, cache, args, speculation)
-        say(prompt)
-        ids, kept = tokenizer.encode(prompt), [] if args.samples > 1 else None
+        speculation = open_speculation(model, cache, tokenizer, **speculating)
+        compile_s, how = get_ready(model, cache, sampling_of(args), speculation, **compiling)
+        say(text)
+        prompt = timed_prefill(model, cache, tokenizer.encode(text), speculation)
+        kept = copy.deepcopy(prompt) if args.samples > 1 else None
         for index in range(args.samples):
-            record = answer(model, cache, tokenizer, ids, args,
-                            (lambda text: None) if args.json else show, speculation, kept)
-            record = record if kept is None else {"index": index, **record}
+            if index:
+                prompt = kept.copy_into(cache)
+            seed = how.seed + index
+            record = answer(model, tokenizer, prompt, args.max_new_tokens, replace(how, seed=seed),
+                            stop=stop, stop_ids=() if args.ignore_eos else None,
+                            emit=discard if args.json else show, speculation=speculation)
+            which = {"index": index} if args.samples > 1 else {}
+            record = {**which, **record, "compile_s": compile_s}
             show((json.dumps(record) if args.json else "") + "\n")
-            say(f"{figures(record)}, compiled in {record['compile_s']:.1f} s, seed {args.seed}")
+            say(f"{figures(record)}, compiled in {compile_s:.1f} s, seed {seed}")
             if ending or record["finish_reason"] == "interrupt":
                 break
-            args.seed += 1
 
 
 if __name__ == "__main__":

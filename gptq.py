@@ -174,7 +174,7 @@ def sequences_of(path: str, tokenizer: Tokenizer, count: int, length: int) -> Te
 
 
 def input_sums(block: Block, linears: list[str], seen: Tensor, exact: Tensor,
-                at: Step) -> dict[str, list[Tensor]]:
+               at: Step) -> dict[str, list[Tensor]]:
     """Two sums for each of these linears of a block: [x^T x, (y - x)^T x], each (K, K) float32,
     where x are its inputs when the block reads `seen`, and y those when it reads `exact`. Both are
     (N, L, dim). The block's outputs replace `exact`, in place."""

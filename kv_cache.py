@@ -11,11 +11,11 @@ RoPE is relative, so nothing is ever rotated again: a key is stored rotated at i
 the query is rotated twice, at p for the recent keys and at min(p, S + W - 1) for the sinks.
 
 Storage is S sink slots followed by a ring of R = W + C - 1, C the most tokens that one call writes:
-position p lives in slot p if p < S, else in S + (p - S) mod R. The extra C - 1 slots are what lets
-the first query of a chunk still see its whole window after the chunk's last key was written, and
-they are also what makes un-writing possible (see `rollback`). Which position a ring slot holds
-follows from the row's length alone. Beside K, V and the lengths there is one thing to know: how far
-each row has ever been written, which says how deep a rollback may be.
+position p lives in slot p if p < S, else in S + (p - S) mod R. Thanks to the extra C - 1 slots, the
+first query of a chunk still sees its whole window after the chunk's last key was written. They also
+make `rollback` possible. Which position a ring slot holds follows from the row's length alone.
+Beside K, V and the lengths, the cache keeps each row's high-water mark, the most tokens that the
+row has ever held: it limits how deep a rollback may be.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class KVCache:
 
     def __init__(self, config, batch_size: int = 1, n_sink: int = 4, window: int = 252,
                  max_chunk: int = 256, dtype: torch.dtype = torch.float32, device="cpu"):
-        """Allocates everything, once. Raises ValueError naming a size that cannot be."""
+        """Allocates everything, once, for a ModelConfig; the sizes are in tokens. Raises ValueError
+        naming a size that the model does not allow."""
         check_sizes(config, n_sink, window)
         if batch_size < 1 or max_chunk < 1:
             raise ValueError(f"batch size {batch_size} and chunk {max_chunk} must be at least 1")
@@ -43,27 +44,27 @@ class KVCache:
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
         self.length = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.every_slot = torch.arange(n_sink + self.ring, device=device)
-        # The high-water mark (the most tokens a row ever held, padding and rejected ones counted),
-        # kept as its distance above `length`, on the host, which knows every write and rollback.
+        # The overhang of a row is its high-water mark (padding and rejected tokens counted) minus
+        # its length. It is kept on the host, which knows of every write and rollback.
         self.overhang = [0] * batch_size
         self.mark_static()
 
     def mark_static(self) -> None:
-        """CUDA graphs replay on fixed addresses: unmarked, tensors written in place disable them.
-        """
+        """CUDA graphs replay on fixed addresses: a tensor that is written in place disables them
+        unless it is marked."""
         for tensor in (*self.k, *self.v, self.length, self.every_slot):
             torch._dynamo.mark_static_address(tensor, guard=False)
 
     def __setstate__(self, state: dict) -> None:
-        """A copy's tensors are static, too."""
+        """Mark the tensors of a copy too."""
         self.__dict__.update(state)
         self.mark_static()
 
-    # What a call of the model asks, in this order. The first two are not traced.
+    # A call of the model uses these methods, in this order. The first two are not compiled.
 
     def check_fits(self, config, weight: Tensor) -> None:
-        """Raises ValueError unless this is a cache for a model of that config, whose weights are
-        of that tensor's dtype and device."""
+        """Raises ValueError unless this cache fits a model with that config, whose weights have the
+        dtype and the device of `weight`."""
         k = self.k[0]
         for what, ours, theirs in (
                 ("dtype", k.dtype, weight.dtype), ("device", k.device, weight.device),
@@ -88,31 +89,33 @@ class KVCache:
         return self.length[:, None] + torch.arange(n_tokens, device=self.length.device)
 
     def sink_positions(self, positions: Tensor) -> Tensor:
-        """(B, T): where a query stands as the sinks see it."""
+        """(B, T) int64: the position at which the sinks see each query."""
         return positions.clamp(max=self.n_sink + self.window - 1)
 
     def in_use(self, n_tokens: int) -> Tensor:
-        """(n,) int64: the slots to look at once n_tokens more are written. On a CPU those that hold
-        something by then; on a GPU all of them, since only it knows the lengths."""
+        """(n,) int64: the slots to attend to once n_tokens more are written. On a CPU these are the
+        slots that hold something by then. On a GPU they are all slots: to read the lengths, the
+        host would wait for the device."""
         if self.length.is_cuda:
             return self.every_slot
         return self.every_slot[:int(self.length.max()) + n_tokens]
 
     def slots(self, positions: Tensor) -> Tensor:
-        """(B, T): the slot of each position."""
+        """(B, T) int64: the slot of each position."""
         ring_slot = self.n_sink + (positions - self.n_sink) % self.ring
         return torch.where(positions < self.n_sink, positions, ring_slot)
 
     def held(self, positions: Tensor, slot: Tensor) -> Tensor:
-        """(B, n) int64: the position that each of the slots (n,) holds, these positions being the
-        last that were written. Of the ring, a result below S is an empty slot."""
+        """(B, n) int64: the position that each of the slots (n,) holds, when these positions (B, T)
+        are the last that were written. A ring slot for which it is below S is empty."""
         newest = positions[:, -1:]  # (B, 1)
         # Slot r holds the largest k <= newest with slot(k) = r.
         return torch.where(slot < self.n_sink, slot, newest - (newest - slot) % self.ring)
 
     def visible(self, positions: Tensor, slot: Tensor) -> Tensor:
-        """(B, T, n) bool: which of the slots (n,) a query at each position sees, these positions
-        being the last that were written. Whoever wants another rule replaces this alone."""
+        """(B, T, n) bool: which of the slots (n,) a query at each position sees, when these
+        positions are the last that were written. For another attention rule, override this alone.
+        """
         held = self.held(positions, slot)[:, None]  # (B, 1, n)
         query = positions[:, :, None]  # (B, T, 1)
         recent = (held >= self.n_sink) & (held > query - self.window)
@@ -123,15 +126,15 @@ class KVCache:
         seen = self.visible(positions, slot)
         return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -math.inf)
 
-    # What a caller asks between calls.
+    # Callers use these methods between calls of the model.
 
     def rollback(self, n: int | list[int]) -> None:
         """Forget the last n tokens of every row (a list: of each row).
 
-        Padding that a chunk carried and rejected speculation are both this. Un-written slots still
-        hold the un-written keys, which the arithmetic above takes for keys R earlier; those are
-        outside every window only while the high-water mark is at most max_chunk above the length.
-        Raises ValueError, changing nothing, when that or the length itself is exceeded."""
+        Padding of a chunk and rejected speculation are both undone so. The slots still hold the
+        forgotten keys, which `held` takes for keys R positions earlier. Those are outside every
+        window as long as the overhang is at most max_chunk. Raises ValueError, changing nothing,
+        for more tokens than that allows or than a row holds."""
         if n == 0:
             return
         rows = [n] * self.batch_size if isinstance(n, int) else list(n)
@@ -149,15 +152,15 @@ class KVCache:
         self.overhang = overhang
 
     def reset(self) -> None:
-        """Forget everything. The slots keep their bytes: a length of 0 makes them empty."""
+        """Forget everything. The slots keep their bytes; with a length of 0 none of them counts."""
         self.length.zero_()
         self.overhang = [0] * self.batch_size
 
     def copy_row(self, row: int, other: KVCache, other_row: int = 0,
                  n_tokens: int | None = None) -> None:
-        """Make this row a copy of a row of another cache with the same sizes, which holds n_tokens,
-        if that is known: what is beyond them stays where it is. Nothing is compiled for it and no
-        other row is touched. Raises ValueError when the sizes differ."""
+        """Make this row a copy of a row of another cache with the same sizes. When n_tokens, the
+        number that the other row holds, is given, only the slots below it are copied. No other row
+        is touched and nothing is compiled. Raises ValueError when the sizes differ."""
         sizes, other_sizes = ((c.n_sink, c.window, c.max_chunk) for c in (self, other))
         if sizes != other_sizes:
             raise ValueError(f"caches of different sizes (sink, window, chunk): {sizes} and "
@@ -168,14 +171,15 @@ class KVCache:
         self.overhang[row] = other.overhang[other_row]
 
     def clear_row(self, row: int, n_tokens: int | None = None) -> None:
-        """Forget a row, which holds n_tokens, if that is known, and overwrite what it held."""
+        """Forget a row and zero its slots: those below n_tokens, the number that it holds, or all
+        when that is not given."""
         for layer in (*self.k, *self.v):
             layer[row, :, :n_tokens] = 0
         self.length[row] = 0
         self.overhang[row] = 0
 
     def row(self, row: int) -> KVCache:
-        """One row by itself: what is written there is written here, but for `overhang`."""
+        """A cache of this row alone. It shares this cache's memory, but has its own `overhang`."""
         one = object.__new__(type(self))
         k, v = ([layer[row:row + 1] for layer in layers] for layers in (self.k, self.v))
         one.__dict__.update(self.__dict__, batch_size=1, length=self.length[row:row + 1], k=k, v=v,
@@ -193,7 +197,8 @@ def write(cache: Tensor, slots: Tensor, new: Tensor) -> None:
 
 
 def check_sizes(config, n_sink: int, window: int) -> None:
-    """Raises ValueError unless S sinks and a window of W fit what the model was trained on."""
+    """Raises ValueError unless n_sink + window fits the context that the model was trained on, and
+    window its sliding window."""
     if n_sink < 0:
         raise ValueError(f"sink {n_sink} is negative")
     if window < 1:

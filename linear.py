@@ -1,7 +1,9 @@
-"""y = x W^T + b, with W in floating point, int8 or int4, as each device reads it fastest.
+"""y = x W^T + b with W in floating point, int8 or int4, laid out as the device reads it fastest.
 
-One token at a time, a model is as fast as its weights are read, so this is what there is to be fast
-at. A GPU's libraries and compiler do it by themselves; most of this file is about CPUs.
+A model that decodes one token at a time is as fast as its weights are read from memory. On a GPU
+the libraries and the compiler see to that; most of this file is for CPUs.
+
+Shapes: x (..., K), W (N, K), y (..., N). A group is group_size columns of a row of W.
 """
 
 from __future__ import annotations
@@ -10,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# In a graph smaller weights stay in rows: reading one for a token takes no longer than calling a
-# library does (a model of 135M decodes in 8.0 to 9.9 ms a token with rows, 10.4 to 11.5 packed).
+# Smaller weights stay in rows: to read one takes less time than to call oneDNN does.
 PACKED_BYTES = 1 << 22
 MODES, GROUP_SIZES = ("int8", "int4"), (32, 64, 128)
 
@@ -30,8 +31,8 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
 
 define, implement = torch.library.define, torch.library.impl
 
-# oneDNN's matmul with a weight in its own layout, under a name of ours: inductor (2.11 to 2.13)
-# takes the original with constant weights only.
+# oneDNN's matmul with a weight in its own layout. It has a name of ours because inductor (2.11 to
+# 2.13) accepts the original with constant weights only.
 define("gpt_stream::packed_linear", "(Tensor x, Tensor packed, int n) -> Tensor")
 
 
@@ -45,8 +46,8 @@ def packed_linear_fake(x, packed, n):
     return x.new_empty(*x.shape[:-1], n)
 
 
-# PyTorch's CPU kernels under names of our own: what inductor (2.11 to 2.13) does with the originals
-# fails for an input that is not in memory yet, and for a group size in a nested compile region.
+# PyTorch's CPU kernels. They have names of ours because inductor (2.11 to 2.13) fails on the
+# originals, for an input that is not in memory and for a group size in a nested compile region.
 define("gpt_stream::int8_matmul", "(Tensor x, Tensor weight, Tensor scale) -> Tensor")
 define("gpt_stream::int4_matmul",
        "(Tensor x, Tensor weight, int group_size, Tensor scales_and_zeros) -> Tensor")
@@ -64,14 +65,14 @@ def int4_matmul_fake(x, weight, group_size, scales_and_zeros):
     return x.new_empty(x.shape[0], scales_and_zeros.shape[1])
 
 
-def in_memory(x: Tensor) -> Tensor:
-    """x itself; inductor stores it here instead of computing it again wherever it is used."""
+def materialize(x: Tensor) -> Tensor:
+    """x itself. Inductor writes it to memory here and does not compute it again at every use."""
     return x.as_strided(x.shape, x.stride())
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear. In a graph compiled for a CPU, for a chunk of a prompt, W times x transposed: the
-    library then need not lay W out anew (32 tokens: 2.3 ms instead of 3.7)."""
+    """F.linear. For a chunk of a prompt, in a graph compiled for a CPU, it is W x^T: for x W^T the
+    library would first copy W into another layout."""
     tokens = x.numel() // x.shape[-1]
     if x.is_cuda or not torch.compiler.is_compiling() or not 12 <= tokens <= 512:
         return F.linear(x, weight, bias)
@@ -79,24 +80,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + bias
 
 
-def is_row(x: Tensor) -> bool:
-    """Whether this is one token in a graph compiled for a CPU."""
+def is_single_token(x: Tensor) -> bool:
+    """Whether x is one token, in a graph compiled for a CPU."""
     return x.numel() == x.shape[-1] and not x.is_cuda and torch.compiler.is_compiling()
 
 
-def row_times_matrix(x: Tensor, weight: Tensor) -> Tensor:
-    """x (1, 1, K) times weight (N, K) transposed, -> (1, 1, N) float32, for inductor: it makes one
-    pass over W of a product and a sum, twice as fast as the library's matmul of one row.
+def matvec(x: Tensor, weight: Tensor) -> Tensor:
+    """x (1, 1, K) times W (N, K) transposed -> (1, 1, N) float32. Inductor makes one pass over W
+    of it, a product and a sum, which is faster than a library's matmul of one row.
 
-    x has to be in memory, and in float32, or what computes it would be fused in and computed again
-    for every row. Reading several parts of W side by side and adding rows up in pieces keeps more
-    of the memory busy: 0.95 of its speed instead of 0.85 (over 4096 terms inductor's sum is slower,
-    too). How many was measured: four parts of int8, two of bf16."""
+    Several parts of W are read side by side and each row is summed in pieces, since that keeps
+    more of the memory busy. Inductor's sum is also slower over more than 4096 terms."""
     K = weight.shape[1]
+    # The fewest pieces, at least two, that are equal and have at most 4096 terms.
     pieces = next(n for n in range(min(2, K), K + 1) if K % n == 0 and K // n <= 4096)
-    x = in_memory(x.reshape(-1).float())
+    # In memory, or inductor would fuse what computes x and compute it again for every row of W.
+    x = materialize(x.reshape(-1).float())  # (K,)
+    n_parts = max(1, 4 // weight.itemsize)  # measured: four of int8, two of bf16
     sums = [(part.float() * x).view(-1, pieces, K // pieces).sum(-1)
-            for part in weight.chunk(max(1, 4 // weight.itemsize))]
+            for part in weight.chunk(n_parts)]  # (N / n_parts, pieces) each
     return torch.cat(sums).sum(-1)[None, None]
 
 
@@ -104,13 +106,13 @@ def row_times_matrix(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """y = x W^T + b."""
+    """y = x W^T + b with W in floating point."""
 
-    packed = False
+    packed = False  # whether `weight` is in oneDNN's layout
 
     def pack(self) -> None:
-        """Lay W out as oneDNN likes it, where there is oneDNN. It then reads W at the speed of the
-        memory for one token and, what a layout in rows does not allow, for eight."""
+        """Put W into oneDNN's own layout, where PyTorch has oneDNN and it supports the dtype. It
+        then reads W at the memory's speed, for one token and for several."""
         dtype = self.weight.dtype
         if self.packed or not torch.backends.mkldnn.is_available():
             return
@@ -120,12 +122,12 @@ class Linear(nn.Linear):
             self.weight, self.packed = nn.Parameter(packed, requires_grad=False), True
 
     def unpack(self) -> None:
-        """Lay W out in rows again."""
+        """Put W into rows again."""
         if self.packed:
             self.weight, self.packed = nn.Parameter(self.weight.to_dense(), False), False
 
     def __getstate__(self) -> dict:
-        """What a copy takes: W in rows. Layouts of oneDNN's cannot be copied, or trained."""
+        """The state of a copy, with W in rows: a tensor in oneDNN's layout cannot be copied."""
         if not self.packed:
             return self.__dict__
         rows = nn.Parameter(self.weight.to_dense(), requires_grad=False)
@@ -135,20 +137,20 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.packed:
             y = torch.ops.gpt_stream.packed_linear(x, self.weight, self.out_features)
-        elif is_row(x):
-            y = row_times_matrix(x, self.weight).type_as(x)
+        elif is_single_token(x):
+            y = matvec(x, self.weight).type_as(x)
         else:
             return linear(x, self.weight, self.bias)
         return y if self.bias is None else y + self.bias
 
 
 def reorder(x: Tensor, order: Tensor | None) -> Tensor:
-    """The inputs x (..., K) in the order in which a weight's groups of columns are stored."""
+    """The inputs x (..., K) in the order of W's stored columns; None leaves them as they are."""
     return x if order is None else x.index_select(-1, order)
 
 
 class Int8Linear(nn.Module):
-    """y = x W^T + b with W in int8."""
+    """y = x W^T + b with W in int8, and a scale for each row."""
 
     def __init__(self, K: int, N: int, bias: bool):
         super().__init__()
@@ -157,14 +159,14 @@ class Int8Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(N)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        few = x.numel() // x.shape[-1] <= 16  # tokens; from there on unpacking first is faster
-        if is_row(x):
-            y = (row_times_matrix(x, self.weight) * self.scale).type_as(x)
+        few = x.numel() // x.shape[-1] <= 16  # tokens; for more, it is faster to unpack W first
+        if is_single_token(x):
+            y = (matvec(x, self.weight) * self.scale).type_as(x)
         elif few and not x.is_cuda:
             y = torch.ops.gpt_stream.int8_matmul(x.flatten(0, -2).contiguous(), self.weight,
                                                  self.scale.type_as(x))
             y = y.unflatten(0, x.shape[:-1])
-        else:  # 1024 rows at a time stay in a CPU's caches between unpacking and use
+        else:  # 1024 unpacked rows at a time stay in a CPU's caches until they are used
             parts = [self.weight] if x.is_cuda else self.weight.split(1024)
             y = torch.cat([linear(x, part.float().type_as(x)) for part in parts], dim=-1)
             y = (y * self.scale).type_as(x)
@@ -172,8 +174,8 @@ class Int8Linear(nn.Module):
 
 
 class GroupedInt8Linear(nn.Module):
-    """y = x W^T + b with W in int8, in groups of columns with a scale and a zero each, as others
-    publish it."""
+    """y = x W^T + b with W in int8, and a scale and a zero for each group of columns, a format of
+    published checkpoints. `order` is the order of the columns, where it is not the inputs'."""
 
     def __init__(self, K: int, N: int, bias: bool, group_size: int, order: bool = False):
         super().__init__()
@@ -185,24 +187,27 @@ class GroupedInt8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = reorder(x, self.order)
-        if is_row(x):
+        if is_single_token(x):
             groups = self.scale.shape[1]
-            row = in_memory(x.reshape(-1).float())
+            row = materialize(x.reshape(-1).float())
             sums = (self.weight.float() * row).view(len(self.weight), groups, -1).sum(-1)  # (N, G)
             sums = sums - self.zero.float() * row.view(groups, -1).sum(-1)
             y = (sums * self.scale).sum(-1)[None, None].type_as(x)
-        else:  # 1024 rows at a time, as above
+        else:  # 1024 rows at a time, as in Int8Linear
             size = len(self.weight) if x.is_cuda else 1024
             parts = zip(*(t.split(size) for t in (self.weight, self.scale, self.zero)))
             y = torch.cat([linear(x, self.unpack(*part).type_as(x)) for part in parts], dim=-1)
         return y if self.bias is None else y + self.bias
 
     def unpack(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Rows of W in float32, for these rows of the three tensors."""
         groups = weight.float().unflatten(1, (scale.shape[1], -1))
         return ((groups - zero[..., None]) * scale[..., None]).flatten(1)
 
 
 class Int8Embedding(nn.Module):
+    """An embedding in int8, with a scale for each token."""
+
     def __init__(self, vocab_size: int, dim: int):
         super().__init__()
         self.register_buffer("weight", torch.empty(vocab_size, dim, dtype=torch.int8))
@@ -213,7 +218,8 @@ class Int8Embedding(nn.Module):
 
 
 class Int4Linear(nn.Module):
-    """y = x W^T + b with W in int4, as it is stored until `pack` lays it out for the device."""
+    """y = x W^T + b with W in int4, and a scale and a zero for each group of columns. The tensors
+    are as they are stored, two nibbles a byte, until `pack`."""
 
     def __init__(self, K: int, N: int, bias: bool, group_size: int, order: bool = False):
         super().__init__()
@@ -225,12 +231,12 @@ class Int4Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(N)) if bias else None
 
     def pack(self, dtype: torch.dtype) -> None:
-        """Lay the stored tensors out for the device's kernel, which computes
+        """Put the stored tensors into the layout of the device's kernel, which computes
         (nibble - 8) * scale + zero in the given dtype."""
         zero = (8 - self.zero / 16) * self.scale
         both = torch.stack([self.scale, zero], dim=-1).transpose(0, 1)  # (K / g, N, 2)
         self.register_buffer("scales_and_zeros", both.to(dtype).contiguous())
-        if self.weight.is_cuda:  # wants the even column in the high four bits
+        if self.weight.is_cuda:  # its kernel expects the even column in the high four bits
             swapped = self.weight << 4 | self.weight >> 4
             K = 2 * self.weight.shape[1]
             tiles = next(tiles for tiles in (8, 4, 2) if K % (16 * tiles) == 0)
@@ -248,9 +254,9 @@ class Int4Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class SideBySide(nn.ModuleList):
-    """Layers of one input whose outputs are one: q, k and v that were quantized in different ways,
-    or in different orders."""
+class ConcatLinear(nn.ModuleList):
+    """Layers of one input whose outputs are concatenated: q, k and v that were quantized in
+    different ways, or whose columns are in different orders."""
 
     def __init__(self, parts: list[nn.Module], bias: int | None):
         super().__init__(parts)
@@ -262,16 +268,17 @@ class SideBySide(nn.ModuleList):
 
 
 def quantized(name: str, plain: nn.Module, kind: dict | list | None, rows: list[int]) -> nn.Module:
-    """What stands in a plain layer's place: kind is {"mode", "group_size", "order"}, or a list of
-    one for each of the layers that it stacks, which have these numbers of rows; None leaves it.
-    Raises ValueError naming the layer and a size that cannot be."""
+    """The empty quantized layer that replaces a plain one. kind is its quantization, a dict of
+    "mode", "group_size" and "order"; None leaves the layer in floating point. A list has one kind
+    for each layer that it stacks (q, k, v), and `rows` says how many rows each has. Raises
+    ValueError naming the layer and a size that its kind does not allow."""
     if isinstance(plain, nn.Embedding):
         return Int8Embedding(plain.num_embeddings, plain.embedding_dim)
     N, K, bias = plain.out_features, plain.in_features, plain.bias is not None
     if isinstance(kind, list):
         parts = [quantized(f"{name}.{i}", Linear(K, n, bias=False), part, [n])
                  for i, (part, n) in enumerate(zip(kind, rows))]
-        return SideBySide(parts, N if bias else None)
+        return ConcatLinear(parts, N if bias else None)
     if kind is None:
         return plain
     kind = kind if isinstance(kind, dict) else {"mode": kind}
@@ -293,14 +300,15 @@ def quantized(name: str, plain: nn.Module, kind: dict | list | None, rows: list[
 
 
 def check_types(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Raises ValueError naming a tensor that holds another kind of numbers than the model's, or an
-    order of columns that is none."""
+    """Raises ValueError naming a tensor whose dtype is not the model's, or an order of columns that
+    is no permutation. Any floating-point dtype will do for another."""
     for name, empty in model.state_dict().items():
         if (tensor := weights.get(name)) is None:
-            continue  # tied
-        whole = not empty.is_floating_point() and not name.endswith(".zero")  # of two widths
+            continue  # tied, so stored under another name
+        # Integers must have the model's very dtype, but zeros are stored in two widths.
+        exact = not empty.is_floating_point() and not name.endswith(".zero")
         if tensor.is_floating_point() != empty.is_floating_point() or (
-                whole and tensor.dtype != empty.dtype):
+                exact and tensor.dtype != empty.dtype):
             raise ValueError(f"tensor {name} holds {tensor.dtype}; it must be {empty.dtype}")
         if name.endswith(".order") and not torch.equal(
                 tensor.sort().values.cpu(), torch.arange(len(tensor), dtype=tensor.dtype)):

@@ -48,7 +48,7 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
     device = check_device(tp.join(device))
     folder, quantize = find(checkpoint, quantize, group_size)
     adapter_folders = [find_adapter(name) for name in adapters]
-    with tp.together():
+    with tp.raise_on_all_ranks():
         source, asked = open_checkpoint(folder), asked_quantization(quantize, group_size)
         if asked:
             check_not_ours_quantized(source)
@@ -66,12 +66,12 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
 
 
 def build_model(source: Checkpoint, asked: dict | None, lora: list[Lora], dtype: torch.dtype | None,
-          device: torch.device, n: int) -> Transformer:
+                device: torch.device, n: int) -> Transformer:
     """A checkpoint's model on its device, or this rank's shard of n. asked is the quantization
     asked for; None keeps the stored one."""
     config, quantization = source.config, asked or source.quantization
     group = (quantization or {}).get("group_size")
-    model = empty_model(config if n == 1 else tp.share(config, n, group), quantization)
+    model = empty_model(config if n == 1 else tp.shard_config(config, n, group), quantization)
     weights = read_weights(source, asked, lora, dtype, n, device)
     dtype = dtype or default_dtype(weights)
     check_int4(weights, dtype, device)
@@ -100,7 +100,7 @@ def read_weights(source: Checkpoint, asked: dict | None, lora: list[Lora],
 
 
 def store_shard(name: str, layer: Layer | None, blocks: list[Tensor], config: ModelConfig,
-             kind: dict | None, n: int, device: torch.device) -> dict[str, Tensor]:
+                kind: dict | None, n: int, device: torch.device) -> dict[str, Tensor]:
     """This rank's shard, of n, of one tensor, quantized to this kind if there is one."""
     if n == 1:
         return store(name, stack(blocks).to(device), kind)

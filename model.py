@@ -1,7 +1,7 @@
 """A Llama-family transformer: Llama, Mistral, Qwen2 and Qwen3 checkpoints in one file.
 
-Everything about a model comes from its Hugging Face config.json, nothing from its name. Read from
-the top: the configuration, rotary positions, and then the modules from the smallest to the whole.
+Everything about a model comes from its Hugging Face config.json (formats/config.py), nothing from
+its name. In order: the configuration, rotary positions, the modules from the smallest to the whole.
 
 Shapes: B rows, T tokens of this call, S sink slots, R ring slots of the cache (see kv_cache.py),
 D head_dim, G query heads that share one key-value head.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from attention import attend, attend_causal
 from kv_cache import KVCache, write
-from linear import Linear, in_memory
+from linear import Linear, materialize
 from threads import timed_step
 from tp import all_gather, all_reduce
 
@@ -45,7 +45,7 @@ class ModelConfig:
     ffn_bias: bool = False
     qk_norm: bool = False
     tied_embeddings: bool = False
-    sliding_window: int | None = None  # the widest window that the model was trained with
+    sliding_window: int | None = None  # the window that the model was trained with, if it has one
     eos_ids: tuple[int, ...] = ()
     n_ranks: int = 1  # processes that share the model; heads and ffn_dim are then those of one
 
@@ -63,8 +63,8 @@ def rope_frequencies(config: ModelConfig, device=None) -> Tensor:
     slowed = frequencies / scaling["factor"]
     if scaling["rope_type"] == "linear":
         return slowed
-    # llama3: fast pairs stay, slow ones are slowed, and between them a linear blend in the number
-    # of turns that a pair makes over the original context.
+    # llama3: fast pairs stay, slow ones are slowed. Between them the frequency is a linear blend
+    # in the number of turns that the pair makes over the original context.
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     blend = ((turns - low) / (high - low)).clamp(0, 1)
@@ -72,16 +72,16 @@ def rope_frequencies(config: ModelConfig, device=None) -> Tensor:
 
 
 def rope(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every angle, each (B, T, 1, D / 2) float32 for positions (B, T) int64.
+    """Cosine and sine of every angle, each (B, T, 1, D / 2) float32, for positions (B, T) int64.
 
-    The angle is made in float64: in float32 it would be wrong by 0.02 radians at position 10^6 and
-    by 2 at 10^8, and a stream has no last position."""
+    The angle is computed in float64, since a stream has no last position: in float32 it would be
+    wrong by 0.02 radians at position 10^6 and by 2 at 10^8."""
     angles = positions[:, :, None, None].double() * frequencies
-    return in_memory(angles.cos().float()), in_memory(angles.sin().float())
+    return materialize(angles.cos().float()), materialize(angles.sin().float())
 
 
 def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate x (B, T, heads, D) by its position's angles, in Hugging Face's half-split layout."""
+    """Rotate x (B, T, heads, D) by its positions' angles, in Hugging Face's half-split layout."""
     cos, sin = cos_sin
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
@@ -105,7 +105,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: over a sink+window cache, or over the call's own tokens."""
+    """Grouped-query attention, over a sink+window cache or over the tokens of the call alone."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -120,9 +120,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, at: Step, k_cache: Tensor | None,
                 v_cache: Tensor | None) -> Tensor:
         B, T, _ = x.shape
-        heads = self.qkv(x).view(B, T, -1, self.head_dim)
+        heads = self.qkv(x).view(B, T, -1, self.head_dim)  # (B, T, heads + 2 kv_heads, D)
         q, k, v = heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)
-        q, k = self.q_norm(q), self.k_norm(k)  # (B, T, heads, D)
+        q, k = self.q_norm(q), self.k_norm(k)  # (B, T, heads, D), (B, T, kv_heads, D)
         q_recent, k = rotate(q, at.rope), rotate(k, at.rope)
         if k_cache is None:
             y = attend_causal(q_recent, k, v)
@@ -130,7 +130,7 @@ class Attention(nn.Module):
             write(k_cache, at.slots, k)
             write(v_cache, at.slots, v)
             y = attend(rotate(q, at.sink_rope), q_recent, k_cache, v_cache, at)
-        return self.out(y.reshape(B, T, -1))
+        return self.out(y.reshape(B, T, -1))  # (B, T, dim)
 
 
 class FeedForward(nn.Module):
@@ -142,11 +142,13 @@ class FeedForward(nn.Module):
         self.down = Linear(config.ffn_dim, config.dim, bias=config.ffn_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # (B, T, ffn_dim) each
         return self.down(F.silu(gate) * up)
 
 
 class Block(nn.Module):
+    """One layer: attention, then the feed-forward, each added to its input."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.n_ranks = config.n_ranks
@@ -165,27 +167,27 @@ class Block(nn.Module):
 
 @dataclass
 class Step:
-    """Where a call's T tokens stand: the same for every layer, so made once a call."""
+    """What a call's T tokens have in common in every layer, computed once a call."""
 
     rope: tuple[Tensor, Tensor]  # cosine and sine at the true positions, for keys and ring queries
-    sink_rope: tuple[Tensor, Tensor] | None = None  # the same where the sinks see the queries
-    slots: Tensor | None = None  # (B, T): where the new keys and values go
-    # (B, T * G, n) float32: 0 where a query sees one of the n slots in use, else -inf; the G
-    # queries of a token that share a key-value head have a row each
+    sink_rope: tuple[Tensor, Tensor] | None = None  # at the positions at which sinks see queries
+    slots: Tensor | None = None  # (B, T) int64: where the new keys and values are stored
+    # (B, T * G, n) float32: 0 where a query sees one of the n slots in use, else -inf. The G
+    # queries of a token that share a key-value head have a row each.
     mask: Tensor | None = None
     n_sink: int = 0
     window: int = 0
 
 
 class Transformer(nn.Module):
-    """The whole model. `model(tokens, cache)` is the one call; `step` is the graph that it runs,
-    which load.compile_model compiles. A copy of a model is a model."""
+    """The whole model. `model(tokens, cache)` is the one call. It runs `step`, which
+    load.compile_model compiles. A deep copy of a model is a model of its own."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.fingerprint = "random"  # which model it is, for what is saved of it (load.fingerprint)
-        self.compiled = None  # load.compile_model: `step` as graphs, which are this model's alone
+        self.fingerprint = "random"  # load.fingerprint: says in saved sessions which model it is
+        self.compiled = None  # load.compile_model: `step` as graphs of this model alone
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -194,28 +196,28 @@ class Transformer(nn.Module):
         self.tie()
 
     def tie(self) -> None:
-        """Where the config ties them, make the output projection's weight the embedding's. One that
-        is laid out anew, quantized, or one rank's part stays apart."""
+        """Make the output projection's weight the embedding's, where the config ties them. A weight
+        that is packed, quantized or one rank's shard has another layout and stays untied."""
         if (self.config.tied_embeddings and self.config.n_ranks == 1
                 and isinstance(self.output, Linear) and not self.output.packed):
             self.output.weight = self.embed.weight
 
     def __getstate__(self) -> dict:
-        """What a copy takes. A copy of a compiled model is eager until it is compiled itself."""
+        """The state of a copy, which is eager until it is compiled itself."""
         return {**self.__dict__, "compiled": None}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        self.tie()  # what was packed apart is in rows again
+        self.tie()  # a packed output projection was copied in rows, so it can be tied again
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None,
                 last: Tensor | None = None) -> Tensor:
         """Logits (B, T, vocab_size) float32 for tokens (B, T) int64.
 
-        With a cache the tokens continue its rows and each row's length grows by T; without one
-        they are whole sequences from position 0. `last` (B,) int64 asks for the logits of one
-        index of each row only: (B, 1, vocab_size). Raises ValueError when T is over max_chunk, or
-        without a cache over the sliding window, and for a cache that is not this model's kind."""
+        With a cache, the tokens continue its rows and each row's length grows by T. Without one
+        they are whole sequences from position 0. With `last` (B,) int64, the logits are those of
+        one index of each row: (B, 1, vocab_size). Raises ValueError when T is above the cache's
+        max_chunk (without a cache: above the sliding window), or when the cache does not fit."""
         in_use = None
         if cache is not None:
             cache.check_fits(self.config, self.norm.weight)
@@ -231,14 +233,14 @@ class Transformer(nn.Module):
 
     def run(self, tokens: Tensor, cache: KVCache | None, in_use: Tensor | None,
             last: Tensor | None) -> Tensor:
-        """`step`, as graphs if it was compiled."""
+        """Run `step`, or its graph where the model is compiled."""
         if self.compiled is None:
             return self.step(tokens, cache, in_use, last)
         return self.compiled(self, tokens, cache, in_use, last)
 
     def step(self, tokens: Tensor, cache: KVCache | None, in_use: Tensor | None,
              last: Tensor | None) -> Tensor:
-        """`forward` as one graph. in_use (n,) int64 are the numbers of the slots to look at
+        """What `forward` computes, as one graph. in_use (n,) int64 are the slots to attend to
         (KVCache.in_use)."""
         if cache is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
@@ -248,15 +250,15 @@ class Transformer(nn.Module):
             groups = self.config.n_heads // self.config.n_kv_heads
             at = Step(rope=rope(positions, self.frequencies),
                       sink_rope=rope(cache.sink_positions(positions), self.frequencies),
-                      slots=in_memory(cache.slots(positions)),
-                      mask=in_memory(cache.mask(positions, in_use).repeat_interleave(groups, 1)),
+                      slots=materialize(cache.slots(positions)),
+                      mask=materialize(cache.mask(positions, in_use).repeat_interleave(groups, 1)),
                       n_sink=cache.n_sink, window=cache.window)
-            cache.length.add_(tokens.shape[1])  # += would make it an output of the graph
+            cache.length.add_(tokens.shape[1])  # in place: += would make it an output of the graph
         x = self.embed(tokens).type_as(self.norm.weight)  # (B, T, dim)
         for layer, block in enumerate(self.layers):
             k, v = (None, None) if cache is None else (cache.k[layer], cache.v[layer])
             x = block(x, at, k, v)
         if last is not None:
             x = x[torch.arange(len(x), device=x.device), last][:, None]  # (B, 1, dim)
-        logits = self.output(self.norm(x))  # of this rank's part of the vocabulary
+        logits = self.output(self.norm(x))  # (B, T, this rank's part of the vocabulary)
         return all_gather(logits, self.config.n_ranks, self.config.vocab_size).float()

@@ -13,27 +13,30 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from draw import draw_from_weights, sample
 from kv_cache import KVCache
+from load import load
 from model import Transformer
-from sample import Sampling, distribution, draw, sample
-from tp import in_step
+from sample import Sampling, distribution
+from tokenizer import Tokenizer
+from tp import broadcast_tokens
 
 log = logging.getLogger("gpt_stream")
-SIZES = (2, 5)  # proposals a round that are tried where none is asked for, and 0 when neither pays
-LOOKED_AT = 1 << 14  # latest tokens that a lookup searches
-TRIAL = 32  # proposals between two changes of size
+SIZES = (2, 5)  # proposals a round that are tried where no number is given; 0 when neither pays
+LOOKUP_TOKENS = 1 << 14  # a lookup searches this many of the latest tokens
+TRIAL = 32  # proposals after which the size may change
 
 
 @dataclass
 class Speculation:
-    """Who proposes, how many, and how it went."""
+    """A proposer, how many tokens it proposes a round, and how many were accepted."""
 
     draft: Transformer | None = None  # None: look the proposals up in the history
     cache: KVCache | None = None  # the draft's own
@@ -43,10 +46,10 @@ class Speculation:
     accepted: int = 0
 
     def __post_init__(self):
-        self.begin([])
+        self.restart([])
 
-    def begin(self, unread: list[int]) -> None:
-        """Start anew on a conversation of which the draft's cache holds all but `unread`."""
+    def restart(self, unread: list[int]) -> None:
+        """Begin on a conversation of which the draft's cache holds all tokens but `unread`."""
         self.unread = unread  # the last token, once there is one
         self.history = array("q")  # for lookups
         self.size = self.fixed or SIZES[-1]  # proposals a round at present; 0: stopped
@@ -54,17 +57,20 @@ class Speculation:
 
     def reset(self) -> None:
         """Forget the conversation."""
-        self.begin([])
+        self.restart([])
         if self.cache:
             self.cache.reset()
+
+    def figures(self) -> dict[str, int]:
+        return dict(rounds=self.rounds, proposed=self.proposed, accepted=self.accepted)
 
     @property
     def sizes(self) -> tuple[int, ...]:
         return (self.fixed,) if self.fixed else SIZES
 
-    def count(self, proposed: int, accepted: int) -> None:
-        """Note a round, and adapt: after every TRIAL proposals, 5 a round where three in five were
-        accepted, 2 where one in three was, and else none any more."""
+    def record_round(self, proposed: int, accepted: int) -> None:
+        """Count a round. After every TRIAL proposals, adapt the size: 5 where three in five were
+        accepted, 2 where one in three was, else 0, and speculation has stopped."""
         self.rounds, self.proposed = self.rounds + 1, self.proposed + proposed
         self.accepted += accepted
         self.trial = [self.trial[0] + proposed, self.trial[1] + accepted]
@@ -78,8 +84,20 @@ class Speculation:
                      self.proposed)
 
 
-def propose(speculation: Speculation, token: Tensor, size: int, vocab_size: int,
-            temperature: float, generator=None, **limits) -> tuple[Tensor, Tensor] | None:
+def load_draft(checkpoint: str, model: Transformer, tokenizer: Tokenizer, **how) -> Transformer:
+    """A draft for a model, whole on every rank, loaded as `load` is told. Raises ValueError naming
+    one with another tokenizer."""
+    draft, its_tokenizer = load(checkpoint, parallel=False, **how)
+    text = "Does it read \u00e9t\u00e9, 12:30 and\n two lines alike?"
+    if (draft.config.vocab_size != model.config.vocab_size
+            or its_tokenizer.encode(text) != tokenizer.encode(text)):
+        raise ValueError(f"--draft {checkpoint} has another tokenizer than the model; "
+                         "a draft needs the same one")
+    return draft
+
+
+def propose(speculation: Speculation, token: Tensor, size: int, vocab_size: int, sampling: Sampling,
+            generator: torch.Generator | None = None) -> tuple[Tensor, Tensor] | None:
     """Proposals (1, K) that follow token (1, 1), and the distributions (K, V) they were drawn from;
     None where a lookup finds nothing."""
     if speculation.draft is None:
@@ -88,100 +106,103 @@ def propose(speculation: Speculation, token: Tensor, size: int, vocab_size: int,
             return None
         proposals = torch.tensor([found], device=token.device)
         return proposals, F.one_hot(proposals[0], vocab_size).float()
-    # The draft reads the last token but one only now: so it never reads a proposal that nothing
-    # follows, and its cache is always one token behind the model's.
+    # The draft's cache is one token behind the model's, so the draft reads that token first. It
+    # never reads its own last proposal.
     reads = torch.cat([torch.tensor([speculation.unread], device=token.device), token], dim=1)
     tokens, distributions = [], []
     for _ in range(size):
         logits = speculation.draft(reads, speculation.cache)[:, -1]  # (1, V)
-        distributions.append(distribution(logits, temperature, **limits))
-        reads = draw(distributions[-1], temperature, generator)[None]
+        distributions.append(distribution(logits, sampling))
+        reads = draw_from_weights(distributions[-1], sampling, generator)[None]
         tokens.append(reads)
-    return in_step(torch.cat(tokens, dim=1)), torch.cat(distributions)
+    return broadcast_tokens(torch.cat(tokens, dim=1)), torch.cat(distributions)
 
 
 def look_up(history: array, size: int) -> list[int] | None:
     """The `size` tokens after the last earlier occurrence of the latest three tokens, or two."""
-    recent = history[-LOOKED_AT:]
+    recent = history[-LOOKUP_TOKENS:]
     width, raw = recent.itemsize, recent.tobytes()
     for n in (3, 2):
         latest = recent[-n:].tobytes()
         at = raw.rfind(latest, 0, len(raw) - width)
-        while at > 0 and at % width:  # bytes that match across two tokens
+        while at > 0 and at % width:  # the bytes match across a token's border
             at = raw.rfind(latest, 0, at + len(latest) - 1)
         if len(recent) > n and at >= 0 and at % width == 0:
             start = at // width + n
-            period = recent[start:]  # where it ends early, it goes on as it began
+            period = recent[start:]  # repeated if it is shorter than size
             return [period[i % len(period)] for i in range(size)]
     return None
 
 
-def verify(p: Tensor, q: Tensor, proposals: Tensor, temperature: float,
-           generator=None) -> tuple[Tensor, Tensor]:
-    """How many of the proposals (K,) are accepted, and the token that follows those, each (1,).
+def verify(p: Tensor, q: Tensor, proposals: Tensor, sampling: Sampling,
+           generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """The number of proposals (K,) that are accepted, and the token that follows those, each (1,).
 
-    p (K + 1, V) is the model's distribution at each of them and after the last, q (K, V) the
-    proposer's. Nothing waits for the device here."""
+    p (K + 1, V) is the model's distribution at each proposal and after the last, q (K, V) the
+    proposer's. Nothing here waits for the device."""
     size = len(proposals)
     index = proposals[:, None]
     u = torch.rand(size, 1, device=p.device, generator=generator)
     accepts = u * q.gather(1, index) < p[:size].gather(1, index)  # never where p is 0
     n = accepts[:, 0].long().cumprod(0).sum(0, keepdim=True)
-    q = torch.cat([q, torch.zeros_like(p[:1])])  # after the last proposal the draw is from p itself
+    q = torch.cat([q, torch.zeros_like(p[:1])])  # after the last proposal, draw from p itself
     residual = (p[n] - q[n]).clamp(min=0)
     residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p[n])
-    return n, draw(residual, temperature, generator)
+    return n, draw_from_weights(residual, sampling, generator)
 
 
-def forget(cache: KVCache, speculation: Speculation, n: int) -> None:
-    """Un-write the last n tokens, in the draft's cache too."""
+def rollback_both(cache: KVCache, speculation: Speculation, n: int) -> None:
+    """Roll back the last n tokens in the model's cache, and in the draft's if there is one."""
     cache.rollback(n)
     if speculation.draft:
         speculation.cache.rollback(n)
 
 
+def speculate_one_round(model: Transformer, cache: KVCache, token: Tensor, speculation: Speculation,
+              sampling: Sampling, generator: torch.Generator) -> tuple[list[int], Tensor]:
+    """Propose and verify once. Returns the ids that the round wrote to the cache, `token` (1, 1)
+    and the accepted proposals, and the token (1, 1) that follows them."""
+    size, token_id = speculation.size, token.item()
+    speculation.history.append(token_id)
+    proposed = propose(speculation, token, size, model.config.vocab_size, sampling, generator)
+    if proposed is None:
+        return [token_id], sample(model(token, cache), sampling, generator)
+    proposals, q = proposed  # (1, K) and (K, V)
+    logits = model(torch.cat([token, proposals], dim=1), cache)[0]  # (K + 1, V)
+    p = distribution(logits, sampling)
+    n, following = verify(p, q, proposals[0], sampling, generator)
+    decided = broadcast_tokens(torch.cat([n, following, proposals[0]]))  # (2 + K,)
+    following = decided[1:2]
+    n, _, *ids = decided.tolist()  # the only time in a round that the host waits for the device
+    rollback_both(cache, speculation, size - n)
+    speculation.record_round(size, n)
+    return [token_id, *ids[:n]], following[None]
+
+
 @torch.no_grad()
 def speculate(model: Transformer, cache: KVCache, token: Tensor, max_new_tokens: int,
-              ignore_eos: bool, speculation: Speculation, sampling: Sampling) -> Iterator[int]:
-    """Yield `token` (1, 1), sampled but not in a cache yet, and what follows it, as long as
-    speculating pays. Returns what is left to do without: (token, how many more). Once this is
-    closed, at whichever yield, the cache holds everything up to the token yielded, and no more; the
-    draft's all but that token."""
-    eos_ids = () if ignore_eos else model.config.eos_ids
+              stop_ids: Container[int], speculation: Speculation,
+              sampling: Sampling) -> Iterator[int]:
+    """Yield `token` (1, 1), sampled but not in a cache yet, and what follows it, for as long as
+    speculating pays. Returns (token, how many more) for decoding the rest without speculation.
+
+    Once this generator is closed, at whichever yield, the cache holds everything up to the token
+    yielded and no more, and the draft's cache all but that token."""
     generator = torch.Generator(token.device).manual_seed(sampling.seed or 0)
-    temperature = sampling.temperature
-    limits = dict(top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
-    while max_new_tokens > 0 and (size := speculation.size):
-        token_id = token.item()
-        speculation.history.append(token_id)
-        proposed = propose(speculation, token, size, model.config.vocab_size, temperature,
-                           generator, **limits)
-        if proposed is None:
-            following = sample(model(token, cache), temperature, generator=generator, **limits)
-            run, token = [token_id], following
-        else:
-            proposals, q = proposed
-            logits = model(torch.cat([token, proposals], dim=1), cache)[0]  # (K + 1, V)
-            p = distribution(logits, temperature, **limits)
-            n, following = verify(p, q, proposals[0], temperature, generator)
-            decided = in_step(torch.cat([n, following, proposals[0]]))
-            following = decided[1:2]
-            n, _, *ids = decided.tolist()  # the host decides once a round
-            forget(cache, speculation, size - n)
-            speculation.count(size, n)
-            run, token = [token_id, *ids[:n]], following[None]
-        wanted = min(len(run), max_new_tokens)
-        wanted = next((i for i, t in enumerate(run[:wanted], 1) if t in eos_ids), wanted)
+    while max_new_tokens > 0 and speculation.size:
+        ids, token = speculate_one_round(model, cache, token, speculation, sampling, generator)
+        wanted = min(len(ids), max_new_tokens)
+        wanted = next((n for n, i in enumerate(ids[:wanted], 1) if i in stop_ids), wanted)
         yielded = 0
         try:
-            for token_id in run[:wanted]:
+            for token_id in ids[:wanted]:
                 yielded += 1
                 yield token_id
         finally:
-            forget(cache, speculation, len(run) - yielded)
-            speculation.unread = [run[yielded - 1]]
-            speculation.history.extend(run[1:yielded])
-            if len(speculation.history) > 2 * LOOKED_AT:
-                del speculation.history[:-LOOKED_AT]
-        max_new_tokens = 0 if run[wanted - 1] in eos_ids else max_new_tokens - wanted
+            rollback_both(cache, speculation, len(ids) - yielded)
+            speculation.unread = [ids[yielded - 1]]
+            speculation.history.extend(ids[1:yielded])
+            if len(speculation.history) > 2 * LOOKUP_TOKENS:
+                del speculation.history[:-LOOKUP_TOKENS]
+        max_new_tokens = 0 if ids[wanted - 1] in stop_ids else max_new_tokens - wanted
     return token, max_new_tokens

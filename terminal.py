@@ -1,4 +1,7 @@
-"""What a program shares with its terminal: streams, bars, signals, and errors of one line."""
+"""What programs do with their terminal: one-line errors, streams, progress bars and signals.
+
+The module's state belongs to the process. Programs use it; the engine itself only raises and logs.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,9 @@ import tp
 from formats.files import name_leftovers
 from threads import adapt_threads, keep_threads
 
-# The signals that asked the program to end, the first of which it ends by, and those that may ask.
+# The signals that have asked the program to end, in the order in which they came.
 ending: list[int] = []
+# The signals that it ends by (see ending_signals), while it is in end_on_signals.
 heeded: list[int] = []
 
 
@@ -37,7 +41,7 @@ def user_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
     open_streams()
     behave_as_rank()
     adapt_threads()
-    # It advises a setting that no program has: what is asked for in float32 is computed in it.
+    # PyTorch advises to compute float32 in fewer bits; no program offers that.
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores for float32")
     with log_to_stderr():
         try:
@@ -67,7 +71,7 @@ def finish(parser: argparse.ArgumentParser) -> Iterator[None]:
         fail(parser, error_line(error))
     finally:
         sys.stdout.flush()  # here, so that a failure is reported here and not by Python at its exit
-    tp.part()
+    tp.barrier()
     if ending:
         sys.exit(128 + ending[0])
 
@@ -96,7 +100,7 @@ def report(parser: argparse.ArgumentParser, error: BaseException) -> int | None:
 
 
 def error_line(error: Exception) -> str:
-    """What to say of an error. One of stdout's own, as a full disk, counts before it."""
+    """What to say of an error. When stdout cannot be written, that is the reason to name."""
     return unwritten() or str(error) or type(error).__name__
 
 
@@ -113,7 +117,7 @@ def log_to_stderr() -> Iterator[None]:
 
 
 class LogHandler(logging.Handler):
-    """Says every record, but an information only once: a draft may log what its model did."""
+    """Says every record; one of level INFO only once, since a draft may log what its model did."""
 
     def __init__(self):
         super().__init__()
@@ -128,19 +132,19 @@ class LogHandler(logging.Handler):
 
 @functools.cache
 def behave_as_rank() -> None:
-    """What the programs call as they begin: under torchrun rank 0 alone writes to stdout, Ctrl-C
-    ends the process, and so does the end of torchrun."""
+    """Under torchrun, only rank 0 writes to stdout. Ctrl-C ends the process, and so does the end
+    of torchrun. Programs call this as they begin."""
     if tp.n_ranks() == 1:
         return
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # torchrun ends then, and with it every rank
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # torchrun gets it too and ends every rank
     threading.Thread(target=end_with, args=[os.getppid()], daemon=True).start()
     if tp.rank():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def end_with(parent: int) -> None:
-    """End this rank when torchrun has gone without ending it, as kill -9 does. (Whoever starts the
-    ranks by other means, a shell for one, may leave them.)"""
+    """End this rank when torchrun is gone without having ended it, as after kill -9. Ranks that
+    something else has started, as a shell, may outlive it."""
     while os.getppid() == parent or "TORCHELASTIC_RUN_ID" not in os.environ:
         time.sleep(0.3)
     os._exit(1)
@@ -149,8 +153,8 @@ def end_with(parent: int) -> None:
 # ------------------------------------------------------------------------------ streams
 
 
-class Lossy(io.FileIO):
-    """A stream that drops what it cannot write."""
+class DroppingFileIO(io.FileIO):
+    """A file that drops what it cannot write."""
 
     def write(self, data) -> int:
         try:
@@ -160,30 +164,34 @@ class Lossy(io.FileIO):
 
 
 def open_streams() -> None:
-    """Open what a shell closed (`2>&-`), to nowhere: a file opened later would get its number, and
-    what is printed. What stderr cannot take is dropped: a full disk, or a terminal that has gone,
-    must not stop the work. The Hub's bars take several lines, which need a cursor that moves."""
+    """Prepare stdin, stdout and stderr for a program.
+
+    A standard stream that the shell closed (`2>&-`) is opened to /dev/null: otherwise a file opened
+    later would get its number, and what is printed would go into that file. What stderr cannot
+    write is dropped: a full disk or a closed terminal must not stop the work. The Hub's progress
+    bars are off where the cursor cannot move, since they take several lines."""
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(number, True)
     os.close(number)
     sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
-    if sys.stderr is sys.__stderr__:  # and nobody listens in
+    if sys.stderr is sys.__stderr__:  # not replaced, as a test's capture does
         sys.stderr = io.TextIOWrapper(
-            io.BufferedWriter(Lossy(2, "w", closefd=False)), line_buffering=True,
+            io.BufferedWriter(DroppingFileIO(2, "w", closefd=False)), line_buffering=True,
             encoding=getattr(sys.stderr, "encoding", None), errors="backslashreplace")
     if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb" or os.environ.get("NO_COLOR"):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def fail(parser: argparse.ArgumentParser, message: str) -> None:
+    """Write the message's first line to stderr as the program's error, cut to 600 characters."""
     line = message.splitlines()[0]
     line = line if len(line) <= 600 else f"{line[:450]} ... {line[-100:]}"
     sys.stderr.write(f"{parser.prog}: error: {line}\n")
 
 
 def unwritten() -> str | None:
-    """What keeps stdout from being written, as a full disk; None where nothing does."""
+    """Why stdout cannot be written, as "stdout: No space left on device"; None if it can."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -192,19 +200,21 @@ def unwritten() -> str | None:
 
 
 def drop_output() -> None:
-    """Or Python would try to write to stdout again when it ends, and say so in its own words."""
+    """Send stdout to /dev/null. Otherwise Python would try to write the rest at its exit, and print
+    an error of its own."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(line: str) -> None:
+    """Write a line to stderr, on rank 0 only."""
     if tp.rank() == 0:
         print(line, file=sys.stderr, flush=True)
 
 
 def show(text: str) -> None:
-    """Write to stdout at once, above progress bars. Raises OSError naming it, as on a full disk.
-    When it is a terminal that has closed, the SIGHUP that comes of it may come later than this:
-    what that signal ends, ends."""
+    """Write to stdout at once, above progress bars. Raises OSError naming stdout, for one when the
+    disk is full. When stdout is a terminal that has closed, it raises the signal SIGHUP, since the
+    system's own may come later."""
     bar = getattr(sys.modules.get("tqdm"), "tqdm", None)
     try:
         with bar.external_write_mode() if bar else contextlib.nullcontext():
@@ -221,28 +231,30 @@ def show(text: str) -> None:
 
 @contextlib.contextmanager
 def progress(doing: str, unit: str) -> Iterator[Callable[..., None]]:
-    """How far long work is: yields show(count, total=None, note=""), to be called at each step.
+    """A progress bar. It yields update(count, total=None, note=""), to be called at each step.
 
-    On a terminal that is one moving line; elsewhere, and on a dumb one, a plain line every ten
-    seconds, and the last. Under torchrun rank 0 shows it for all."""
+    On a terminal the bar is one moving line. Elsewhere, and on a dumb terminal, it is a plain line
+    every ten seconds and a last one. Under torchrun only rank 0 shows it."""
     try:
         from tqdm import tqdm
-    except ImportError:  # then nothing is shown
+    except ImportError:  # without tqdm nothing is shown
         yield lambda count, total=None, note="": None
         return
-    plain, said = not sys.stderr.isatty() or os.environ.get("TERM") == "dumb", []
+    plain = not sys.stderr.isatty() or os.environ.get("TERM") == "dumb"
+    said = []
 
-    def write(text: str) -> None:  # what tqdm would write over and over on one line, a line each
+    def write_line(text: str) -> None:
+        """Write what tqdm redraws on one line as lines of their own, each only once."""
         if (line := text.strip()) and line not in said[-1:]:
             said.append(line)
             sys.stderr.write(f"{line}\n")
 
-    lines = types.SimpleNamespace(flush=sys.stderr.flush, write=write)
+    lines = types.SimpleNamespace(flush=sys.stderr.flush, write=write_line)
     with tqdm(desc=doing, unit=f" {unit}", miniters=1, mininterval=10 if plain else 0.1,
               delay=1e-9, dynamic_ncols=True, leave=False, disable=tp.rank() > 0,
               file=lines if plain else sys.stderr) as bar:
         def update(count: int, total: int | None = None, note: str = "") -> None:
-            bar.total, bar.leave = total, True  # of what never began, nothing is left
+            bar.total, bar.leave = total, True  # a bar that was never updated leaves no line
             if plain:
                 of = f" of {total}" if total else ""
                 bar.bar_format = f"{{desc}}: {count}{of} {unit}, {{elapsed}} passed{{postfix}}"
@@ -252,6 +264,7 @@ def progress(doing: str, unit: str) -> Iterator[Callable[..., None]]:
 
 
 def wrote(path: Path) -> None:
+    """Say that `path` was written, and what killed runs left beside it."""
     say(f"wrote {path}")
     name_leftovers(path)
 
@@ -260,27 +273,27 @@ def wrote(path: Path) -> None:
 
 
 def ending_signals() -> list[int]:
-    """What asks a program to end: SIGTERM, and the SIGHUP of a terminal that closes. One that was
-    ignored when the program began, as under nohup, stays so."""
-    kinds = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))  # one is not Windows'
+    """The signals that ask a program to end: SIGTERM, and the SIGHUP of a terminal that closes. A
+    signal that was ignored when the program began, as under nohup, stays ignored."""
+    kinds = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))  # Windows has no SIGHUP
     return [kind for kind in kinds if kind and signal.getsignal(kind) != signal.SIG_IGN]
 
 
 def on_signals(kinds: list[int], handler: Callable) -> contextlib.ExitStack:
-    """A context in which these signals have a handler. Under torchrun they have none, since a rank
-    that waits for another could not run it: there they end every process (behave_as_rank)."""
+    """A context in which these signals have this handler. Under torchrun they keep their default
+    and end the process, since a rank that waits for another could not run a handler."""
     stack = contextlib.ExitStack()
     for kind in kinds if tp.n_ranks() == 1 else ():
         if (before := signal.getsignal(kind)) != signal.SIG_IGN:
             signal.signal(kind, handler)
-            stack.callback(signal.signal, kind, before or signal.SIG_DFL)  # None is of C code
+            stack.callback(signal.signal, kind, before or signal.SIG_DFL)  # None: set by C code
     return stack
 
 
 def end_on_signals() -> contextlib.ExitStack:
-    """SIGTERM and SIGHUP raise SystemExit in this context, and so leave nothing half-written. Once:
-    what they interrupt may be cleaning up already. A third one is obeyed at once, if none is held.
-    """
+    """A context in which the first SIGTERM or SIGHUP raises SystemExit, so that nothing is left
+    half-written. The second does nothing, since the program may be cleaning up. The third ends
+    the process at once. In hold_interrupt, all of them are only collected."""
     def end(signal_number, frame):
         ending.append(signal_number)
         if len(ending) == 1:
@@ -294,9 +307,10 @@ def end_on_signals() -> contextlib.ExitStack:
 
 @contextlib.contextmanager
 def hold_interrupt():
-    """Collect Ctrl-C in the list that this yields instead of raising it: half a step would leave
-    the cache's length and its slots apart. A second one is raised as usual. What ends the program
-    is collected too, and in `ending`; so is what came before, in a hold around this one."""
+    """Collect signals in the list that this yields, instead of raising them: after half a step, the
+    cache's length and its slots would not agree. A second Ctrl-C raises KeyboardInterrupt. The
+    signals that end the program are collected in `ending` too, and the list begins with those that
+    came before."""
     caught = list(ending)
 
     def note(signal_number, frame):
@@ -312,13 +326,13 @@ def hold_interrupt():
 
 @contextlib.contextmanager
 def unheld_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the process at once, where the program made exceptions of them: for
-    those the Hub's library waits until its threads have fetched their files. Its cache is whole
-    after a kill."""
+    """A context in which SIGTERM and SIGHUP end the process at once, for a download by the Hub's
+    library: an exception would wait until its threads have fetched their files. The library's
+    cache stays whole when it is killed."""
     kinds = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
     before = {kind: signal.signal(kind, signal.SIG_DFL) for kind in kinds
               if kind and callable(signal.getsignal(kind))
-              and threading.current_thread() is threading.main_thread()}  # no other may change them
+              and threading.current_thread() is threading.main_thread()}  # only it may set signals
     try:
         yield
     finally:

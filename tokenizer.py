@@ -1,65 +1,63 @@
-"""Text to token ids and back, and the turns of a conversation.
+"""Text to token ids and back, and generated text as it comes.
 
-A checkpoint's `tokenizer.model` is read by sentencepiece; one that only ships a `tokenizer.json`
-(Llama 3, Qwen) needs the optional package `tokenizers`. Its chat template runs in jinja2's sandbox.
-
-A conversation is never rendered twice: `first_turn` renders its opening, and `next_turn` only what
-the template puts between an answer and the next one. The cache holds the rest. What stands in a
-message is text: a special token's name, typed by a user, becomes its characters.
+sentencepiece reads a checkpoint's `tokenizer.model`. The optional package `tokenizers` reads the
+`tokenizer.json` of a checkpoint that has no `tokenizer.model` (Llama 3, Qwen). chat_template.py
+renders a conversation's turns, which are encoded here.
 """
 
 from __future__ import annotations
 
 import codecs
 import functools
-import json
-import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import sentencepiece
 
+from chat_template import ESCAPE, VICUNA_TEMPLATE, ChatTemplate, any_of, unescape, unescaped_pieces
 from formats.files import read_json
+from formats.tokenizer_config import read_specials, read_template, token_text
 
-# The form that Vicuna was trained on, for checkpoints without a template.
-VICUNA_TEMPLATE = (
-    "{% for m in messages %}"
-    "{% if m.role == 'system' %}{{ m.content }} "
-    "{% elif m.role == 'user' %}USER: {{ m.content }} "
-    "{% else %}ASSISTANT: {{ m.content }}{{ eos_token }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}")
-# sentencepiece puts a space before a text; inside a conversation that is one too many, and the only
-# switch is in the model's file. Protocol buffers merge what is appended: field 3 (normalizer_spec)
-# with its field 3 (add_dummy_prefix) false.
+# sentencepiece puts a space in front of a text. Text that goes on must not get it, and only the
+# model's file can switch it off. That file is a protocol buffer, into which appended fields are
+# merged. This appends field 3 (normalizer_spec), whose field 3 (add_dummy_prefix) is false.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
-USER_MARK, ANSWER_MARK = "\ue000user\ue001", "\ue000answer\ue001"  # private-use: no one types them
-BREAK = "\ue002"  # after the first character of a special token's name that is only text
 
 
 class Tokenizer:
-    """The tokenizer in a checkpoint's folder. Raises ValueError naming the folder or the file."""
+    """The tokenizer in a checkpoint's folder, and its chat template.
+
+    Raises ValueError naming the folder or the file that cannot be read. bos_id and eos_id are None
+    where the checkpoint doesn't use them."""
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         settings = read_json(folder / "tokenizer_config.json")
-        self.template = read_template(folder, settings)
-        # Text -> id of every special token, and of words that were added to the vocabulary
-        self.specials, self.ordinary = read_specials(folder, settings)  # and which are such words
-        self.sentencepiece = self.tokenizers = None
+        template = read_template(folder, settings)
+        self.template = VICUNA_TEMPLATE if template is None else template
+        # specials maps the text of each special token and of each added word to its id. Added words
+        # are shown in answers, special tokens aren't.
+        self.specials, self.added_words = read_specials(folder, settings)
+        self.sentencepiece = self.tokenizers = None  # the library's tokenizer is in one of these
         if (folder / "tokenizer.model").exists():
             self._open_sentencepiece(folder / "tokenizer.model", settings)
         elif (folder / "tokenizer.json").exists():
             self._open_tokenizers(folder / "tokenizer.json")
         else:
             raise ValueError(f"{folder}: no tokenizer; it needs tokenizer.model or tokenizer.json")
+        self.special_pattern = any_of(self.specials)
         names = {token_id: text for text, token_id in self.specials.items()}
         self.bos_token = token_text(settings, "bos_token", names.get(self.bos_id, ""))
         self.eos_token = token_text(settings, "eos_token", names.get(self.eos_id, ""))
-        self.special_pattern = any_of(self.specials)
+        self.chat_template = ChatTemplate(
+            self.template, set(self.specials) - self.added_words, self.added_words,
+            self.bos_token, self.eos_token)
 
     def _open_sentencepiece(self, path: Path, settings: dict) -> None:
         proto = path.read_bytes()
         try:
             self.sentencepiece = sentencepiece.SentencePieceProcessor(model_proto=proto)
+            # inner encodes text that goes on: without a space in front.
             self.inner = sentencepiece.SentencePieceProcessor(model_proto=proto + NO_DUMMY_PREFIX)
         except RuntimeError:
             raise ValueError(f"{path}: not a sentencepiece model") from None
@@ -67,9 +65,9 @@ class Tokenizer:
         for token_id in range(sp.get_piece_size()):
             if sp.is_control(token_id):
                 self.specials.setdefault(sp.id_to_piece(token_id), token_id)
-        # A space in front is put to what follows a special token, too, unless the checkpoint says
-        # that it was trained the other way ("legacy": false); what follows BOS always gets it.
-        self.spaced = settings.get("legacy") is not False
+        # Text after a special token gets a space in front, too. A checkpoint with "legacy": false
+        # was trained without this space, except after BOS.
+        self.space_after_specials = settings.get("legacy") is not False
         adds_bos = sp.bos_id() >= 0 and settings.get("add_bos_token") is not False
         self.bos_id = sp.bos_id() if adds_bos else None
         self.eos_id = sp.eos_id() if sp.eos_id() >= 0 else None
@@ -81,310 +79,263 @@ class Tokenizer:
             raise ValueError(f"{path} needs tokenizers: pip install tokenizers") from None
         try:
             self.tokenizers = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
+        except Exception as error:  # the library raises nothing more specific
             raise ValueError(f"{path}: not a tokenizer: {error}") from None
         added = self.tokenizers.get_added_tokens_decoder()
         self.specials = {token.content: token_id for token_id, token in added.items()}
-        self.ordinary = {token.content for token in added.values() if not token.special}
-        before_text = ids_of(self.tokenizers, "", True)  # what it puts in front: BOS or nothing
+        self.added_words = {token.content for token in added.values() if not token.special}
+        # The post-processor puts BOS in front of a text, or nothing.
+        before_text = library_ids(self.tokenizers, "", post_process=True)
         self.bos_id = before_text[0] if before_text else None
-        self.eos_id = None
+        self.eos_id, self.space_after_specials = None, False
 
     # -------------------------------------------------------------------------- text and ids
 
-    def encode(self, text: str, bos: bool = True, rendered: bool = False) -> list[int]:
-        """Ids of a text, BOS first where the checkpoint uses one. A special token written out in
-        the text becomes that token, as in transformers; if it was `rendered`, not in messages.
-        `bos=False` is for text that goes on."""
-        ids, opening = [], bos
-        if self.tokenizers and not (rendered and BREAK in text):
-            ids = ids_of(self.tokenizers, text)
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        """Ids of a text, BOS first where the checkpoint uses one. `bos=False` is for text that goes
+        on. The name of a special token in the text becomes that token, as in transformers."""
+        if self.tokenizers:
+            ids = library_ids(self.tokenizers, text)
         else:
-            for part in self.special_pattern.split(text):
-                if part in self.specials:
-                    ids.append(self.specials[part])
-                    opening = self.tokenizers or self.spaced or ids[-1] == self.bos_id
-                elif part:
-                    ids += self._encode_part(part, opening, rendered)
-                    opening = False
+            ids = self._encode_around_specials(text, bos, self._encode_plain)
+        return self._with_bos(ids, bos)
+
+    def encode_rendered(self, text: str, bos: bool = True) -> list[int]:
+        """Ids of text that ChatTemplate rendered. A name that it escaped becomes the ids of its
+        characters."""
+        if ESCAPE not in text:
+            return self.encode(text, bos)
+        ids = self._encode_around_specials(text, bos, self._encode_escaped)
+        return self._with_bos(ids, bos)
+
+    def _with_bos(self, ids: list[int], bos: bool) -> list[int]:
+        """The ids with one BOS in front, or with none. Templates write one of their own."""
         if self.bos_id is None:
             return ids
-        return [self.bos_id] * bos + [i for i in ids if i != self.bos_id]  # BOS comes once
+        others = [token_id for token_id in ids if token_id != self.bos_id]
+        return [self.bos_id, *others] if bos else others
 
-    def _encode_part(self, part: str, opening: bool, rendered: bool) -> list[int]:
-        """Ids of text between special tokens."""
+    def _encode_around_specials(self, text: str, space_in_front: bool,
+                                encode_part: Callable[[str, bool], list[int]]) -> list[int]:
+        """Ids of the special tokens in a text, and of the parts between them.
+
+        encode_part(part, space_in_front) encodes a part. Only sentencepiece puts spaces in front.
+        """
+        ids = []
+        for part in self.special_pattern.split(text):
+            if part in self.specials:
+                ids.append(self.specials[part])
+                space_in_front = self.space_after_specials or self.specials[part] == self.bos_id
+            elif part:
+                ids += encode_part(part, space_in_front)
+                space_in_front = False
+        return ids
+
+    def _encode_plain(self, part: str, space_in_front: bool) -> list[int]:
+        """Ids of text without special tokens: a name in it becomes the ids of its characters."""
         if self.tokenizers:
-            def encode(text: str) -> list[int]:
-                return ids_of(self._verbatim, text)
-        else:
-            encode = (self.sentencepiece if opening else self.inner).encode
-        if not rendered or BREAK not in part:
-            return encode(part)
-        ids, reserved = encode(whole(part)), {self.specials[text] for text in self._reserved}
-        if reserved.isdisjoint(ids):
+            return library_ids(self._without_specials, part)
+        return (self.sentencepiece if space_in_front else self.inner).encode(part)
+
+    def _encode_escaped(self, part: str, space_in_front: bool) -> list[int]:
+        """Ids of text without special tokens, in which names are escaped."""
+        ids = self._encode_plain(unescape(part), space_in_front)
+        reserved_ids = {self.specials[text] for text in self.chat_template.reserved}
+        if reserved_ids.isdisjoint(ids):
             return ids
-        # A vocabulary may hold the name as a word: cut inside of it.
-        first, *others = re.split(f"(?<!{BREAK}){BREAK}(?!{BREAK})", part)
-        encode_on = encode if self.tokenizers else self.inner.encode
-        return encode(whole(first)) + [i for other in others for i in encode_on(whole(other))]
+        # The vocabulary itself holds a name as a word. Cut inside the names.
+        ids = []
+        for piece in unescaped_pieces(part):
+            ids += self._encode_plain(piece, space_in_front)
+            space_in_front = False
+        return ids
 
     @functools.cached_property
-    def _verbatim(self):
-        """The library's tokenizer, to which special tokens are text like any other."""
+    def _without_specials(self):
+        """A copy of the library's tokenizer that encodes a special token's name as text."""
         import tokenizers
-        verbatim = tokenizers.Tokenizer.from_str(self.tokenizers.to_str())
-        verbatim.encode_special_tokens = True
-        if getattr(verbatim.pre_tokenizer, "prepend_scheme", None) == "first":
-            verbatim.pre_tokenizer.prepend_scheme = "never"  # a part goes on from a special token
-        return verbatim
+        copy = tokenizers.Tokenizer.from_str(self.tokenizers.to_str())
+        copy.encode_special_tokens = True  # encodes them as text, despite its name
+        # "first" puts a space in front of a text. Here a text goes on from a special token.
+        if getattr(copy.pre_tokenizer, "prepend_scheme", None) == "first":
+            copy.pre_tokenizer.prepend_scheme = "never"
+        return copy
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids that go on from something: nothing is stripped."""
+        """The text of ids that go on from others. The first token keeps its space in front."""
         stream = self.stream()
         return "".join(stream(token_id) for token_id in ids) + stream(None)
 
-    def stream(self):
-        """A function that takes one id after the other and returns the text that each completes,
-        never half a character; None ends the stream and returns what was still held back."""
-        return self._stream_tokenizers() if self.tokenizers else self._stream_sentencepiece()
+    def stream(self) -> SentencePieceStream | TokenizersStream:
+        """A callable that decodes ids one by one and returns the text that each completes.
 
-    def _stream_sentencepiece(self):
-        utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        words = {self.specials[word]: word.encode(errors="replace") for word in self.ordinary}
-        special_ids, sp = set(self.specials.values()), self.sentencepiece
+        It holds half a character back until the rest comes. None ends the stream: the callable then
+        returns what is still held back."""
+        return TokenizersStream(self) if self.tokenizers else SentencePieceStream(self)
 
-        def add(token_id: int | None) -> str:
-            if token_id is None:
-                return utf8.decode(b"", final=True)
-            if token_id in words and token_id not in (self.bos_id, self.eos_id):
-                return utf8.decode(words[token_id])
-            if token_id in special_ids or token_id >= sp.get_piece_size():
-                return ""
-            piece = sp.id_to_piece(token_id)
-            if sp.is_byte(token_id):  # "<0x0A>"
-                return utf8.decode(bytes([int(piece[3:-1], 16)]))
-            return utf8.decode(piece.replace("\u2581", " ").encode())
-
-        return add
-
-    def _stream_tokenizers(self):
-        from tokenizers.decoders import DecodeStream
-        # Something must come before, or the first token would lose the space in front of it.
-        before = ids_of(self.tokenizers, "a")
-
-        def fresh():
-            return DecodeStream(ids=before, skip_special_tokens=True)
-
-        stream, held = fresh(), []
-
-        def add(token_id: int | None) -> str:
-            nonlocal stream
-            if token_id is None:
-                return self.tokenizers.decode(held)
-            held.append(token_id)
-            try:
-                text = stream.step(self.tokenizers, token_id)
-            except Exception:  # bytes that can never become a character: show them, begin anew
-                text, stream = self.tokenizers.decode(held), fresh()
-            if text:
-                held.clear()
-            return text or ""
-
-        return add
-
-    # -------------------------------------------------------------------------- conversations
+    # -------------------------------------------------------------------------- turns
 
     def system_turn(self, system: str) -> list[int]:
-        """Ids that the template opens a conversation with, before the user's turn."""
-        return self.encode(self._opening(system), rendered=True)
-
-    def _opening(self, system: str) -> str:
-        turns = [{"role": "system", "content": system.strip()}]  # as many templates do
-        system = self._as_text(system.strip())
-        opening, mark, _ = self._render(turns + [{"role": "user", "content": USER_MARK}]).partition(
-            USER_MARK)
-        if not mark or system not in opening:
-            raise ValueError("the chat template does not render a system turn")
-        try:
-            alone = self._render(turns, add_generation_prompt=False)
-        except ValueError:  # some templates insist on a user's turn: then its header is pinned too
-            return opening
-        return alone if system in alone and opening.startswith(alone) else opening
+        """Ids of what opens a conversation, before the user's turn."""
+        return self.encode_rendered(self.chat_template.system_turn(system))
 
     def opening(self, entry: dict) -> list[int]:
-        """Ids of a prompts file's entry: raw text, or the first of its turns in the template."""
-        return self.encode(entry["prompt"]) if "prompt" in entry else self.first_turn(
-            entry["turns"][0])
+        """Ids of an entry of a prompts file, {"prompt": raw text} or {"turns": [text, ...]}: of its
+        prompt, or of its first turn."""
+        if "prompt" in entry:
+            return self.encode(entry["prompt"])
+        return self.first_turn(entry["turns"][0])
 
     def first_turn(self, user: str, system: str | None = None) -> list[int]:
-        """Ids of a conversation's beginning, up to where the answer begins."""
+        """Ids of a conversation's first turn, up to where the answer begins."""
         turns = [{"role": "system", "content": system}] if system else []
         return self.conversation(turns + [{"role": "user", "content": user}])
 
     def conversation(self, messages: list[dict]) -> list[int]:
         """Ids of messages, each {"role": ..., "content": text}, up to where an answer begins.
 
-        If the first is a system turn, they start with those of system_turn, whatever follows.
-        Raises ValueError for what the chat template refuses."""
-        opening = ""
-        if messages[0]["role"] == "system" and messages[0]["content"].strip():
-            system = messages[0]["content"].strip()
-            messages = [{"role": "system", "content": system}, *messages[1:]]
-            opening = self._opening(system)
-        text = self._render(messages)
-        if not opening or not text.startswith(opening):
-            return self.encode(text, rendered=True)
-        return (self.encode(opening, rendered=True)
-                + self.encode(text.removeprefix(opening), bos=False, rendered=True))
+        Where the first message is a system turn, the ids begin with those of system_turn, so that
+        its cache can be shared. Raises ValueError for what the chat template refuses."""
+        opening, rest = self.chat_template.conversation(messages)
+        if not opening:
+            return self.encode_rendered(rest)
+        return self.encode_rendered(opening) + self.encode_rendered(rest, bos=False)
 
     def next_turn(self, user: str, last_id: int | None = None) -> list[int]:
-        """Ids from the end of an answer to where the next one begins. last_id is the answer's last
-        token: an end-of-turn token that the model said itself is not said twice."""
-        return self.turns_after([{"role": "user", "content": USER_MARK},
-                                 {"role": "assistant", "content": ANSWER_MARK},
-                                 {"role": "user", "content": user}], 1, last_id)
+        """Ids from the end of an answer to where the next one begins.
+
+        last_id is the answer's last token. If the model ended its turn itself, the ids leave the
+        end-of-turn token out."""
+        return self._encode_after_answer(self.chat_template.next_turn(user), last_id)
 
     def turns_after(self, messages: list[dict], answer: int,
                     last_id: int | None = None) -> list[int]:
-        """Ids of what follows the answer messages[answer], up to where the next one begins."""
-        messages = [*messages]
-        messages[answer] = {"role": "assistant", "content": ANSWER_MARK}
-        _, mark, rest = self._render(messages).partition(ANSWER_MARK)
-        if not mark or ANSWER_MARK in rest:
-            raise ValueError("the chat template does not render the assistant's turns")
-        ids = self.encode(rest, bos=False, rendered=True)
+        """Ids of what follows the answer messages[answer], up to where the next one begins. last_id
+        is as in next_turn."""
+        return self._encode_after_answer(self.chat_template.turns_after(messages, answer), last_id)
+
+    def _encode_after_answer(self, rendered: str, last_id: int | None) -> list[int]:
+        ids = self.encode_rendered(rendered, bos=False)
+        # Some templates put a space before the end-of-turn token.
         if last_id in ids and not self.decode(ids[:ids.index(last_id)]).strip():
-            ids = ids[ids.index(last_id) + 1:]  # some templates put a space before it
+            ids = ids[ids.index(last_id) + 1:]
         return ids
 
-    @functools.cached_property
-    def _reserved(self) -> set[str]:
-        """What no message can say: special tokens, and words that the template marks turns with.
-        (Others, as a model's <think>, are said in answers, which come back as messages.)"""
-        turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+
+# ------------------------------------------------------------------------------ decoding
+
+
+class SentencePieceStream:
+    """Decodes ids one by one with sentencepiece. See Tokenizer.stream."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.sentencepiece = tokenizer.sentencepiece
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds half characters
+        self.special_ids = set(tokenizer.specials.values())
+        ends = (tokenizer.bos_id, tokenizer.eos_id)
+        self.added_words = {tokenizer.specials[word]: word.encode(errors="replace")
+                            for word in tokenizer.added_words
+                            if tokenizer.specials[word] not in ends}
+
+    def __call__(self, token_id: int | None) -> str:
+        if token_id is None:
+            return self.utf8.decode(b"", final=True)
+        return self.utf8.decode(self.bytes_of(token_id))
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """The bytes that a token stands for: none for a special one, or one out of range."""
+        if token_id in self.added_words:
+            return self.added_words[token_id]
+        if token_id in self.special_ids or token_id >= self.sentencepiece.get_piece_size():
+            return b""
+        piece = self.sentencepiece.id_to_piece(token_id)
+        if self.sentencepiece.is_byte(token_id):  # such as "<0x0A>"
+            return bytes([int(piece[3:-1], 16)])
+        return piece.replace("\u2581", " ").encode()
+
+
+class TokenizersStream:
+    """Decodes ids one by one with the package tokenizers. See Tokenizer.stream."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizers = tokenizer.tokenizers
+        # The library strips the space in front of a stream's first token. These ids come before it.
+        self.ids_before = library_ids(self.tokenizers, "a")
+        self.held_ids: list[int] = []  # they have not completed any text yet
+        self.decode_stream = self.new_decode_stream()
+
+    def new_decode_stream(self):
+        from tokenizers.decoders import DecodeStream
+        return DecodeStream(ids=self.ids_before, skip_special_tokens=True)
+
+    def __call__(self, token_id: int | None) -> str:
+        if token_id is None:
+            return self.tokenizers.decode(self.held_ids)
+        self.held_ids.append(token_id)
         try:
-            marks = set(self.special_pattern.findall(self._fill(turns)))
-        except ValueError:
-            marks = set()
-        return set(self.specials) - self.ordinary | marks
-
-    @functools.cached_property
-    def _names(self) -> re.Pattern:
-        return any_of(self._reserved)
-
-    def _as_text(self, content: str) -> str:
-        """A message's content for the template: names of special tokens are broken up, which
-        `whole` undoes."""
-        content = content.replace(BREAK, 2 * BREAK)
-        while (broken := self._names.sub(lambda name: name[0][0] + BREAK + name[0][1:],
-                                         content)) != content:
-            content = broken
-        return content
-
-    def _render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        """The template's text, for `encode(..., rendered=True)`."""
-        return self._fill([{**turn, "content": self._as_text(turn["content"])}
-                           for turn in messages], add_generation_prompt)
-
-    def _fill(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt,
-                bos_token=self.bos_token, eos_token=self.eos_token)
-        except Exception as error:  # a template is a program: anything may go wrong in it
-            raise ValueError(f"the chat template cannot render this: {error}") from None
-
-    @functools.cached_property
-    def _template(self):
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def raise_exception(message):
-            raise jinja2.TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
-        environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
-        return environment.from_string(self.template)
+            text = self.decode_stream.step(self.tokenizers, token_id)
+        except Exception:
+            # These bytes can't become a character any more. Show them as they are and start again.
+            text = self.tokenizers.decode(self.held_ids)
+            self.decode_stream = self.new_decode_stream()
+        if text:
+            self.held_ids.clear()
+        return text or ""
 
 
-def any_of(texts) -> re.Pattern:
-    """Finds any of these texts, the longest first; in a group, as re.split keeps it."""
-    longest_first = sorted(map(re.escape, filter(None, texts)), key=len, reverse=True)
-    return re.compile("(" + ("|".join(longest_first) or "(?!)") + ")")
+# ------------------------------------------------------------------------------ generated text
 
 
-def whole(text: str) -> str:
-    """Text that Tokenizer._as_text broke up, as it was."""
-    return re.sub(f"{BREAK}({BREAK}?)", r"\1", text)
+class GeneratedText:
+    """One answer as it comes: its token ids, and its text up to a stop text."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        self.ids: list[int] = []  # every token added
+        self.stopped = False  # a stop text was reached; the text ends before it
+        self.decoded_length = 0  # of all text decoded so far, shown or held back
+        self._stream, self._stops = tokenizer.stream(), stop
+        self._shown: list[str] = []  # one piece a token
+        self._held = ""  # decoded, and it may become a stop text
+
+    @property
+    def text(self) -> str:
+        """What may be shown so far; the text that is held back is not in it."""
+        return "".join(self._shown)
+
+    def add(self, token_id: int) -> str:
+        """Take the next token. Returns the text that can be shown now; none after a stop text."""
+        self.ids.append(token_id)
+        return self._take(self._stream(token_id))
+
+    def flush(self) -> str:
+        """End the text. Returns what was held back; none after a stop text."""
+        last = self._take(self._stream(None))
+        held, self._held = self._held, ""
+        self._shown.append(held)
+        return last + held
+
+    def _take(self, decoded: str) -> str:
+        self.decoded_length += len(decoded)
+        if self.stopped:
+            return ""
+        shown, self._held, self.stopped = cut_at_stop(self._held + decoded, self._stops)
+        self._shown.append(shown)
+        return shown
 
 
-def stop_at(stops: list[str]):
-    """A filter for streamed text: it takes the next piece and returns what can be shown of it, and
-    whether a stop text was reached. What may yet become one is held back until the final piece."""
-    held = ""
-
-    def add(piece: str, final: bool = False) -> tuple[str, bool]:
-        nonlocal held
-        text = held + piece
-        if found := [at for stop in stops if (at := text.find(stop)) >= 0]:
-            return text[:min(found)], True
-        keep = 0 if final else max((n for stop in stops for n in range(1, len(stop))
-                                    if text.endswith(stop[:n])), default=0)
-        held = text[len(text) - keep:]
-        return text[:len(text) - keep], False
-
-    return add
+def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, str, bool]:
+    """(what can be shown of a text, what may yet become a stop text, whether one was reached)."""
+    found = [text.index(stop) for stop in stops if stop in text]
+    if found:
+        return text[:min(found)], "", True
+    begun = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+    end = len(text) - max(begun, default=0)
+    return text[:end], text[end:], False
 
 
-def ids_of(tokenizer, text: str, special: bool = False) -> list[int]:
-    """A text's ids by the package tokenizers, with what its post-processor adds if special."""
+def library_ids(tokenizer, text: str, post_process: bool = False) -> list[int]:
+    """A text's ids by the package tokenizers. Its post-processor adds BOS to them, if asked."""
     try:
-        return tokenizer.encode(text, add_special_tokens=special).ids
-    except Exception as error:  # plain, of a vocabulary that lacks what it needs
+        return tokenizer.encode(text, add_special_tokens=post_process).ids
+    except Exception as error:  # the vocabulary lacks its own unknown token
         raise ValueError(f"tokenizer.json cannot encode {text[:40]!r}: {error}") from None
-
-
-def strftime_now(form: str) -> str:
-    from datetime import datetime
-    return datetime.now().strftime(form)
-
-
-def read_template(folder: Path, settings: dict) -> str:
-    if (folder / "chat_template.jinja").exists():
-        try:
-            return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        except ValueError:
-            raise ValueError(f"{folder / 'chat_template.jinja'}: not UTF-8 text") from None
-    template = settings.get("chat_template") or VICUNA_TEMPLATE
-    if isinstance(template, list):  # several, by name
-        named = [entry for entry in template if isinstance(entry, dict)]
-        template = next((e.get("template") for e in named if e.get("name") == "default"), None)
-    if not isinstance(template, str):
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: no default chat_template in it")
-    return template
-
-
-def read_specials(folder: Path, settings: dict) -> tuple[dict[str, int], set[str]]:
-    """Tokens that were added beside a sentencepiece model, by their text, and which of them are
-    words like others (special: false)."""
-    added = settings.get("added_tokens_decoder") or {}
-    simple = read_json(folder / "added_tokens.json")
-    try:
-        specials = {str.__str__(text): int(token_id) for text, token_id in [
-            *simple.items(), *((token["content"], token_id) for token_id, token in added.items())]}
-        if specials and not 0 <= min(specials.values()) <= max(specials.values()) < 2**31:
-            raise ValueError
-        return specials, {str.__str__(token["content"]) for token in added.values()
-                          if token.get("special") is False}
-    except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
-        raise ValueError(f"{folder}: its added tokens are not a table of ids and texts") from None
-
-
-def token_text(settings: dict, key: str, default: str) -> str:
-    value = settings.get(key) or default
-    value = value.get("content") if isinstance(value, dict) else value
-    if not isinstance(value, str):
-        raise ValueError(f"tokenizer_config.json: {key} is {value!r:.80}; it must be a text")
-    return value

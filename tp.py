@@ -2,14 +2,13 @@
 
     torchrun --nproc-per-node 2 generate.py --compile
 
-Every process ("rank") holds a slice of every layer: some heads of the attention, with their part of
-the cache, and some columns of the feed-forward. A layer's two sums over all of them are the only
-traffic within it. The output projection is sliced by vocabulary and its logits are gathered. The
-embedding is whole on every rank: a step reads one row of it, and slicing would cost another sum.
+Every process (a "rank") holds a shard of every layer: some heads of the attention, with their part
+of the cache, and some columns of the feed-forward. Two all-reduces are the only traffic of a layer.
+The output projection is sharded by vocabulary and its logits are gathered. Every rank holds the
+whole embedding: a step reads one row of it, and a shard would cost another all-reduce.
 
-NCCL carries what is on GPUs, gloo what is on CPUs. Where the processes are is torchrun's business:
-nothing is asked here but its environment variables, and whether it is still there, so several
-machines work as one does.
+NCCL carries the tensors of GPUs, gloo those of CPUs. torchrun starts the processes, on one machine
+or on several; this file reads only the environment variables that it sets.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ def n_ranks() -> int:
 
 
 def join(device: str | None) -> str | None:
-    """Meet the other ranks, once; the device of this one. Raises ValueError when this machine has
-    fewer GPUs than ranks."""
+    """Join torchrun's process group, once, and return the device of this rank. Without torchrun
+    that is `device` itself. Raises ValueError when the machine has fewer GPUs than ranks."""
     if n_ranks() == 1:
         return device
     on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
@@ -60,40 +59,42 @@ def join(device: str | None) -> str | None:
             raise ValueError(f"device 'cuda': {wanted} processes on this machine need a GPU each, "
                              f"and this PyTorch sees {there}")
         device = f"cuda:{local_rank()}"
-        torch.cuda.set_device(local_rank())  # which NCCL takes
+        torch.cuda.set_device(local_rank())  # NCCL uses the current device
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
         text_group()
-        if not on_gpu:  # to destroy NCCL's would wait for ever for the CUDA graphs that use it
+        if not on_gpu:  # destroying NCCL's group would wait for ever for CUDA graphs that use it
             atexit.register(dist.destroy_process_group)
     return device or "cpu"
 
 
 @functools.cache
 def text_group() -> dist.ProcessGroup:
-    """For texts, which may wait for a person to type them. A lost rank is noticed all the same."""
+    """The process group for texts. Its timeout is long, since a person may be typing one; a lost
+    rank is noticed all the same."""
     return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
 
 
-def part() -> None:
-    """Wait for the others before leaving: gloo may take what a process sent last for lost when that
-    process has gone. Whoever leaves for an error does not wait."""
+def barrier() -> None:
+    """A barrier before a rank exits: gloo may lose the last message of a process that has gone.
+    A rank that exits because of an error does not wait."""
     if n_ranks() > 1 and dist.is_initialized():
         with contextlib.suppress(RuntimeError):
             dist.barrier(group=text_group())
 
 
-def tell_all(text: str) -> str:
-    """Rank 0's text, on every rank."""
-    return text if n_ranks() == 1 else gather_texts(text)[0]
+def broadcast_text(text: str) -> str:
+    """Broadcast rank 0's text."""
+    return text if n_ranks() == 1 else all_gather_texts(text)[0]
 
 
-def agree(ids: list) -> list:
-    """Rank 0's token ids, on every rank: a template may hold the date, and machines may differ."""
-    return ids if n_ranks() == 1 else json.loads(tell_all(json.dumps(ids)))
+def broadcast_ids(ids: list) -> list:
+    """Broadcast rank 0's token ids. A chat template may hold the date, on which machines may
+    differ."""
+    return ids if n_ranks() == 1 else json.loads(broadcast_text(json.dumps(ids)))
 
 
-def gather_texts(text: str) -> list[str]:
+def all_gather_texts(text: str) -> list[str]:
     """Every rank's text, on every rank."""
     raw = text.encode(errors="surrogateescape")
     sizes = torch.zeros(n_ranks(), dtype=torch.int64)
@@ -108,8 +109,9 @@ def gather_texts(text: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def together():
-    """What fails on one rank inside fails on all of them, so that none waits for one that left."""
+def raise_on_all_ranks():
+    """Raise on all ranks when the block raises on one, so that none waits for a rank that left.
+    A rank that did not fail itself raises ValueError with the first failed rank's message."""
     failure = None
     try:
         yield
@@ -117,9 +119,10 @@ def together():
         failure = error
     if n_ranks() > 1:
         mine = str(failure) or type(failure).__name__ if failure else ""
-        reports = [f"rank {r}: {report}" for r, report in enumerate(gather_texts(mine)) if report]
+        every = enumerate(all_gather_texts(mine))
+        reports = [f"rank {number}: {report}" for number, report in every if report]
         if reports:
-            part()
+            barrier()
         if reports and not failure:
             raise ValueError(reports[0])
     if failure:
@@ -128,8 +131,8 @@ def together():
 
 # ------------------------------------------------------------------------------ in the model
 
-# A collective takes a tensor and returns a new one, so that it is one call in a graph. (PyTorch's
-# own functional ones do not compile inside a nested region in torch 2.11.)
+# A collective takes a tensor and returns a new one, so it is one call in a graph. PyTorch's own
+# functional collectives do not compile inside a nested region in torch 2.11.
 torch.library.define("gpt_stream::all_reduce", "(Tensor x) -> Tensor")
 torch.library.define("gpt_stream::all_gather", "(Tensor x, int n) -> Tensor")
 
@@ -153,8 +156,8 @@ def all_gather_default(x, n):
     if not x.is_cuda:
         return torch.stack(exchange(x))
     every = x.new_empty(n, *x.shape)
-    # Into one tensor: what NCCL gathers for a list of them it copies once more. (Which of the two
-    # names is there, and which warns, depends on the version.)
+    # NCCL gathers into one tensor; for a list of tensors it would copy once more. The version of
+    # PyTorch decides which of the two names exists without a warning.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(every.flatten(0, 1), x.contiguous())
     return every
@@ -166,9 +169,9 @@ def all_gather_fake(x, n):
 
 
 def exchange(x: Tensor) -> list[Tensor]:
-    """Every rank's x, on CPUs: each sends its own to each. For the few kilobytes of a token that
-    takes gloo 0.04 ms between two processes, its all-reduce 0.5 ms; and all ranks add up in the
-    same order, to the same bits."""
+    """Every rank's x, in the order of the ranks, on CPUs: each rank sends its own to each other.
+    For the few kilobytes of a token that is faster than gloo's all-reduce. All ranks then add up
+    in one order, so their sums are equal to the bit."""
     x = x.contiguous()
     every = [x if other == rank() else torch.empty_like(x) for other in range(n_ranks())]
     others = [other for other in range(n_ranks()) if other != rank()]
@@ -181,32 +184,34 @@ def exchange(x: Tensor) -> list[Tensor]:
 
 
 def all_reduce(x: Tensor, n: int) -> Tensor:
-    """The sum of the x of n ranks."""
+    """The sum of the x of n ranks, in x's shape."""
     return x if n == 1 else torch.ops.gpt_stream.all_reduce(x)
 
 
 def all_gather(x: Tensor, n: int, size: int) -> Tensor:
-    """The x (B, T, V / n) of n ranks side by side; the first `size` count: (B, T, size)."""
+    """The x (B, T, V / n) of n ranks along the vocabulary, without the padding beyond `size`:
+    (B, T, size)."""
     if n == 1:
         return x
     every = torch.ops.gpt_stream.all_gather(x, n)  # (n, B, T, V / n)
     return every.permute(1, 2, 0, 3).flatten(2)[..., :size]
 
 
-def in_step(ids: Tensor) -> Tensor:
-    """Rank 0's ids, on every rank: all go on with the same tokens, however they were drawn, and
-    even where unequal machines add up to other last bits."""
+def broadcast_tokens(ids: Tensor) -> Tensor:
+    """Broadcast rank 0's ids, so that all ranks go on with the same tokens. Unequal machines may
+    compute logits that differ in the last bits, and then draw other tokens."""
     if n_ranks() > 1:
         dist.broadcast(ids, src=0)
     return ids
 
 
-# ------------------------------------------------------------------------------ slices
+# ------------------------------------------------------------------------------ shards
 
 
-def share(config, n: int, group_size: int | None = None):
-    """The ModelConfig of one of n ranks. Raises ValueError naming the numbers of ranks that can
-    share the model, its int4 groups of columns whole."""
+def shard_config(config, n: int, group_size: int | None = None):
+    """The ModelConfig of one of n ranks, for the whole model's config. Raises ValueError naming the
+    numbers of ranks that can share the model. group_size is that of its int4 weights: no shard
+    may cut a group of columns."""
     unit = group_size or 1
 
     def fits(n):
@@ -226,11 +231,12 @@ def share(config, n: int, group_size: int | None = None):
 
 
 def shard(tensor: str, layer, blocks: list[Tensor], config, n: int) -> Tensor:
-    """This rank's part of a stored tensor, of a weight, a bias, or of int8's or int4's parts, given
-    as the blocks of rows that it stacks or as a whole. layer is its formats.config.Layer, None for
-    a norm's; config is the whole model's. Raises ValueError naming what ranks cannot share.
+    """This rank's shard of a stored tensor: of a weight or a bias, or of an int8 or int4 weight's
+    scales and zeros. `blocks` is what the tensor stacks (q, k, v or gate, up), or the whole as its
+    only block. layer is the tensor's formats.config.Layer, None for a norm's; config is the whole
+    model's. Raises ValueError naming what ranks cannot share.
 
-    Parts are slices of memory-mapped tensors: of the file, only their pages are read."""
+    A shard is a slice of a memory-mapped tensor, so only its pages of the file are read."""
     owner, _, part = tensor.rpartition(".")
     if layer is None or layer.is_table:
         return blocks[0]
@@ -241,17 +247,18 @@ def shard(tensor: str, layer, blocks: list[Tensor], config, n: int) -> Tensor:
         return blocks[0]
     if layer.sharded == "columns":
         return shard_columns(blocks[0], part, n)
-    places = [(rank(), n)] * len(layer.parts)  # which part of how many, for each of those stacked
+    # Of each of the stacked parts, this rank holds one shard of several: (which, of how many).
+    places = [(rank(), n)] * len(layer.parts)
     if layer.sharded == "heads":
-        # With more ranks than key-value heads, several hold the same one.
+        # With more ranks than key-value heads, several ranks hold the same head.
         holders = max(n // config.n_kv_heads, 1)
         places[1:] = 2 * [(rank() // holders, n // holders)]
     number = owner.rpartition(".")[2]
-    if number.isdigit():  # one of several that are stored apart
-        return nth(blocks[0], *places[int(number)])
+    if number.isdigit():  # layers of different kinds (linear.ConcatLinear) are stored apart
+        return shard_rows(blocks[0], *places[int(number)])
     if len(blocks) != len(layer.parts):
         blocks = blocks[0].split(list(layer.parts.values()))
-    mine = [nth(block, *place) for block, place in zip(blocks, places, strict=True)]
+    mine = [shard_rows(block, *place) for block, place in zip(blocks, places, strict=True)]
     return mine[0] if len(mine) == 1 else torch.cat(mine)
 
 
@@ -262,11 +269,13 @@ def shard_columns(whole: Tensor, part: str, n: int) -> Tensor:
         return whole if rank() == 0 else torch.zeros_like(whole)
     if whole.ndim == 1:  # a scale for each row
         return whole
-    return nth(whole.t(), rank(), n).t().contiguous()
+    return shard_rows(whole.t(), rank(), n).t().contiguous()
 
 
-def nth(x: Tensor, index: int, n: int) -> Tensor:
-    """Part `index` of n equal ones of x's rows, the last filled up with zeros."""
+def shard_rows(x: Tensor, index: int, n: int) -> Tensor:
+    """Shard `index` of n equal ones of x's rows. The last shards are padded with zero rows."""
     size = -(-len(x) // n)
-    part = x[index * size:(index + 1) * size]
-    return F.pad(part, [0, 0] * (x.ndim - 1) + [0, size - len(part)]) if len(part) < size else part
+    rows = x[index * size:(index + 1) * size]
+    if len(rows) == size:
+        return rows
+    return F.pad(rows, [0, 0] * (x.ndim - 1) + [0, size - len(rows)])

@@ -12,11 +12,11 @@ What is measured, with the peer that it can be held against:
     python -m bench --checkpoint smollm2 --sampling [--batch 8]  drawing a token, beside a step
     python -m bench --gpu limits|decode|peers|batches            a table, see gpu.py
 
-Reading every weight once a token, a step can take no less than bytes / bandwidth. Shared machines
-drift, so whatever is compared is measured in turns, round after round; what is printed of steps is
-the median of the rounds, and a ratio is the median of each round's own. The next two say the
-turns of a file as one endless conversation, and generate from many prompts by continuous batching.
-A --shape has random weights, made on the device: speed does not depend on their values.
+A step reads every weight once, so it takes at least bytes / bandwidth. The speed of shared machines
+drifts, so what is compared is measured in turns, round after round. A figure is the median of the
+rounds, and a ratio is the median of the ratios of each round. --turns takes a file's turns as one
+endless conversation; --streams generates from many prompts by continuous batching. A --shape has
+random weights, made on the device: speed does not depend on their values.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from terminal import user_errors
 
 
 def check(args) -> None:
-    """Refuse flags that do not go together."""
+    """Raises ValueError for flags that do not go together, and fills in the defaults that depend on
+    other flags."""
     modes = [mode for mode in ("turns", "streams", "busy", "sampling") if getattr(args, mode)]
     steps, rows = not modes, args.batch or 1
     for given, together, rule in (

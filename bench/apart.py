@@ -1,4 +1,4 @@
-"""A function in a process of its own: what it takes, and what it imports, is then only its own."""
+"""Run a function in a process of its own, so that its memory and its imports are its own, too."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from terminal import say
 
 @contextlib.contextmanager
 def apart(make: Callable[..., Callable], *args) -> Iterator[Callable]:
-    """The function that make(*args) returns, in a process of its own, to be called from here. It
-    is ready, and the process at rest, when the block begins."""
+    """Yield a function that calls, in a process of its own, the function that make(*args) returned
+    there. make has returned when the block begins. Raises ValueError when the process is lost,
+    and whatever ValueError or OutOfMemoryError a call raises there."""
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
     process = spawn.Process(target=serve, args=(there, make, args))
     process.start()
-    there.close()  # only the process has it now, so its end is seen here
+    there.close()  # now only the process holds it, so here.recv fails when the process dies
 
     def answer():
         try:
@@ -33,7 +34,7 @@ def apart(make: Callable[..., Callable], *args) -> Iterator[Callable]:
     try:
         answer()
         yield lambda *given: here.send(given) or answer()
-    except BaseException:  # it may be in the middle of something long
+    except BaseException:  # the process may be in a long call
         process.terminate()
         raise
     finally:
@@ -42,7 +43,8 @@ def apart(make: Callable[..., Callable], *args) -> Iterator[Callable]:
 
 
 def serve(pipe, make: Callable[..., Callable], args: tuple) -> None:
-    with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):  # nobody asks any more
+    """The process's own work: answer calls until the other end of the pipe is closed."""
+    with contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt):
         try:
             function = make(*args)
             pipe.send(None)
@@ -53,9 +55,9 @@ def serve(pipe, make: Callable[..., Callable], args: tuple) -> None:
 
 
 def beside(args, make: Callable[..., Callable], *peer_args):
-    """The peer, if one is asked for, apart: the memory that it takes is then only its own, and
-    importing transformers does not make ours compile again (it registers pytree nodes, which
-    every graph has a guard on)."""
+    """The peer that --peer names, in a process of its own (`apart`), or None. There its memory is
+    measured alone. Importing transformers here would make our model compile again: it registers
+    pytree nodes, and every graph has a guard on those."""
     if not args.peer:
         return contextlib.nullcontext()
     say(f"preparing {args.peer}")

@@ -1,4 +1,4 @@
-"""Decoding beside programs that never sleep: the threads that it chooses against one, and all."""
+"""Decoding beside programs that never sleep: adaptive threads against one thread and all."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from model import Transformer
 from terminal import say
 from threads import adapt_threads, keep_threads
 
-TURN, ROUNDS = 10.0, 3  # seconds
+TURN, ROUNDS = 10.0, 3  # seconds of a turn; turns of each kind
 
 
 @contextlib.contextmanager
 def others(n: int) -> Iterator[None]:
-    """n programs in sessions of their own, as a scheduler that groups by session sees others'."""
+    """Run n programs that never sleep. Each has a session of its own, since Linux may share the
+    cores out by session."""
     running = [subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
                for _ in range(n)]
     try:
@@ -36,7 +37,8 @@ def others(n: int) -> Iterator[None]:
 
 
 def tokens_a_second(model: Transformer, cache: KVCache, threads: int, adaptive: bool) -> float:
-    """Of one turn with so many threads, or adaptive ones, that many at most."""
+    """The rate of one turn of TURN seconds, on this number of threads, or adaptive with at most
+    that number."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     adapt_threads() if adaptive else keep_threads()
@@ -51,8 +53,8 @@ def tokens_a_second(model: Transformer, cache: KVCache, threads: int, adaptive: 
 
 
 def bench_busy(args, model: Transformer) -> dict:
-    """Tokens a second with the threads that are chosen, with one, and with all, in turns of ten
-    seconds, each on an idle machine and beside args.busy programs."""
+    """Tokens a second with adaptive threads ("chosen"), with one and with all, in turns, on an idle
+    machine and beside args.busy programs."""
     cache, most = make_cache(model, args.sink, args.window), torch.get_num_threads()
     compile_all(model, cache)
     turns = {"chosen": (most, True), "one": (1, False), "all": (most, False)}

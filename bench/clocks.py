@@ -1,4 +1,4 @@
-"""Seconds and bytes: how long a call takes, and how much memory it took."""
+"""Measuring seconds and bytes of a call."""
 
 from __future__ import annotations
 
@@ -21,29 +21,32 @@ STEPS, ROUNDS = 16, 9  # decode steps a round; rounds a figure
 
 
 def seconds(run: Callable, *args) -> float:
+    """Of run(*args)."""
     start = time.perf_counter()
     run(*args)
     return time.perf_counter() - start
 
 
 def median_step(run: Callable[[], object]) -> float:
+    """Median seconds of a step."""
     return statistics.median(seconds(run) for _ in range(STEPS))
 
 
 @torch.no_grad()
 def step(model: Transformer, cache: KVCache) -> None:
-    """One token for every row, greedy and read by the host, as in the decode loop."""
+    """Decode a token of every row, greedily, and read it on the host as the decode loop does."""
     logits = model(torch.zeros_like(cache.length)[:, None], cache)
     logits.argmax(-1).tolist()
 
 
 def decode_at(model: Transformer, cache: KVCache, position: int) -> float:
+    """Median seconds of a decode step at this position."""
     cache.length.fill_(position)
     return median_step(lambda: step(model, cache))
 
 
 def compile_all(model: Transformer, *caches: KVCache) -> float:
-    """Compile and run every graph, as often as generate.warm says; seconds."""
+    """Compile every graph and run it as often as it needs (generate.warm). Returns the seconds."""
     def compile_and_run():
         compile_model(model)
         for cache in caches:
@@ -64,17 +67,17 @@ def rounds() -> Iterator[int]:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory that this process had, since `forget_peak` where that works."""
+    """The most memory that this process has had, since `forget_peak` where the system allows it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError):  # Linux, where ru_maxrss begins with the parent's
+    with contextlib.suppress(OSError):  # Linux, whose ru_maxrss would begin with the parent's
         status = Path("/proc/self/status").read_text()
         return 1024 * int(status.partition("VmHWM:")[2].split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def forget_peak(device: torch.device) -> None:
-    """What loading and compiling took would hide how much memory running takes."""
+    """Measure peak_bytes from here on: loading and compiling may take more memory than running."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):

@@ -1,13 +1,13 @@
-"""A GPU's table: decode and prefill against its limits, beside peers, and many rows at once.
+"""A table for a GPU: decode and prefill against its limits, beside peers, and with many rows.
 
     python -m bench --gpu limits
     python -m bench --gpu decode  --shape 8b                         bf16, int8 and int4
     python -m bench --gpu peers   --shape 7b --gpt-fast DIR --turns mt_bench.jsonl
     python -m bench --gpu batches --shape 8b                         rows, loading, a draft
 
-A row is a JSON line as soon as it is known, so whoever stops a command keeps what was measured; the
-table of all of them comes last. Each model has a process of its own: the memory that it takes, and
-what breaks there, is then only its own.
+Each row is printed as a JSON line as soon as it is measured, so a command that is stopped loses
+nothing. The table of all rows comes last. Each model runs in a process of its own: its memory and
+its failures are then its own, too.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from bench.models import peer_settings
 from load import check_device
 from terminal import say
 
-WINDOW = 2044  # and 4 sinks: the context of the smallest shapes
+WINDOW = 2044  # with 4 sinks the context of the smallest shapes
 
 
 def bench_gpu(args) -> None:
@@ -62,7 +62,8 @@ def bench_gpu(args) -> None:
 
 
 def apart_rows(name: str, figures: Callable[..., Iterator[dict]], *given) -> Iterator[dict]:
-    """The figures that a generator yields in a process of its own. One that fails is a row too."""
+    """The rows of a generator of figures that runs in a process of its own. An error is a row, too.
+    """
     say(name)
     try:
         with apart(one_by_one, figures, *given) as following:
@@ -73,7 +74,8 @@ def apart_rows(name: str, figures: Callable[..., Iterator[dict]], *given) -> Ite
 
 
 def one_by_one(figures: Callable[..., Iterator[dict]], *given) -> Callable[[], dict | None]:
-    """Its first figures wait for the first call, and so do its errors."""
+    """A function that returns the generator's next figures, or None. It runs nothing before its
+    first call, so that errors are raised there."""
     iterator = figures(*given)
     return lambda: next(iterator, None)
 
@@ -93,7 +95,7 @@ def limits_rows(args, folder: str) -> Iterator[dict]:
 def decode_rows(args, folder: str) -> Iterator[dict]:
     kinds = {"bf16": None, "int8": "int8", f"int4 in groups of {args.group_size}": "int4"}
     for kind, quantize in kinds.items():
-        # Of each its own, empty at first: nothing of another model's makes its compiling warm.
+        # Each kind has its own compile cache, empty at first, so that every compile is cold.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/{quantize}"
         yield from apart_rows(f"{args.shape} {kind}", decode_figures, as_asked(args, quantize))
     for kind, quantize in kinds.items():
@@ -102,6 +104,7 @@ def decode_rows(args, folder: str) -> Iterator[dict]:
 
 
 def as_asked(args, quantize: str | None) -> argparse.Namespace:
+    """The same arguments with another --quantize."""
     return argparse.Namespace(**{**vars(args), "quantize": quantize})
 
 
@@ -117,7 +120,7 @@ def peers_rows(args, folder: str) -> Iterator[dict]:
 
 
 def in_turns(args, name: str, make: Callable, *given) -> Iterator[dict]:
-    """Our tokens a second and theirs, on the same shape, round after round."""
+    """A row of our tokens a second and a peer's on the same shape, measured in turns."""
     say(name)
     try:
         with apart(make, *given) as theirs, apart(our_tokens, args) as ours:

@@ -1,8 +1,8 @@
-"""What the rows of gpu.py's table are made of: each function is run where one model is alone.
+"""The figures of gpu.py's table. Each function runs in a process with one model alone.
 
-The window is full unless a figure says otherwise, and what is timed is the loop that users get: a
-step is queued before the token of the one before is read, so the host works while the GPU does,
-which a step timed alone would not show.
+The window is full unless a figure says otherwise. What is timed is the decode loop that users get:
+it queues a step before it reads the token of the step before, so that the host works while the GPU
+does. A step timed by itself would not show that.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from bench.models import open_model, random_model, shape_config
 from bench.steps import bytes_a_step, prefill_anew, seconds_a_token
 from bench.turns import bench_turns
 from cli import EMBEDDED
+from draw import RowSampler, sample
 from formats.config import config_from_hf
 from formats.folder import write_checkpoint
-from generate import decode, make_cache, start_reading, warm, weight_bytes
+from generate import copy_to_host, decode, make_cache, warm, weight_bytes
 from kv_cache import KVCache
 from load import compile_model, load
 from model import ModelConfig, Transformer
 from quantize import stored_shapes
-from sample import Rows, Sampling, sample
+from sample import Sampling
 from speculate import Speculation
 
-COPIED, SQUARE, REPEATS = 1 << 32, 8192, 8  # bytes of a copy, a matmul's side, of each in a go
+COPIED, SQUARE, REPEATS = 1 << 32, 8192, 8  # bytes of a copy; a matmul's side; runs a measurement
 TOKENS, PROMPTS, ROWS = 200, (128, 2048), (8, 32, 64)
-SAMPLING = Sampling(0.8, top_p=0.95, seed=1)  # what the programs do unless asked
+SAMPLING = Sampling(0.8, top_p=0.95, seed=1)  # the programs' default
 
 
 # ------------------------------------------------------------------------------ limits
@@ -45,8 +46,8 @@ def wait(device: torch.device) -> None:
 
 
 def make_limits(device: torch.device) -> Callable[[], tuple[float, float]]:
-    """(GB/s that copying reads and writes, TFLOP/s of a bf16 matmul), to be measured in turns with
-    the rest. The matmul is of random numbers: of zeros it takes less power, and runs faster."""
+    """A function that measures (GB/s that a copy reads and writes, TFLOP/s of a bf16 matmul). The
+    matmul is of random numbers, since one of zeros takes less power and runs faster."""
     buffers = [torch.zeros(COPIED // 4, device=device) for _ in range(2)]
     square = torch.randn(SQUARE, SQUARE, device=device).bfloat16()
 
@@ -85,7 +86,7 @@ def open_compiled(args) -> tuple[Transformer, KVCache, float]:
 
 
 def compile_decode(model: Transformer, cache: KVCache) -> None:
-    """As often as a CUDA graph needs: compiled, recorded, replayed."""
+    """Compile the step and run it three times: a CUDA graph is compiled, recorded, replayed."""
     compile_model(model)
     for _ in range(3):
         step(model, cache)
@@ -93,10 +94,10 @@ def compile_decode(model: Transformer, cache: KVCache) -> None:
 
 def decode_seconds(model: Transformer, cache: KVCache, position: int,
                    draw: Callable = sample) -> float:
-    """Of TOKENS tokens from a position on, the first few aside."""
+    """Seconds of TOKENS tokens from a position on, after a few that are not timed."""
     cache.length.fill_(position)
     token = torch.zeros(1, 1, dtype=torch.int64, device=cache.length.device)
-    stream = decode(model, cache, token, TOKENS + 4, ignore_eos=True, draw=draw)
+    stream = decode(model, cache, token, TOKENS + 4, stop_ids=(), draw=draw)
     for _ in range(4):
         next(stream)
     return seconds(lambda: (list(stream), wait(cache.length.device)))
@@ -106,7 +107,7 @@ def decode_figures(args) -> Iterator[dict]:
     model, cache, compile_s = open_compiled(args)
     full, device = cache.n_sink + cache.window, cache.length.device
     times, far, sampled, copies, products = ([] for _ in range(5))
-    row = Rows(1, model.config.vocab_size, device)
+    row = RowSampler(1, model.config.vocab_size, device)
     row.begin(0, SAMPLING, [])
     limits = make_limits(device)
     for _ in rounds():
@@ -136,13 +137,14 @@ def decode_figures(args) -> Iterator[dict]:
 
 
 def flops_a_token(config: ModelConfig) -> int:
-    """Of a prompt's token in the products with weights, of which the last is for one token only."""
+    """Floating-point operations of a prompt's token in the layers' weights. The output projection
+    does not count: a prefill computes it for one token only."""
     attention = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim
     return 2 * config.n_layers * config.dim * (attention + 3 * config.ffn_dim)
 
 
 def warm_figures(args) -> Iterator[dict]:
-    """Every graph again, from the compile cache that another process left."""
+    """Seconds to compile every graph from the compile cache that another process left."""
     model = open_model(args)
     yield dict(compile_warm_s=compile_all(model, make_cache(model, args.sink, args.window)))
 
@@ -176,18 +178,19 @@ def batch_figures(args) -> Iterator[dict]:
 
 @torch.no_grad()
 def batch_steps(model: Transformer, cache: KVCache, n: int) -> None:
-    """As in batch.generate_batch: a step is queued before the tokens of the last one are read."""
+    """n steps as batch.generate_batch does them: each is queued before the last one's tokens are
+    read."""
     tokens = torch.zeros_like(cache.length)[:, None]
     for _ in range(n):
-        read = start_reading(tokens)
+        read = copy_to_host(tokens)
         tokens = sample(model(tokens, cache))
         read()
     tokens.tolist()
 
 
 def draft_figures(args) -> Iterator[dict]:
-    """Speculation where the draft is always right, and where it never is. A model whose last norm
-    is zero says token 0, whatever it read, as fast as any other."""
+    """Speculation with a draft that is always right, and with one that never is. A model whose last
+    norm is zero says token 0 whatever it reads, as fast as any other model."""
     model, cache, _ = open_compiled(args)
     shape = {**shape_config("160m"), "vocab_size": model.config.vocab_size}
     draft = random_model(config_from_hf(shape), cache.length.device, model.norm.weight.dtype)
@@ -210,7 +213,7 @@ def draft_figures(args) -> Iterator[dict]:
 
 
 def load_figures(args, folder: str) -> Iterator[dict]:
-    """From a folder that was written just now, and so is in memory still."""
+    """Seconds to load a folder that was just written, so its files are still in memory."""
     model = open_model(args)
     device, size = model.norm.weight.device, weight_bytes(model)
     if shutil.disk_usage(folder).free < 1.1 * size:

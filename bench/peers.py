@@ -1,8 +1,8 @@
-"""Other people's ways to run the same model, for the others to time beside ours.
+"""Other projects' ways to run a model of the same shape, to be timed beside ours.
 
-On transformers' own Llama modules, with random weights: a step and a prefill, eager and compiled;
-StreamingLLM (Xiao et al., 2023) the way its authors run it; and static batches. All of them run in
-the dtype that ours does; only the compiled step is compiled. And gpt-fast, from its own folder.
+Three run on transformers' own Llama modules with random weights, in our dtype: a prefill and a
+step, eager or compiled; StreamingLLM (Xiao et al., 2023) as its authors run it; and static
+batches. The fourth is gpt-fast, from its own folder.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def llama(config: dict, dtype: torch.dtype, device: torch.device):
 
 def prefill_and_step(config: dict, dtype: torch.dtype, device: torch.device, compiled: bool,
                      length: int = 512) -> tuple[Callable, Callable]:
-    """To be timed: a prefill of 128 tokens into no cache, and a decode step; compiled, over a
-    static cache of `length`."""
+    """Two functions to time: a prefill of 128 tokens without a cache, and a decode step. Compiled,
+    the step runs over a static cache of `length` tokens."""
     from transformers import DynamicCache, StaticCache
     model = llama(config, dtype, device)
     cache = (StaticCache(config=model.config, max_cache_len=length) if compiled
@@ -74,7 +74,7 @@ def past_argument(model) -> str:
 
 def transformers_tokens(config: dict, dtype: torch.dtype, device: torch.device, length: int,
                         n_tokens: int) -> Callable[[], float]:
-    """To be called: seconds of so many compiled decode steps."""
+    """A function that returns the seconds of n_tokens compiled decode steps."""
     _, step = prefill_and_step(config, dtype, device, compiled=True, length=length)
     return lambda: seconds(lambda: [step() for _ in range(n_tokens)])
 
@@ -84,13 +84,18 @@ def transformers_tokens(config: dict, dtype: torch.dtype, device: torch.device, 
 
 def gpt_fast(folder: str, config: dict, dtype: torch.dtype, device: torch.device,
              quantize: str | None, length: int, n_tokens: int) -> Callable[[], float]:
-    """To be called: seconds of so many tokens of the gpt-fast in a folder, by its own loop and
-    compiled as its main does it. For a process of its own: its files are called as ours are."""
+    """A function that returns the seconds of n_tokens tokens of the gpt-fast in `folder`, in its
+    own loop and compiled as its main does. Run it in a process of its own: gpt-fast's files have
+    the names of ours."""
     generate, model = gpt_fast_model(folder, config, quantize, length)
     model = model.to_empty(device=device).to(dtype).eval()
-    for weight in model.state_dict().values():  # a norm's or a scale; int8; or floating point
-        (weight.fill_(1e-2) if weight.ndim == 1 else weight.random_(-127, 128)
-         if weight.dtype == torch.int8 else weight.normal_(std=0.02))
+    for weight in model.state_dict().values():
+        if weight.ndim == 1:  # of a norm, or a scale
+            weight.fill_(1e-2)
+        elif weight.dtype == torch.int8:
+            weight.random_(-127, 128)
+        else:
+            weight.normal_(std=0.02)
     with torch.device(device):
         model.setup_caches(max_batch_size=1, max_seq_length=length)
     generate.decode_one_token = torch.compile(generate.decode_one_token, mode="reduce-overhead",
@@ -109,12 +114,12 @@ def gpt_fast(folder: str, config: dict, dtype: torch.dtype, device: torch.device
 
 
 def gpt_fast_model(folder: str, config: dict, quantize: str | None, length: int) -> tuple:
-    """Its generate.py, and its model of the shape of a config.json, on the meta device."""
+    """(gpt-fast's module generate, its model on the meta device in the shape of a config.json)."""
     if not (Path(folder) / "generate.py").is_file():
         raise ValueError(f"{folder}: no generate.py; gpt-fast's folder has one")
     for name in ("model", "generate", "quantize", "tp"):
         sys.modules.pop(name, None)
-    sys.modules["tokenizer"] = types.SimpleNamespace(get_tokenizer=None)  # wants more packages
+    sys.modules["tokenizer"] = types.SimpleNamespace(get_tokenizer=None)  # needs more packages
     sys.path.insert(0, str(folder))
     generate, model = importlib.import_module("generate"), importlib.import_module("model")
     args = model.ModelArgs(
@@ -132,14 +137,14 @@ def gpt_fast_model(folder: str, config: dict, quantize: str | None, length: int)
 
 # ------------------------------------------------------------------------------ StreamingLLM
 
-# As in the paper's own implementation, on which the speed depends: keys are kept un-rotated; each
-# token is appended with cat; every key is rotated anew at every token, at its place in the cache;
-# and what is evicted is cut out with cat. (Its loop over the layers is written out here, which
-# spares it the work that transformers does around one, and the angles are made once for all.)
+# This is what the paper's own implementation does, and what its speed depends on: keys are kept
+# un-rotated; each token is appended with cat; at every token every key is rotated anew, at its
+# place in the cache; what is evicted is cut out with cat. The loop over the layers is written out
+# here, which spares it transformers' work around one, and the angles are computed once a step.
 
 
 def streaming_past(model) -> list[tuple[Tensor, Tensor]]:
-    """Of every layer, the un-rotated keys and the values, (1, kv_heads, n, D) each; n is 0 yet."""
+    """Each layer's un-rotated keys and its values, (1, kv_heads, n, D) each, with n = 0."""
     config, weight = model.config, model.lm_head.weight
     empty = weight.new_zeros(1, config.num_key_value_heads, 0, config.head_dim)
     return [(empty, empty)] * config.num_hidden_layers
@@ -147,8 +152,8 @@ def streaming_past(model) -> list[tuple[Tensor, Tensor]]:
 
 def streaming_attention(layer: int, attention, x: Tensor, past: list,
                         angles: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-    """What LlamaAttention makes of T new tokens x (B, T, dim), which see all n in the cache, their
-    own included. angles are of the places 0 .. n - 1."""
+    """LlamaAttention of T new tokens x (B, T, dim), which see all n in the cache, themselves
+    included; `angles` are those of the places 0 to n - 1 -> (B, T, dim)"""
     B, T, _ = x.shape
     q, k, v = (project(x).view(B, T, -1, attention.head_dim).transpose(1, 2)
                for project in (attention.q_proj, attention.k_proj, attention.v_proj))
@@ -171,7 +176,7 @@ def rotate_half(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def streaming_forward(model, past: list, tokens: Tensor) -> Tensor:
-    """Logits (1, 1, V) after tokens (1, T), which join the past."""
+    """Logits (1, 1, V) after tokens (1, T), which are added to the past."""
     T, n = tokens.shape[1], past[0][0].shape[2] + tokens.shape[1]
     x = model.model.embed_tokens(tokens)  # (1, T, dim)
     angles = model.model.rotary_emb(x, torch.arange(n, device=x.device)[None])
@@ -186,7 +191,7 @@ def streaming_forward(model, past: list, tokens: Tensor) -> Tensor:
 
 
 def evict(past: list, n_sink: int, recent: int, coming: int = 0) -> None:
-    """Keep the sinks and the latest `recent` tokens, fewer where room is made for coming ones."""
+    """Keep the sinks and the latest `recent` tokens, `coming` fewer to make room for new ones."""
     n = past[0][0].shape[2]
     if n + coming <= n_sink + recent:
         return
@@ -197,8 +202,8 @@ def evict(past: list, n_sink: int, recent: int, coming: int = 0) -> None:
 
 def streaming_turn(model, past: list, prompt_ids: list[int], max_new_tokens: int, n_sink: int,
                    window: int) -> Iterator[int]:
-    """Yield a greedy answer. Room for the prompt and for all of the answer is made at once, then
-    the prompt is one forward and each token another. A query sees itself besides the recent."""
+    """Yield a greedy answer. Room for the prompt and the whole answer is made at once; then the
+    prompt is one forward and each token another. A query sees itself besides window - 1 others."""
     evict(past, n_sink, window - 1, len(prompt_ids) + max_new_tokens)
     tokens = torch.tensor([prompt_ids], device=model.device)
     for _ in range(max_new_tokens):
@@ -212,10 +217,10 @@ def streaming_turn(model, past: list, prompt_ids: list[int], max_new_tokens: int
 
 def static_batches(config: dict, dtype: torch.dtype,
                    device: torch.device) -> Callable[[list[list[int]], int], None]:
-    """To be timed: model.generate of prompts side by side, padded on the left, for as many tokens
-    as the longest of their answers has."""
+    """A function to time: model.generate of several prompts, padded on the left, for as many tokens
+    as the longest answer has."""
     model = llama(config, dtype, device)
-    model.generation_config.eos_token_id = None  # random weights say it at random
+    model.generation_config.eos_token_id = None  # random weights would end at random
 
     def generate_batch(prompts: list[list[int]], max_new_tokens: int) -> None:
         longest = max(map(len, prompts))

@@ -9,12 +9,13 @@ import torch
 
 from bench.clocks import STEPS, compile_all, rounds
 from bench.models import sizes
+from draw import RowSampler
 from generate import make_cache
 from model import Transformer
-from sample import Rows, Sampling
+from sample import Sampling
 from terminal import say
 
-SETTINGS = {  # what the rows ask for, in turns
+SETTINGS = {  # row r of a batch has setting r modulo the list's length
     "greedy": [Sampling()],
     "free": [Sampling(1.0, seed=1)],
     "default": [Sampling(0.8, top_p=0.95, seed=1)],
@@ -28,15 +29,15 @@ SETTINGS = {  # what the rows ask for, in turns
 
 @torch.no_grad()
 def bench_sampling(args, model: Transformer) -> dict:
-    """The step is that of a text the rows themselves say: what is drawn from is a real
-    distribution, where the weights are."""
+    """Seconds of drawing tokens, for each of SETTINGS, beside those of a step. Each step reads the
+    tokens that were drawn, so a trained model's distributions are those of real text."""
     cache = make_cache(model, args.sink, args.window, args.batch)
     say("compiling")
     out = dict(**sizes(cache), compile_s=compile_all(model, cache))
     device, vocab_size = cache.length.device, model.config.vocab_size
     kinds = {}
     for name, asked in SETTINGS.items():
-        kinds[name] = Rows(args.batch, vocab_size, device)
+        kinds[name] = RowSampler(args.batch, vocab_size, device)
         for row in range(args.batch):
             kinds[name].begin(row, asked[row % len(asked)], [0])
     steps, draws = [], {name: [] for name in kinds}

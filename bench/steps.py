@@ -1,4 +1,4 @@
-"""Single steps: decode and prefill against the machine's limits, in turns with a peer's."""
+"""Single steps: decode and prefill against the machine's limits and beside a peer."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def prefill_anew(model: Transformer, cache: KVCache, length: int) -> None:
 
 @torch.no_grad()
 def recompute(model: Transformer, cache: KVCache) -> None:
-    """A token when the whole window is computed anew for it, with no cache at all."""
+    """Decode a token by computing the whole window anew, without a cache."""
     tokens = torch.full((1, cache.n_sink + cache.window), 7, device=cache.length.device)
     last = torch.tensor([tokens.shape[1] - 1], device=tokens.device)
     model(tokens, last=last)[0, 0].argmax().item()
 
 
 def bandwidth(buffers: list[torch.Tensor]) -> float:
-    """GB/s: reading on a CPU, the best of three; reading and writing a copy on a GPU."""
+    """GB/s, the best of three: of reading on a CPU, of reading and writing a copy on a GPU."""
     def move_once():
         if buffers[0].is_cuda:
             buffers[1].copy_(buffers[0])
@@ -53,9 +53,10 @@ def matmul_rate(a: torch.Tensor) -> float:
 
 
 def speculators(model: Transformer, cache: KVCache, size: int) -> dict[str, Callable[[], float]]:
-    """Seconds a token of three generations: plain; with a draft that always agrees; and, as many
-    proposals as pay, with one that never does. The model's layers after the second are silenced,
-    so that those two alone say what it says."""
+    """Seconds a token of three generations: plain; with a draft that always agrees and a fixed
+    number of proposals; and with a draft that never agrees and as many proposals as pay. The
+    model's layers after its second are silenced, so that its first two layers are the draft that
+    always agrees."""
     two = dataclasses.replace(model.config, n_layers=2)
     for block in model.layers[2:]:
         block.attention_norm.weight.zero_()
@@ -80,7 +81,7 @@ def speculators(model: Transformer, cache: KVCache, size: int) -> dict[str, Call
 
 
 def seconds_a_token(model: Transformer, cache: KVCache, speculation=None, length=120) -> float:
-    """Of a greedy generation, after its first token."""
+    """Seconds a token of a greedy generation, after its first."""
     cache.reset()
     stream = generate(model, cache, [7] * 32, length + 1, speculation=speculation)
     next(stream)
@@ -88,7 +89,7 @@ def seconds_a_token(model: Transformer, cache: KVCache, speculation=None, length
 
 
 def measure(args, model: Transformer, cache: KVCache) -> dict[str, list[float]]:
-    """Run everything in turns; {name: the rounds' values}, seconds but for the two limits."""
+    """Run everything in turns -> {name: a value a round}, in seconds, but for the two limits."""
     device, size = cache.length.device, cache.n_sink + cache.window
     buffers = [torch.zeros(1 << 28, device=device) for _ in range(2 if cache.length.is_cuda else 1)]
     square = torch.ones(2048, 2048, device=device, dtype=model.norm.weight.dtype)
@@ -122,7 +123,8 @@ def measure(args, model: Transformer, cache: KVCache) -> dict[str, list[float]]:
 
 
 def bytes_a_step(model: Transformer, cache: KVCache) -> int:
-    """What a step has to read: of an embedding table of its own, a row is nothing."""
+    """The bytes that a step has to read. An embedding table of its own counts nothing, since only
+    a row of it is read."""
     shared = model.config.tied_embeddings and not getattr(model.output, "packed", False)
     table = 0 if shared else model.embed.weight.nbytes
     return weight_bytes(model) - table + cache.nbytes()
@@ -163,6 +165,7 @@ def report(model: Transformer, cache: KVCache, values: dict[str, list[float]]) -
 
 
 def compiling(args) -> Callable[[], float]:
+    """A function that compiles a model of its own, for a process of its own; seconds."""
     model = open_model(args)
     cache = make_cache(model, args.sink, args.window, args.batch)
     return lambda: compile_all(model, cache)

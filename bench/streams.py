@@ -6,7 +6,7 @@ import random
 import statistics
 from collections.abc import Iterator
 
-from batch import Batch, generate_batch
+from batch import Batch, Stream, generate_batch
 from bench import peers
 from bench.apart import beside
 from bench.clocks import compile_all, decode_at, rounds, seconds
@@ -23,8 +23,8 @@ def synthetic(n: int, vocab_size: int) -> tuple[list[list[int]], list[int]]:
     return prompts, [numbers.randint(10, 200) for _ in range(n)]
 
 
-def listen(events: Iterator[tuple[int, int | None]], n: int) -> None:
-    """Take what generate_batch yields until n more streams have ended."""
+def listen(events: Iterator[tuple[Stream, int | None]], n: int) -> None:
+    """Run generate_batch until n more streams have ended."""
     for _, token_id in events:
         n -= token_id is None
         if not n:
@@ -36,8 +36,8 @@ def bench_streams(args, model: Transformer) -> dict:
     batch = Batch(model, args.batch, args.sink, args.window)
     say("compiling")
     compile_s = compile_all(model, batch.staging[0], batch.cache)
-    list(generate_batch(model, [[0]] * 2, max_new_tokens=3, ignore_eos=True, batch=batch))
-    events = generate_batch(model, prompts, max_new_tokens=wanted, ignore_eos=True, batch=batch)
+    list(generate_batch(model, [[0]] * 2, max_new_tokens=3, stop_ids=(), batch=batch))
+    events = generate_batch(model, prompts, max_new_tokens=wanted, stop_ids=(), batch=batch)
     ours, theirs = [], []
     with (beside(args, peers.static_batches, *peer_settings(args)) as peer,
           progress("measuring", "streams") as show):
@@ -53,7 +53,7 @@ def bench_streams(args, model: Transformer) -> dict:
     out = dict(**sizes(batch.cache), compile_s=compile_s, streams=len(prompts),
                prompt_tokens=sum(map(len, prompts)), new_tokens=sum(wanted),
                tok_s=sum(wanted) / sum(ours), steps=batch.steps,
-               rows_busy=batch.busy / (batch.steps * args.batch),
+               rows_busy=batch.row_steps / (batch.steps * args.batch),
                single_step_s=statistics.median(one for one, _ in steps),
                batch_step_s=statistics.median(many for _, many in steps),
                batch_over_single=statistics.median(args.batch * a / b for a, b in steps))

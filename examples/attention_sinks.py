@@ -29,7 +29,8 @@ NAMES = [*(f"sink {i}" for i in range(S)), *(f"{a}-{b}" if b > a else str(a) for
 
 
 def weights(q_sink, q_recent, k, at):
-    """(B, T, n): the share that each of the n slots in use gets, a mean over the heads."""
+    """(B, T, n): the share of attention that each of the n slots in use gets, averaged over heads.
+    """
     B, T, _, D = q_recent.shape
     k = k[:, :, :at.mask.shape[-1]].transpose(2, 3)  # (B, kv_heads, D, n)
     scores = grouped(q_recent, k.shape[1]) @ k  # (B, kv_heads, T * G, n)
@@ -38,8 +39,8 @@ def weights(q_sink, q_recent, k, at):
     return shares.view(B, k.shape[1], T, -1, k.shape[-1]).mean((1, 3))
 
 
-def run(model, cache, chunk):
-    """Feed (1, T) tokens; every layer's weights meanwhile, (layers, T, n)."""
+def record_weights(model, cache, chunk):
+    """Feed a chunk of tokens (1, T) to the model. Returns every layer's weights, (layers, T, n)."""
     layers, attend = [], engine.attend
 
     def attend_and_record(q_sink, q_recent, k, v, at):
@@ -53,12 +54,12 @@ def run(model, cache, chunk):
 
 @torch.no_grad()
 def by_place(model, cache, ids):
-    """(N, layers, S + spans): what each query, from where the window slides on, gives to each sink,
-    and to all keys of the window whose distance to it lies in a span."""
+    """(N, layers, S + spans): the share of attention that each query gives to each sink, and to the
+    window's keys at distances within each span. Queries count once the window slides."""
     found = []
     for chunk in ids[None].split(cache.max_chunk, dim=1):
         positions, slides = cache.positions(chunk.shape[1]), int(cache.length) >= S + W
-        shares = run(model, cache, chunk)
+        shares = record_weights(model, cache, chunk)
         ring = torch.arange(S, shares.shape[-1])
         distance = positions[0, :, None] - cache.held(positions, ring)  # (T, n - S)
         spans = [(shares[..., S:] * ((a <= distance) & (distance <= b))).sum(-1) for a, b in SPANS]
@@ -67,7 +68,7 @@ def by_place(model, cache, ids):
     return torch.cat(found)
 
 
-def draw(path, shares):
+def plot_shares(path, shares):
     try:
         from matplotlib import pyplot as plt
     except ImportError:
@@ -97,7 +98,7 @@ def main():
         for layer, row in enumerate(mean):
             print(f"{layer:5}", *(f"{share:7.3f}" for share in row))
         if args.plot:
-            draw(args.plot, mean)
+            plot_shares(args.plot, mean)
 
 
 if __name__ == "__main__":

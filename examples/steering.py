@@ -50,7 +50,7 @@ def mean_activation(model, tokenizer, layer, prompts):
     return torch.stack(seen).mean(0)
 
 
-def say(model, tokenizer, prompt, n_tokens):
+def continuation(model, tokenizer, prompt, n_tokens):
     ids = generate(model, make_cache(model), tokenizer.encode(prompt), n_tokens,
                    repetition_penalty=1.2)
     return tokenizer.decode(list(ids)).replace("\n", " ")
@@ -79,7 +79,7 @@ def main():
         for strength in (0, args.strength, -args.strength):
             vector = strength * (towards - away)
             with hooked(model.layers[layer], lambda x, vector=vector: x + vector):
-                text = say(model, tokenizer, args.prompt, args.max_new_tokens)
+                text = continuation(model, tokenizer, args.prompt, args.max_new_tokens)
             print(f"{strength:+.1f}  {args.prompt}{text}")
 
 

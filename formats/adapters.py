@@ -120,7 +120,7 @@ def first_match(patterns: dict | None, layer: str, default: float) -> float:
 
 
 def merge_adapters(blocks: list[Tensor], parts: dict[str, tuple[int, ...]], adapters: list[Lora],
-          dtype: torch.dtype | None) -> list[Tensor]:
+                   dtype: torch.dtype | None) -> list[Tensor]:
     """One of our tensors, as blocks of rows, with the adapters that change it merged in. The sum is
     computed in float32 and returned in dtype, or in the block's own if that is None. parts are the
     blocks' Hugging Face names and shapes."""

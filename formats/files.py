@@ -19,7 +19,8 @@ log = logging.getLogger("gpt_stream")
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object, {} when there is no such file. Raises ValueError naming a broken one."""
+    """The JSON object in a file; {} when there is no such file. Raises ValueError naming a file
+    that holds no JSON object."""
     if not path.exists():
         return {}
     try:
@@ -71,18 +72,18 @@ def naming(path: Path, line: str) -> str:
 
 
 def name_leftovers(path: Path) -> None:
-    """Log what killed runs left beside a folder or file that is written whole or not at all."""
+    """Log which partial files and folders killed runs left beside `path` (written_whole)."""
     for left in path.parent.glob(glob.escape(path.name) + ".partial-*"):
         log.info("%s is left of a run that was killed, or is being written now; if not, remove it",
                  left)
 
 
 def check_target(path: str | Path) -> Path:
-    """The path itself. Raises ValueError when no file can be written there."""
+    """The path as a Path. Raises ValueError when no file can be written there."""
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}")
-    if path.exists() and not path.is_file():  # a device would be replaced by a file
+    if path.exists() and not path.is_file():  # a file would take the place of a device
         raise ValueError(f"{path}: exists already and is not a file")
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"{path}: no permission to write in {path.parent}")
@@ -120,10 +121,11 @@ def once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 @contextlib.contextmanager
 def only_one(path: Path) -> Iterator[None]:
-    """One process at a time is inside, and the system lets the next one in when it dies."""
+    """A lock on the file `path`, which is made for it: one process at a time is in this context.
+    The system frees the lock when that process dies."""
     try:
         import fcntl
-    except ImportError:  # Windows: of two first starts at once, one may fail
+    except ImportError:  # Windows has no fcntl: of two first starts at once, one may fail
         yield
         return
     with open(path, "w") as file:
@@ -136,11 +138,13 @@ def only_one(path: Path) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its type when it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def package(module: str, name: str | Path):
-    """An optional package. Raises ValueError with the command that installs it."""
+    """Import an optional package, which `name` needs. Raises ValueError with the command that
+    installs it."""
     try:
         return importlib.import_module(module)
     except ImportError:

@@ -62,10 +62,10 @@ def find(name: str | Path, quantize: str | None = None,
 def fetch_once_a_machine(find_folder: Callable[[bool], object]):
     """find_folder(fetch=True) in the first process of a machine, then find_folder(fetch=False) in
     the others."""
-    with tp.together():
+    with tp.raise_on_all_ranks():
         if tp.local_rank() == 0:
             found = find_folder(True)
-    with tp.together():
+    with tp.raise_on_all_ranks():
         if tp.local_rank() > 0:
             found = find_folder(False)
     return found
@@ -91,7 +91,7 @@ def adapter_folder(name: str | Path, fetch: bool) -> Path:
 
 
 def checkpoint_folder(name: str | Path, quantize: str | None, group_size: int,
-           fetch: bool) -> tuple[Path, str | None]:
+                      fetch: bool) -> tuple[Path, str | None]:
     """What `find` returns. Without `fetch`, only files on this disk are used."""
     text = str(name)
     path = Path(os.path.expanduser(text))
@@ -227,7 +227,7 @@ def hub_folder(name: str, fetch: bool, only: tuple[str, ...] = ()) -> Path:
 
 
 def fetch_snapshot(library, repo: str, revision: str | None, fetch: bool,
-             only: tuple[str, ...] = ()) -> Path:
+                   only: tuple[str, ...] = ()) -> Path:
     """The repository's folder with the files that are read, and no others. Repositories often hold
     both kinds of weights; the first is taken. Without `fetch`, only the cache is used."""
     patterns = ["config.json", "quantize_config.json", *COPIED]

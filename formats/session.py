@@ -105,7 +105,7 @@ def filled_slots(name: str, cache: KVCache, length: list[int]) -> dict[str, Tens
 
 
 def check_cache_fits(path: Path, facts: dict, tensors: dict[str, Tensor], name: str, model,
-              cache: KVCache) -> None:
+                     cache: KVCache) -> None:
     """Raises ValueError naming the first difference between a saved cache and this one."""
     saved = facts.get(name)
     if not isinstance(saved, dict):

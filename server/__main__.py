@@ -1,11 +1,11 @@
-"""An OpenAI-style server of endless conversations: continuous batching, nothing read twice.
+"""An OpenAI-style server of endless conversations: continuous batching, nothing prefilled twice.
 
     python -m server                                        # SmolLM2 on http://127.0.0.1:8000
     python -m server --checkpoint NAME --batch 8 --compile --api-key-file KEYS --host 0.0.0.0
 
-Every answer's memory is constant, so what is admitted is a count of rows, never a guess about
+Every answer's memory is constant, so the server admits as many as it has rows, and never guesses
 lengths. A finished answer's cache is kept in host memory: when its conversation goes on, only the
-new turn is read. SIGTERM ends it: no new requests, running answers may take --grace seconds more.
+new turn is prefilled. SIGTERM ends it: no new requests, and running answers have --grace seconds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from terminal import ending_signals, say, user_errors
 from tp import n_ranks
 
 
-def arguments() -> argparse.ArgumentParser:
+def make_server_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, checkpoint="smollm2")
     add = parser.add_argument
     add("--host", default="127.0.0.1", metavar="H", help="address to listen on")
@@ -70,29 +70,29 @@ def read_keys(path: str) -> tuple[bytes, ...]:
     return keys
 
 
-def check(args) -> None:
-    """Refuse what does not go together, and what a server has no use for."""
+def validate_arguments(args) -> None:
+    """Raises ValueError for flags that exclude each other, and under torchrun."""
     if args.pin_system is not None and args.sink is not None:
         raise ValueError("--pin-system decides the number of sinks; leave --sink out")
     if n_ranks() > 1:
         raise ValueError("the server works without torchrun; replicas are for several processes")
-    check_exposure(args)
+    check_exposure(args.host, args.api_key_file, args.no_auth)
 
 
-def check_exposure(args) -> None:
-    """Raises ValueError for a server that strangers could use by mistake."""
-    if args.api_key_file and args.no_auth:
+def check_exposure(host: str, api_key_file: str | None, no_auth: bool) -> None:
+    """Raises ValueError for a server that strangers could use because a flag was forgotten."""
+    if api_key_file and no_auth:
         raise ValueError("--api-key-file and --no-auth exclude each other")
-    local = args.host == "localhost"
+    local = host == "localhost"
     with contextlib.suppress(ValueError):
-        local = ipaddress.ip_address(args.host).is_loopback
-    if not (local or args.api_key_file or args.no_auth):
-        raise ValueError(f"--host {args.host} lets others in: give --api-key-file FILE, or "
+        local = ipaddress.ip_address(host).is_loopback
+    if not (local or api_key_file or no_auth):
+        raise ValueError(f"--host {host} lets others in: give --api-key-file FILE, or "
                          "--no-auth if everyone there may ask")
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket; nobody is heard yet. Raises OSError naming the address."""
+    """A bound socket, which accepts nobody yet. Raises OSError naming the address."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind)
@@ -104,22 +104,37 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def model_name(checkpoint: str) -> str:
-    """What clients call it: the name that was given, without folders or .gguf."""
+    """The model's name for clients: the checkpoint's, without folders or .gguf."""
     path = Path(checkpoint)
     return path.name.removesuffix(".gguf") if path.exists() else str(checkpoint)
 
 
-def make_engine(args) -> Engine:
-    """Load the model, and run every graph once."""
-    say(f"loading {args.checkpoint}")
-    model, tokenizer = load(args.checkpoint, compile=args.compile,
-                            compile_prefill=args.compile_prefill, **load_arguments(args))
-    sink = args.sink
-    if args.pin_system is not None:
-        sink = len(tokenizer.system_turn(check_text("--pin-system", args.pin_system)))
-    engine = Engine(model, tokenizer, args.batch, sink, args.window,
-                    int(args.keep_gb * 2**30), args.queue, args.pin_system)
-    if args.compile:
+def make_settings(checkpoint: str, max_new_tokens: int, api_key_file: str | None,
+                  hosts: list[str], origins: list[str]) -> Settings:
+    """The routes' settings. Raises ValueError or OSError for a key file without keys."""
+    keys = read_keys(api_key_file) if api_key_file else ()
+    return Settings(model_name(checkpoint), max_new_tokens, keys, tuple(hosts), tuple(origins))
+
+
+def engine_arguments(args) -> dict:
+    """What make_engine takes of a command line."""
+    return dict(checkpoint=args.checkpoint, batch_size=args.batch, n_sink=args.sink,
+                window=args.window, cache_bytes=int(args.keep_gb * 2**30), max_queue=args.queue,
+                pin_system=args.pin_system, compile=args.compile,
+                compile_prefill=args.compile_prefill, **load_arguments(args))
+
+
+def make_engine(checkpoint: str, batch_size: int, n_sink: int | None, window: int | None,
+                cache_bytes: int, max_queue: int, pin_system: str | None, compile: bool,
+                **load_options) -> Engine:
+    """Load the model, and run every graph once. A pinned system turn fills the sinks."""
+    say(f"loading {checkpoint}")
+    model, tokenizer = load(checkpoint, compile=compile, **load_options)
+    if pin_system is not None:
+        n_sink = len(tokenizer.system_turn(check_text("--pin-system", pin_system)))
+    engine = Engine(model, tokenizer, batch_size, n_sink, window, cache_bytes, max_queue,
+                    pin_system)
+    if compile:
         say("compiling: 10 to 30 s the first time, a few from then on")
     engine.warm()
     return engine
@@ -127,8 +142,8 @@ def make_engine(args) -> Engine:
 
 async def serve(app, sock: socket.socket, engine: Engine, grace: float,
                 signals: queue.SimpleQueue) -> None:
-    """Answer until a signal, and then for as long as running answers take, or grace seconds; a
-    second signal ends it at once."""
+    """Answer until a signal. Then take no more requests, and end when running answers are complete,
+    after grace seconds, or at a second signal."""
     server = uvicorn.Server(uvicorn.Config(
         app, log_level="warning", access_log=False, lifespan="off", ws="none", proxy_headers=False,
         server_header=False, timeout_graceful_shutdown=5, use_colors=False))
@@ -145,13 +160,13 @@ async def serve(app, sock: socket.socket, engine: Engine, grace: float,
     while not engine.idle() and signals.qsize() < 2 and time.monotonic() < deadline:
         await asyncio.sleep(0.05)
     engine.stop()
-    await asyncio.sleep(0.1)  # the last events are on their way
+    await asyncio.sleep(0.1)  # for the last events
     server.should_exit = True
     await serving
 
 
 def serve_beside(app, sock: socket.socket, engine: Engine, grace: float) -> threading.Thread:
-    """Serve in a thread, and end the engine with it. Signals reach it through the main thread."""
+    """Serve in a thread, which stops the engine at its end. The main thread passes signals on."""
     signals = queue.SimpleQueue()
     for kind in (signal.SIGINT, *ending_signals()):
         signal.signal(kind, lambda kind, frame: signals.put(kind))
@@ -168,15 +183,14 @@ def serve_beside(app, sock: socket.socket, engine: Engine, grace: float) -> thre
 
 
 def main():
-    parser = arguments()
+    parser = make_server_parser()
     with user_errors(parser):
         args = parser.parse_args()
-        check(args)
-        keys = read_keys(args.api_key_file) if args.api_key_file else ()
+        validate_arguments(args)
+        settings = make_settings(args.checkpoint, args.max_new_tokens, args.api_key_file,
+                                 [args.host, *args.allow_host], args.allow_origin)
         sock = listen(args.host, args.port)
-        engine = make_engine(args)
-        settings = Settings(model_name(args.checkpoint), args.max_new_tokens, keys,
-                            (args.host, *args.allow_host), tuple(args.allow_origin))
+        engine = make_engine(**engine_arguments(args))
         serving = serve_beside(make_app(engine, settings), sock, engine, args.grace)
         engine.run()
         serving.join()

@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what it answers: jobs and their answers, token by token."""
+"""What goes into the engine and comes out: jobs, their answers, and the events of these."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import asyncio
 import contextlib
 from dataclasses import dataclass, field
 
-from server.keep import Kept
+from server.prefix_cache import CachedPrefix
 from server.protocol import ApiError, Request
-from tokenizer import Tokenizer, stop_at
+from tokenizer import GeneratedText
 
 
 @dataclass
 class Token:
-    """A token as logprobs tell of it."""
+    """A token with its log-probability, and the likeliest ones in its place."""
 
     text: str
     logprob: float
-    top: list[tuple[str, float]]  # the likeliest instead
+    top: list[tuple[str, float]]
 
 
 @dataclass
 class Event:
-    """What one step adds to one choice."""
+    """What one decode step adds to one choice."""
 
     choice: int
     text: str
-    token: Token | None = None  # where logprobs are asked for
+    token: Token | None = None  # if the request wants logprobs
     finish: str | None = None  # "stop" or "length", with the last event
 
 
@@ -34,71 +34,58 @@ class Event:
 class Job:
     """One prompt of a request, and its n answers."""
 
-    asked: Request
-    ids: list[int]  # what is to be read
+    request: Request
+    ids: list[int]  # to prefill
     first_choice: int  # its answers are this choice of the request and the next ones
-    kept: Kept | None = None  # what was read before
-    key: str = ""  # of the messages, for what will be kept; none: nothing is
-    found: str = ""  # the key of what was found
-    system: int = 0  # the first of ids that others may share
+    prefix: CachedPrefix | None = None  # the conversation that the ids go on from
+    key: str = ""  # of the messages, in the prefix cache; none: its answers are not cached
+    parent_key: str = ""  # of the prefix
+    n_system: int = 0  # the first of the ids: a system turn that is to be cached by itself
     system_key: str = ""
     new_tokens: int = 0
-    cancelled: bool = False  # nobody waits for it
-    first_stream: int = 0  # the number of its first answer in the batch
-    queue: asyncio.Queue | None = None
+    cancelled: bool = False  # its client left, or its request ended
+    queue: asyncio.Queue | None = None  # of its request's events
     loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def cached_tokens(self) -> int:
-        return len(self.kept.ids) if self.kept else 0
+        return len(self.prefix.ids) if self.prefix else 0
 
     @property
     def prompt_tokens(self) -> int:
         return self.cached_tokens + len(self.ids)
 
     def all_ids(self) -> list[int]:
-        return (self.kept.ids if self.kept else []) + self.ids
+        return (self.prefix.ids if self.prefix else []) + self.ids
 
     def post(self, event: Event | ApiError) -> None:
+        """Send an event to the request. The engine's thread may call this."""
         with contextlib.suppress(RuntimeError):  # the loop has ended
             self.loop.call_soon_threadsafe(self.queue.put_nowait, event)
 
 
 @dataclass(eq=False)
 class Answer:
-    """One stream: what has been said of it, and what has been shown."""
+    """One answer of a job, and how far its text came with each of its tokens."""
 
     job: Job
     choice: int
-    tokenizer: Tokenizer
-    ids: list[int] = field(default_factory=list)
-    text: str = ""  # shown
-    lengths: list[int] = field(default_factory=list)  # of all text, shown or not, after each token
-    stopped: bool = False  # by a stop text
+    generated: GeneratedText
+    # Of the decoded text, shown or held back, after each token.
+    text_lengths: list[int] = field(default_factory=list)
     finish: str = "length"
 
-    def __post_init__(self):
-        self.detokenize, self.stop = self.tokenizer.stream(), stop_at(self.job.asked.stop)
-
     def add(self, token_id: int) -> str:
-        """Take a token; the text that can be shown now."""
-        piece = self.detokenize(token_id)
-        self.ids.append(token_id)
-        self.lengths.append((self.lengths[-1] if self.lengths else 0) + len(piece))
-        text, stopped = self.stop(piece)
-        self.stopped |= stopped
-        self.text += text
+        """Take a token. Returns the text that can be shown now."""
+        text = self.generated.add(token_id)
+        self.text_lengths.append(self.generated.decoded_length)
         return text
 
     def add_unshown(self, token_id: int) -> None:
-        """Take a token that nobody waits for any more."""
-        self.ids.append(token_id)
-        self.lengths.append(self.lengths[-1] if self.lengths else 0)
+        """Take a token of a job that is cancelled."""
+        self.generated.ids.append(token_id)
+        self.text_lengths.append(self.generated.decoded_length)
 
     def flush(self) -> str:
-        """The text that was held back, at the end: none after a stop text, or for nobody."""
-        if self.stopped or self.job.cancelled:
-            return ""
-        text, _ = self.stop(self.detokenize(None), final=True)
-        self.text += text
-        return text
+        """The text that was held back, at the end; none after a stop text or a cancellation."""
+        return "" if self.job.cancelled else self.generated.flush()

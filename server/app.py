@@ -1,7 +1,7 @@
-"""The routes: HTTP in front of an Engine, in the form that OpenAI's clients speak.
+"""The routes: HTTP in front of an Engine, as OpenAI's clients speak it.
 
 Nothing here waits for the model: an answer's events come from the engine's thread through an
-asyncio.Queue. What people say is never logged, in errors neither.
+asyncio.Queue. Prompts and answers are never logged, and errors are logged without their message.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from fastapi.responses import HTMLResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from server.answers import Job
+from server.answers import Event, Job
 from server.engine import Engine
-from server.forms import Form
 from server.metrics import Metrics
-from server.protocol import MAX_BODY, ApiError, parse
+from server.protocol import MAX_BODY, ApiError, parse_request
+from server.responses import ResponseWriter
 
 log = logging.getLogger("gpt_stream")
 PAGE = Path(__file__).parent / "page.html"
@@ -42,13 +42,13 @@ READ_TIMEOUT = 60  # seconds that a client may take to read a piece of its answe
 
 @dataclass
 class Settings:
-    """What the routes need to know beside the engine."""
+    """The routes' settings, beside the engine's."""
 
     model: str  # the name that clients give
     max_new_tokens: int = 512  # of one answer: the default, and the limit
-    keys: tuple[bytes, ...] = ()  # none: everyone may ask
-    hosts: tuple[str, ...] = ()  # names, beside localhost and addresses, that this server goes by
-    origins: tuple[str, ...] = ()  # other sites whose pages may ask
+    keys: tuple[bytes, ...] = ()  # API keys; none: no client needs one
+    hosts: tuple[str, ...] = ()  # names that this server goes by, beside localhost and addresses
+    origins: tuple[str, ...] = ()  # other sites whose pages may send requests (CORS)
 
 
 def make_app(engine: Engine, settings: Settings) -> FastAPI:
@@ -60,62 +60,64 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     html_headers = page_headers(html)
 
     def route(path: str, *methods: str):
-        """Serve a path with an async function that takes the request; what it raises becomes
+        """Serve a path with an async function that takes the request. Whatever it raises becomes
         OpenAI's error object."""
         def add(handle: Callable):
-            async def answered(request: HttpRequest) -> Response:
+            async def handle_errors(request: HttpRequest) -> Response:
                 try:
                     check_host(request, settings)
                     response = await handle(request)
                 except ApiError as error:
-                    response = refusal(error)
+                    response = error_response(error)
                 except ClientDisconnect:
-                    response = refusal(gone())
+                    response = error_response(client_left())
                 except Exception as error:
-                    response = refusal(failure(error))
+                    response = error_response(internal_error(error))
                 metrics.count(path, response.status_code)
                 return response
 
-            app.add_api_route(path, answered, methods=list(methods), response_model=None)
+            app.add_api_route(path, handle_errors, methods=list(methods), response_model=None)
             return handle
         return add
 
-    def described() -> dict:
-        """Our own fields: every talk's first `sink` tokens and its last `window` are seen."""
+    def describe_model() -> dict:
+        """OpenAI's fields and two of ours: the model sees a conversation's first `sink` tokens and
+        its last `window`."""
         return {"id": settings.model, "object": "model", "created": created,
                 "owned_by": "gpt-stream", "sink": engine.batch.cache.n_sink,
                 "window": engine.batch.cache.window}
 
-    async def ask(request: HttpRequest, chat: bool) -> Response:
-        key = check_key(request, settings)
+    async def complete(request: HttpRequest, chat: bool) -> Response:
+        client = check_key(request, settings)
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != (
                 "application/json"):
             raise ApiError(415, "Content-Type must be application/json.")
         engine.check_room()
         body = await read_body(request)
-        asked = await asyncio.to_thread(parse, body, chat, settings.model, settings.max_new_tokens)
-        jobs = await asyncio.to_thread(engine.plan, asked, key)
-        form = Form(asked, settings.model, engine.fingerprint)
+        parsed = await asyncio.to_thread(parse_request, body, chat, settings.model,
+                                         settings.max_new_tokens)
+        jobs = await asyncio.to_thread(engine.make_jobs, parsed, client)
+        writer = ResponseWriter(parsed, settings.model, engine.fingerprint)
         events = metrics.watch(engine.submit(jobs), jobs)
-        if asked.stream:
-            return EventStream(stream(events, jobs, form), lambda: engine.leave(jobs))
+        if parsed.stream:
+            return EventStream(write_chunks(events, jobs, writer), lambda: engine.cancel(jobs))
         try:
-            return await whole(request, events, jobs, form)
+            return await whole_response(request, events, jobs, writer)
         finally:
-            engine.leave(jobs)
+            engine.cancel(jobs)
 
     @route("/v1/chat/completions", "POST")
     async def chat_completions(request: HttpRequest) -> Response:
-        return await ask(request, chat=True)
+        return await complete(request, chat=True)
 
     @route("/v1/completions", "POST")
     async def completions(request: HttpRequest) -> Response:
-        return await ask(request, chat=False)
+        return await complete(request, chat=False)
 
     @route("/v1/models", "GET")
     async def models(request: HttpRequest) -> Response:
         check_key(request, settings)
-        return reply({"object": "list", "data": [described()]})
+        return json_response({"object": "list", "data": [describe_model()]})
 
     @route("/v1/models/{name:path}", "GET")
     async def model(request: HttpRequest) -> Response:
@@ -123,15 +125,15 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
         if request.path_params["name"] != settings.model:
             raise ApiError(404, f"The model does not exist; this server has {settings.model!r}.",
                            "model", "model_not_found")
-        return reply(described())
+        return json_response(describe_model())
 
     @route("/health", "GET", "HEAD")
     async def health(request: HttpRequest) -> Response:
         state = engine.state()
-        return reply({"status": state}, 200 if state == "ok" else 503)
+        return json_response({"status": state}, 200 if state == "ok" else 503)
 
     @route("/metrics", "GET")
-    async def figures(request: HttpRequest) -> Response:
+    async def prometheus_metrics(request: HttpRequest) -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @route("/", "GET", "HEAD")
@@ -139,10 +141,11 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
         return HTMLResponse(html, headers=html_headers)
 
     @app.exception_handler(HTTPException)
-    async def unknown(request: HttpRequest, error: HTTPException) -> Response:
-        """A path or a method that is not there."""
-        return refusal(ApiError(error.status_code, f"{request.method} {request.url.path[:200]}: "
-                                f"{error.detail}."), error.headers)
+    async def not_found(request: HttpRequest, error: HTTPException) -> Response:
+        """The error for a path or a method that is not there."""
+        path = f"{request.method} {request.url.path[:200]}"
+        return error_response(ApiError(error.status_code, f"{path}: {error.detail}."),
+                              error.headers)
 
     if settings.origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.origins,
@@ -151,28 +154,28 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     return app
 
 
-def reply(content: dict, status: int = 200, headers: dict | None = None) -> Response:
-    """JSON in ASCII, which can say half of a surrogate pair, too."""
+def json_response(content: dict, status: int = 200, headers: dict | None = None) -> Response:
+    """JSON in ASCII, which can also hold half of a surrogate pair."""
     return Response(json.dumps(content), status, headers, "application/json")
 
 
-def refusal(error: ApiError, headers: dict | None = None) -> Response:
+def error_response(error: ApiError, headers: dict | None = None) -> Response:
     headers = dict(headers or {})
     if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return reply(error.body, error.status, headers)
+    return json_response(error.body, error.status, headers)
 
 
-def gone() -> ApiError:
-    """What a client is told that has left: nobody reads it, but it is counted."""
+def client_left() -> ApiError:
+    """The error of a request whose client left: nobody reads it, but it is counted."""
     return ApiError(499, "The client went away.")
 
 
-def failure(error: Exception) -> ApiError:
-    """What a client hears of a fault of ours. Logged is where it was, and not its message, which
-    may quote a prompt."""
+def internal_error(error: Exception) -> ApiError:
+    """The error for a fault of ours. The log gets its place, and not its message, which may quote
+    a prompt."""
     log.error("%s at %s", type(error).__name__, " <- ".join(
         f"{frame.filename}:{frame.lineno}"
         for frame in reversed(traceback.extract_tb(error.__traceback__))))
@@ -180,8 +183,8 @@ def failure(error: Exception) -> ApiError:
 
 
 def page_headers(html: str) -> dict[str, str]:
-    """A policy under which the page's own script and style run, by their hashes, and no others;
-    under which nothing is loaded (its icon is in it) or sent anywhere but here; and, where browsers
+    """The page's Content-Security-Policy. Its own script and style run, by their hashes, and no
+    others. Nothing is loaded from elsewhere (its icon is in it) or sent elsewhere. Where browsers
     know Trusted Types, no text can become HTML."""
     def hashes(tag: str) -> str:
         return " ".join(
@@ -195,13 +198,13 @@ def page_headers(html: str) -> dict[str, str]:
             "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
-# ------------------------------------------------------------------------------ who may ask
+# ------------------------------------------------------------------------------ requests
 
 
 def check_host(request: HttpRequest, settings: Settings) -> None:
-    """Raises ApiError when the Host is a name that this server does not go by. A page of another
-    site can point its own name at this machine (DNS rebinding), but not an address, and it knows no
-    key."""
+    """Raises ApiError when the Host header is a name that this server does not go by. A page of
+    another site can point its own name at this machine (DNS rebinding), but it has no address for
+    a name and no key. So addresses pass, and with keys all names do."""
     host = request.headers.get("host", "")
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     with contextlib.suppress(ValueError):
@@ -214,7 +217,7 @@ def check_host(request: HttpRequest, settings: Settings) -> None:
 
 
 def check_key(request: HttpRequest, settings: Settings) -> str:
-    """Who asks: a hash of the key, the same for all where there are none. Raises ApiError."""
+    """The client: a hash of its API key, or "" where the server has no keys. Raises ApiError."""
     if not settings.keys:
         return ""
     kind, _, given = request.headers.get("authorization", "").partition(" ")
@@ -228,7 +231,7 @@ def check_key(request: HttpRequest, settings: Settings) -> str:
 
 
 async def read_body(request: HttpRequest) -> bytes:
-    """A request's body. Raises ApiError for one that is too large or does not come."""
+    """A request's body. Raises ApiError for one that is too large or arrives too slowly."""
     body = bytearray()
     too_large = ApiError(413, f"The body is larger than {MAX_BODY} bytes.")
     declared = request.headers.get("content-length", "0")
@@ -248,52 +251,54 @@ async def read_body(request: HttpRequest) -> bytes:
     return bytes(body)
 
 
-# ------------------------------------------------------------------------------ answers
+# ------------------------------------------------------------------------------ completions
 
 
-async def whole(request: HttpRequest, events: AsyncIterator, jobs: list[Job],
-                form: Form) -> Response:
-    """The answer as one object, when all of it is there."""
+async def whole_response(request: HttpRequest, events: AsyncIterator[list[Event]],
+                         jobs: list[Job], writer: ResponseWriter) -> Response:
+    """The completion as one object. Raises ApiError when the client leaves before its end."""
     async def collect() -> None:
-        async for event in events:
-            form.add(event)
+        async for step in events:
+            writer.add(step)
 
     collecting = asyncio.ensure_future(collect())
-    leaving = asyncio.ensure_future(until_gone(request.receive))
+    leaving = asyncio.ensure_future(wait_for_disconnect(request.receive))
     try:
         await asyncio.wait({collecting, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not collecting.done():
-            raise gone()
+            raise client_left()
         await collecting
-        return reply(form.whole(jobs))
+        return json_response(writer.completion(jobs))
     finally:
         collecting.cancel()
         leaving.cancel()
 
 
-async def stream(events: AsyncIterator, jobs: list[Job], form: Form) -> AsyncIterator[bytes]:
-    """The answer piece by piece, as server-sent events."""
+async def write_chunks(events: AsyncIterator[list[Event]], jobs: list[Job],
+                       writer: ResponseWriter) -> AsyncIterator[bytes]:
+    """The completion chunk by chunk, as server-sent events."""
     try:
-        async for event in events:
-            if chunk := form.chunk(event):
-                yield chunk
-        yield form.last(jobs)
+        async for step in events:
+            if chunks := writer.chunks(step):
+                yield chunks
+        yield writer.last_chunks(jobs)
     except ApiError as error:
-        yield form.failed(error)
+        yield writer.error_chunk(error)
     except Exception as error:
-        yield form.failed(failure(error))
+        yield writer.error_chunk(internal_error(error))
 
 
 class EventStream(Response):
-    """A stream of server-sent events, which ends when the client goes away or stops reading."""
+    """A stream of server-sent events. It ends, and calls on_end, when all is sent, and when the
+    client leaves or stops reading."""
 
-    def __init__(self, chunks: AsyncIterator[bytes], at_end: Callable[[], None]):
+    def __init__(self, chunks: AsyncIterator[bytes], on_end: Callable[[], None]):
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         del self.headers["content-length"]
-        self.chunks, self.at_end = chunks, at_end
+        self.chunks, self.on_end = chunks, on_end
 
     async def __call__(self, scope, receive, send) -> None:
-        async def run() -> None:
+        async def send_all() -> None:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async with contextlib.aclosing(self.chunks) as chunks:
                 async for chunk in chunks:
@@ -301,19 +306,19 @@ class EventStream(Response):
                                                  "more_body": True}), READ_TIMEOUT)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-        running = asyncio.ensure_future(run())
-        leaving = asyncio.ensure_future(until_gone(receive))
+        sending = asyncio.ensure_future(send_all())
+        leaving = asyncio.ensure_future(wait_for_disconnect(receive))
         try:
-            await asyncio.wait({running, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            self.at_end()
+            self.on_end()
             leaving.cancel()
-            running.cancel()
+            sending.cancel()
             with contextlib.suppress(asyncio.CancelledError, asyncio.TimeoutError, OSError):
-                await running
+                await sending
 
 
-async def until_gone(receive: Callable) -> None:
-    """Returns when the client has gone away."""
+async def wait_for_disconnect(receive: Callable) -> None:
+    """Returns when the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,8 +1,8 @@
 """One model, one thread, many answers: batch.py's continuous batching, fed from a queue.
 
-The event loop's side is `plan` (which takes its time: in a worker thread), `submit`, and `leave`
-when an answer is complete or nobody waits for it. Another thread is in `run`: `generate_batch`
-takes the next prompt when it has room, and sends every token's text to the loop as it comes.
+The event loop calls `make_jobs` (in a worker thread, since it takes time), `submit`, and `cancel`
+when an answer is complete or its client has left. The engine's thread is in `run`: generate_batch
+takes the next prompt when it has room, and the event loop gets every token's text as it comes.
 """
 
 from __future__ import annotations
@@ -14,14 +14,22 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 
-from batch import LONG, Batch, Prompt, Stream, generate_batch
+from batch import LONG_PROMPT, Batch, Hooks, Prompt, Stream, generate_batch
 from generate import LARGE_CHUNK, check_ids
 from kv_cache import KVCache
 from model import Transformer
 from server.answers import Answer, Event, Job, Token
-from server.keep import Keep, Kept, chain, extended, put, take
+from server.prefix_cache import (
+    CachedPrefix,
+    PrefixCache,
+    cancelled_key,
+    copy_from_row,
+    copy_to_row,
+    extend_key,
+    prefix_keys,
+)
 from server.protocol import MAX_PROMPT, ApiError, Request
-from tokenizer import Tokenizer
+from tokenizer import GeneratedText, Tokenizer
 
 log = logging.getLogger("gpt_stream")
 
@@ -30,23 +38,23 @@ class Engine:
     """Owns the model's memory. Raises ValueError for sizes that cannot be."""
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, batch_size: int = 8,
-                 n_sink: int | None = None, window: int | None = None, keep_bytes: int = 2 << 30,
+                 n_sink: int | None = None, window: int | None = None, cache_bytes: int = 2 << 30,
                  max_queue: int = 64, pin_system: str | None = None):
+        """Sizes as in batch.Batch; cache_bytes is the prefix cache's limit, 0 for none."""
         self.model, self.tokenizer, self.max_queue = model, tokenizer, max_queue
         self.pinned = [{"role": "system", "content": pin_system}] if pin_system else []
         self.fingerprint = model.fingerprint
-        self.names = {token_id: text for text, token_id in tokenizer.specials.items()}
+        self.special_names = {token_id: text for text, token_id in tokenizer.specials.items()}
         self.batch = Batch(model, batch_size, n_sink, window, n_staging=2, n_chunks=4)
-        self.n_streams = 0  # that the batch has been asked for
-        self.keep = Keep(keep_bytes)
+        self.prefix_cache = PrefixCache(cache_bytes)
         self.waiting: deque[Job] = deque()
-        self.jobs: list[Job] = []  # that somebody waits for
-        self.answers: dict[int, Answer] = {}  # that are in a row, by their number in the batch
+        self.jobs: list[Job] = []  # all that are neither complete nor cancelled
+        self.answers: dict[Stream, Answer] = {}  # of streams that are in a row
         self.wake = threading.Condition()
         self.draining = self.closed = False
         self.ended = threading.Event()
 
-    # -------------------------------------------------------------------------- the loop's side
+    # -------------------------------------------------------------------------- the event loop
 
     def start(self) -> Engine:
         """Run in a thread of its own. (The main thread is better: see `run`.)"""
@@ -58,10 +66,10 @@ class Engine:
             return "shutting down"
         return "failed" if self.ended.is_set() else "ok"
 
-    def busy(self) -> int:
+    def n_busy_rows(self) -> int:
         return len(self.batch.rows) - self.batch.rows.count(None)
 
-    def waiting_count(self) -> int:
+    def n_waiting(self) -> int:
         return len(self.waiting)
 
     def check_room(self, n: int = 1) -> None:
@@ -75,47 +83,49 @@ class Engine:
             raise ApiError(429, f"{len(self.waiting)} requests are waiting already (--queue "
                                 f"{self.max_queue}); try again.", code="queue_full", retry_after=1)
 
-    def plan(self, asked: Request, who: str) -> list[Job]:
-        """Turn a request into token ids; who asks decides which kept conversations it may go on
-        from. Raises ApiError for what the chat template or the model cannot take."""
+    def make_jobs(self, request: Request, client: str) -> list[Job]:
+        """Turn a request into token ids, a job for each prompt. A client goes on only from its own
+        cached conversations. Raises ApiError for what the chat template or the model refuses."""
         try:
-            jobs = [self.plan_chat(asked, who)] if asked.chat else [
-                Job(asked, ids if isinstance(ids, list) else self.tokenizer.encode(ids),
-                    at * asked.n) for at, ids in enumerate(asked.prompts)]
+            jobs = [self.make_chat_job(request, client)] if request.chat else [
+                Job(request, ids if isinstance(ids, list) else self.tokenizer.encode(ids),
+                    at * request.n) for at, ids in enumerate(request.prompts)]
             for job in jobs:
                 check_ids(self.model, job.ids)
         except ValueError as error:
-            raise ApiError(400, f"{error}.", "messages" if asked.chat else "prompt",
+            raise ApiError(400, f"{error}.", "messages" if request.chat else "prompt",
                            "invalid_value") from None
         if (n := max(len(job.ids) for job in jobs)) > MAX_PROMPT:
             raise ApiError(400, f"The prompt has {n} tokens; at most {MAX_PROMPT} are read.",
-                           "messages" if asked.chat else "prompt", "context_length_exceeded")
+                           "messages" if request.chat else "prompt", "context_length_exceeded")
         return jobs
 
-    def plan_chat(self, asked: Request, who: str) -> Job:
-        messages = self.with_pinned(asked.messages)
-        keys = chain(f"{self.fingerprint} {who}", messages)
-        at, kept = self.find(messages, keys)
-        if kept is not None and (ids := self.rest(messages, at, kept)):
-            return Job(asked, ids, 0, kept, keys[-1], keys[at])
-        job = Job(asked, self.tokenizer.conversation(messages), 0, key=keys[-1])
+    def make_chat_job(self, request: Request, client: str) -> Job:
+        """The job of a conversation: only what follows the longest cached prefix is prefilled."""
+        messages = self.with_pinned(request.messages)
+        keys = prefix_keys(f"{self.fingerprint} {client}", messages)
+        last, prefix = self.find_prefix(messages, keys)
+        if prefix is not None and (ids := self.ids_after(messages, last, prefix)):
+            return Job(request, ids, 0, prefix, keys[-1], keys[last])
+        job = Job(request, self.tokenizer.conversation(messages), 0, key=keys[-1])
         if (messages[0]["role"] == "system" and messages[0]["content"].strip()
-                and self.keep.max_bytes):
+                and self.prefix_cache.max_bytes):
             system = self.tokenizer.system_turn(messages[0]["content"])
             if job.ids[:len(system)] == system and len(system) < len(job.ids):
-                job.system, job.system_key = len(system), keys[0]
+                job.n_system, job.system_key = len(system), keys[0]
         return job
 
-    def find(self, messages: list[dict],
-             keys: list[str]) -> tuple[int, Kept] | tuple[None, None]:
-        """The longest beginning of a conversation that is kept: its last message, and the cache."""
-        at, kept = self.keep.get(keys)
-        said = max((n for n, turn in enumerate(messages) if turn["role"] == "assistant"), default=0)
-        if said > (at or 0):  # perhaps an answer that was stopped
-            _, longer = self.keep.get([stopped(keys[said - 1])])
-            if longer and (longer := longer.up_to(messages[said]["content"])):
-                return said, longer
-        return at, kept
+    def find_prefix(self, messages: list[dict],
+                    keys: list[str]) -> tuple[int, CachedPrefix] | tuple[None, None]:
+        """The longest cached prefix of a conversation: its last message's index, and it."""
+        last, prefix = self.prefix_cache.find_longest(keys)
+        answered = max((n for n, message in enumerate(messages)
+                        if message["role"] == "assistant"), default=0)
+        if answered > (last or 0):  # the answer may have been cancelled
+            _, longer = self.prefix_cache.find_longest([cancelled_key(keys[answered - 1])])
+            if longer and (longer := longer.cut_after(messages[answered]["content"])):
+                return answered, longer
+        return last, prefix
 
     def with_pinned(self, messages: list[dict]) -> list[dict]:
         """The messages behind the pinned system turn."""
@@ -126,18 +136,19 @@ class Engine:
                                 "yours out.", "messages.0", "invalid_value")
         return self.pinned + messages
 
-    def rest(self, messages: list[dict], at: int, kept: Kept) -> list[int]:
-        """The ids that follow what is kept of messages[:at + 1]; none if they do not follow."""
-        if messages[at]["role"] == "system":
+    def ids_after(self, messages: list[dict], last: int, prefix: CachedPrefix) -> list[int]:
+        """The ids that follow the cached prefix, which ends with messages[last]. Empty where the
+        template does not go on from there."""
+        if messages[last]["role"] == "system":
             ids = self.tokenizer.conversation(messages)
-            return ids[len(kept.ids):] if ids[:len(kept.ids)] == kept.ids else []
+            return ids[len(prefix.ids):] if ids[:len(prefix.ids)] == prefix.ids else []
         try:
-            return self.tokenizer.turns_after(messages, at, kept.ids[-1])
+            return self.tokenizer.turns_after(messages, last, prefix.ids[-1])
         except ValueError:
             return []
 
     def submit(self, jobs: list[Job]) -> AsyncIterator[list[Event]]:
-        """Queue a request's jobs; their events, several at once when they come together. Raises
+        """Queue a request's jobs. Returns their events, in a list those that come together. Raises
         ApiError when the queue is full, and while iterating when the engine fails."""
         queue, loop = asyncio.Queue(), asyncio.get_running_loop()
         with self.wake:
@@ -147,7 +158,7 @@ class Engine:
                 self.waiting.append(job)
                 self.jobs.append(job)
             self.wake.notify()
-        return arriving(queue, sum(job.asked.n for job in jobs))
+        return receive_events(queue, sum(job.request.n for job in jobs))
 
     def drain(self) -> None:
         """Take no more requests."""
@@ -156,156 +167,163 @@ class Engine:
     def idle(self) -> bool:
         return not self.jobs
 
-    def leave(self, jobs: list[Job]) -> None:
-        """Nobody waits for these any more: what they hold is free within a step."""
+    def cancel(self, jobs: list[Job]) -> None:
+        """Give up these jobs, which may be complete. Rows and staging rows are free within a step:
+        prefills are cancelled here, and decoding rows at their next token (see on_token)."""
         for job in jobs:
             job.cancelled = True
-        self.end_reading()
+        self.cancel_prefills()
         with self.wake:
             self.jobs = [job for job in self.jobs if job not in jobs]
             self.waiting = deque(job for job in self.waiting if job not in jobs)
+
+    def cancel_prefills(self) -> None:
+        """Cancel prefills whose job is cancelled."""
+        for prefill in list(self.batch.prefills):
+            for stream in list(prefill.streams):
+                if stream.prompt.hooks.owner.cancelled:
+                    stream.cancel()
 
     def stop(self) -> None:
         """End `run`. Answers that are not complete end with an error."""
         with self.wake:
             self.draining = self.closed = True
-            self.fail("The server is shutting down.", 503)
+            self.fail_all("The server is shutting down.", 503)
             self.wake.notify()
 
-    def end_reading(self) -> None:
-        """Let go of prompts that are being read for nobody. (Rows are when they tell a token.)"""
-        for reading in list(self.batch.reading):
-            for stream in list(reading.streams):
-                if stream.prompt.owner.cancelled:
-                    stream.left = 0
-
-    def fail(self, message: str, status: int = 500) -> None:
-        """End all that is running or waiting with an error."""
+    def fail_all(self, message: str, status: int = 500) -> None:
+        """End every job, running or waiting, with an error."""
         with self.wake:
             jobs = self.jobs
-            self.leave(jobs)
-        for job in jobs:  # once told, somebody may ask again at once
+            self.cancel(jobs)
+        for job in jobs:  # last, since a client may ask again at once
             job.post(ApiError(status, message, retry_after=1))
 
     # -------------------------------------------------------------------------- the engine's thread
 
     def run(self) -> None:
-        """Answer until stopped. OpenMP's threads wait for each other fastest where the main thread
-        is among them: 275 tokens a second on two cores, and 167 in any other."""
+        """Answer until stopped. The main thread is the best one for this: OpenMP's threads wait for
+        each other much faster where the main thread is among them."""
         try:
             while not self.closed:
-                self.answer()
+                self.run_batch()
         finally:
             self.ended.set()
 
-    def answer(self) -> None:
+    def run_batch(self) -> None:
+        """Answer until closed, or until the model fails, which ends every job with an error."""
         try:
-            self.n_streams = 0
-            for index, token in generate_batch(self.model, self.prompts(), batch=self.batch):
-                self.tell(index, token)
+            prompts = self.next_prompts()
+            for stream, token_id in generate_batch(self.model, prompts, batch=self.batch):
+                if token_id is None:
+                    self.on_end(stream)
+                else:
+                    self.on_token(stream, token_id)
         except Exception as error:  # the message could quote a prompt
             log.error("the engine failed: %s; running answers are lost", type(error).__name__)
-            self.fail("The engine failed at this; try again.")
+            self.fail_all("The engine failed at this; try again.")
             self.answers.clear()
-            self.batch.clear(self.model.config.vocab_size)
+            self.batch.reset(self.model.config.vocab_size)
 
-    def prompts(self) -> Iterator[Prompt | None]:
-        """What generate_batch takes next: None while nothing waits, the end when closed."""
+    def next_prompts(self) -> Iterator[Prompt | None]:
+        """The prompts for generate_batch: None while no job waits, and the end when closed."""
         while True:
             with self.wake:
                 while not (self.waiting or self.closed or not self.batch.idle):
                     self.wake.wait()
                 if self.closed:
                     return
-                self.end_reading()  # of those that left while they were taken
+                self.cancel_prefills()  # of jobs that were cancelled while they were taken
                 # One staging row stays free of long prompts, so that short ones overtake them.
-                busy = any(len(stream.prompt.ids) > LONG for reading in self.batch.reading
-                           for stream in reading.streams)
-                job = next((job for job in self.waiting if not busy or len(job.ids) <= LONG), None)
+                busy = any(len(stream.prompt.ids) > LONG_PROMPT for prefill in self.batch.prefills
+                           for stream in prefill.streams)
+                job = next((job for job in self.waiting
+                            if not busy or len(job.ids) <= LONG_PROMPT), None)
                 if job:
                     self.waiting.remove(job)
-            yield self.prompt(job) if job else None
+            yield self.make_prompt(job) if job else None
 
-    def prompt(self, job: Job) -> Prompt:
+    def make_prompt(self, job: Job) -> Prompt:
         """A job as generate_batch takes one."""
-        job.first_stream = self.n_streams
-        self.n_streams += job.asked.n
-        prompt = Prompt(job.ids, job.asked.sampling, job.asked.max_new_tokens,
-                        samples=job.asked.n, logprobs=job.asked.top_logprobs, owner=job)
-        if job.kept:
-            prompt.before, prompt.begin = job.kept.ids, functools.partial(put, job.kept)
-        if job.system:
-            prompt.n_shared, prompt.shared = job.system, functools.partial(self.share, job)
-        return prompt
+        request, prefix = job.request, job.prefix
+        hooks = Hooks(
+            prefix_ids=prefix.ids if prefix else (),
+            restore_prefix=functools.partial(copy_to_row, prefix) if prefix else None,
+            n_shared=job.n_system,
+            save_shared=functools.partial(self.cache_system_turn, job) if job.n_system else None,
+            owner=job)
+        return Prompt(job.ids, request.sampling, request.max_new_tokens, samples=request.n,
+                      logprobs=request.top_logprobs, hooks=hooks)
 
-    def share(self, job: Job, cache: KVCache) -> None:
-        """Keep a system turn, which has just been read, for others."""
-        self.keep.add(job.system_key, take(cache, 0, job.ids[:job.system]))
+    def cache_system_turn(self, job: Job, staging: KVCache) -> None:
+        """Cache a system turn, which was just prefilled, for other conversations."""
+        prefix = copy_from_row(staging, 0, job.ids[:job.n_system])
+        self.prefix_cache.add(job.system_key, prefix)
 
-    def tell(self, index: int, token_id: int | None) -> None:
-        """Pass on what generate_batch says of a stream: a token, or its end."""
-        stream = self.batch.stream(index)
-        job = stream.prompt.owner
-        if token_id is None:
-            if answer := self.answers.pop(index, None):  # none where it was not even read
-                self.end(answer, stream)
-            return
-        if index not in self.answers:
-            choice = job.first_choice + index - job.first_stream
-            self.answers[index] = Answer(job, choice, self.tokenizer)
-        answer = self.answers[index]
+    def on_token(self, stream: Stream, token_id: int) -> None:
+        """Send a stream's next token to its client, or cancel the stream if the job is."""
+        job = stream.prompt.hooks.owner
+        if stream not in self.answers:
+            self.answers[stream] = Answer(job, job.first_choice + stream.sample,
+                                          GeneratedText(self.tokenizer, job.request.stop))
+        answer = self.answers[stream]
         if job.cancelled:
-            stream.left = 0
+            stream.cancel()
             answer.add_unshown(token_id)
             return
         job.new_tokens += 1
         text = answer.add(token_id)
-        if answer.stopped:
-            stream.left = 0
-        if answer.stopped or token_id in self.model.config.eos_ids:
+        if answer.generated.stopped:
+            stream.cancel()
+        if answer.generated.stopped or token_id in self.model.config.eos_ids:
             answer.finish = "stop"
         token = self.token(token_id, *stream.logprobs.pop()) if stream.logprobs else None
         job.post(Event(answer.choice, text, token))
 
-    def end(self, answer: Answer, stream: Stream) -> None:
-        """Keep a conversation that has ended for now, and only then say so."""
+    def on_end(self, stream: Stream) -> None:
+        """Cache the conversation, and only then send the last event: the client may go on at once.
+        A stream that was cancelled before its first token has no answer."""
+        answer = self.answers.pop(stream, None)
+        if answer is None:
+            return
         job, rest = answer.job, answer.flush()
-        if job.key and self.keep.max_bytes:
-            kept = take(self.batch.cache, self.batch.rows.index(stream),
-                        job.all_ids() + answer.ids)
-            key = extended(job.key, "assistant", answer.text)
-            if job.cancelled:  # where its reader stopped will be told by the next request
-                kept.text, kept.lengths, key = answer.text, answer.lengths, stopped(job.key)
-            elif answer.stopped:
-                kept.lengths, kept.text = answer.lengths, answer.text
-                kept = kept.up_to(answer.text)
-            if kept:
-                self.keep.add(key, kept, job.found)
+        if job.key and self.prefix_cache.max_bytes:
+            self.cache_answer(answer, self.batch.rows.index(stream))
         if not job.cancelled:
             job.post(Event(answer.choice, rest, finish=answer.finish))
 
-    def token(self, token_id: int, logprob: float, likeliest: dict[int, float]) -> Token:
-        return Token(self.name(token_id), logprob,
-                     [(self.name(i), value) for i, value in likeliest.items()])
+    def cache_answer(self, answer: Answer, row: int) -> None:
+        """Cache a conversation up to the end of an answer, which is still in its row."""
+        job, text = answer.job, answer.generated.text
+        key = extend_key(job.key, "assistant", text)
+        prefix = copy_from_row(self.batch.cache, row, job.all_ids() + answer.generated.ids)
+        if job.cancelled or answer.generated.stopped:
+            prefix.answer_text, prefix.text_lengths = text, answer.text_lengths
+        if job.cancelled:  # the next request says how much of the answer its client has seen
+            key = cancelled_key(job.key)
+        elif answer.generated.stopped:
+            prefix = prefix.cut_after(text)
+        if prefix:
+            self.prefix_cache.add(key, prefix, job.parent_key)
 
-    def name(self, token_id: int) -> str:
+    def token(self, token_id: int, logprob: float, likeliest: dict[int, float]) -> Token:
+        return Token(self.token_text(token_id), logprob,
+                     [(self.token_text(i), value) for i, value in likeliest.items()])
+
+    def token_text(self, token_id: int) -> str:
         """A token's text; special ones have a name."""
-        return self.names.get(token_id) or self.tokenizer.decode([token_id])
+        return self.special_names.get(token_id) or self.tokenizer.decode([token_id])
 
     def warm(self) -> None:
         """Run every graph that answering needs, so that none is compiled later."""
         for _ in range(3 if self.batch.cache.length.is_cuda else 1):
-            prompts = [[0] * (LARGE_CHUNK + 1), [0]]  # at the end one is left, which is a graph
-            list(generate_batch(self.model, prompts, max_new_tokens=[9, 3], ignore_eos=True,
+            # Two rows, and then the step of one row alone, which is another graph.
+            prompts = [[0] * (LARGE_CHUNK + 1), [0]]
+            list(generate_batch(self.model, prompts, max_new_tokens=[9, 3], stop_ids=(),
                                 batch=self.batch))
 
 
-def stopped(key: str) -> str:
-    """Where an answer to this conversation is kept that its reader stopped."""
-    return extended(key, "stopped", "")
-
-
-async def arriving(queue: asyncio.Queue, n_choices: int) -> AsyncIterator[list[Event]]:
+async def receive_events(queue: asyncio.Queue, n_choices: int) -> AsyncIterator[list[Event]]:
     """A request's events until all its choices have ended. Raises an ApiError among them."""
     while n_choices:
         events = [await queue.get()]

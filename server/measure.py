@@ -1,11 +1,11 @@
-"""How fast a server answers: clients that ask one prompt after the other, over real sockets.
+"""How fast a server answers: clients that send one prompt after the other, over real sockets.
 
     python -m server.measure --prompts mt_bench.jsonl --clients 1,8,32 --stream
     python -m server.measure --prompts mt_bench.jsonl --clients 4 --stream --beside 50000
     python -m server.measure --prompts mt_bench.jsonl --turns 50
 
-Works with any server that speaks OpenAI's chat completions. It is its own small HTTP client, since
-on the server's machine a slow one would take the server's time; its share of a core is said.
+Works with any server that speaks OpenAI's chat completions. It has a small HTTP client of its own:
+on the server's machine a slow client would take the server's time. Its share of a core is printed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from terminal import user_errors
 
 
 async def post(url: str, content: dict, key: str = "none"):
-    """Yields each line of the answer's body as it comes. Raises OSError for a status but 200."""
+    """Yield each line of the response's body as it comes. Raises OSError for a status other than
+    200."""
     at = urlsplit(url)
     body = json.dumps(content).encode()
     reader, writer = await asyncio.open_connection(at.hostname, at.port, limit=1 << 20)
@@ -51,41 +52,41 @@ async def post(url: str, content: dict, key: str = "none"):
         writer.close()
 
 
-async def ask(url: str, content: dict) -> dict:
-    """One request: when it began, when each piece of text came, and how many tokens it had."""
+async def measure(url: str, content: dict) -> dict:
+    """One request: when it began, when each piece of text came, its usage and its text."""
     began, times, usage, texts = time.perf_counter(), [], None, []
     async for line in post(url, content):
         if not content["stream"]:
             usage = json.loads(line)["usage"]
         elif line.startswith(b"data: {"):
-            said = json.loads(line[6:])
-            usage = said.get("usage") or usage
-            if said["choices"] and (text := said["choices"][0]["delta"].get("content")):
+            chunk = json.loads(line[6:])
+            usage = chunk.get("usage") or usage
+            if chunk["choices"] and (text := chunk["choices"][0]["delta"].get("content")):
                 times.append(time.perf_counter())
                 texts.append(text)
-    usage = usage or {"completion_tokens": len(times)}  # of a server that does not say
+    usage = usage or {"completion_tokens": len(times)}  # of a server that sends no usage
     return dict(began=began, times=times, usage=usage, text="".join(texts))
 
 
-async def run(url: str, contents: list[dict], n_clients: int,
-              beside: dict | None = None) -> tuple[list[dict], float]:
-    """All requests, by so many clients; and the seconds that it took. Another client asks for what
-    is beside them all the while."""
+async def run_clients(url: str, contents: list[dict], n_clients: int,
+                      beside: dict | None = None) -> tuple[list[dict], float]:
+    """All requests, by so many clients, and the seconds that they took together. Meanwhile another
+    client repeats the request `beside`."""
     waiting, done = list(reversed(contents)), []
 
-    async def again_and_again() -> None:
+    async def repeat() -> None:
         n = 0
-        while True:  # never the same words, which would be kept
+        while True:  # with other words each time, or the server would have it cached
             first, *others = beside["messages"]
             first = {**first, "content": f"{n} {first['content']}"}
-            await ask(url, {**beside, "messages": [first, *others]})
+            await measure(url, {**beside, "messages": [first, *others]})
             n += 1
 
     async def client() -> None:
         while waiting:
-            done.append(await ask(url, waiting.pop()))
+            done.append(await measure(url, waiting.pop()))
 
-    other = asyncio.ensure_future(again_and_again()) if beside else None
+    other = asyncio.ensure_future(repeat()) if beside else None
     await asyncio.sleep(1 if beside else 0)
     began = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(n_clients)))
@@ -96,36 +97,37 @@ async def run(url: str, contents: list[dict], n_clients: int,
 
 
 async def converse(url: str, prompts: list[str], content: dict) -> None:
-    """One conversation. Where it is 2, 10 and 50 turns long, the same is asked with another first
-    word, which no server has kept."""
+    """One conversation. When it is 2, 10 and 50 turns long, it is also sent with another first
+    word, so that no server has it cached."""
     messages = []
     for turn in range(1, len(prompts) + 1):
         messages.append({"role": "user", "content": prompts[turn - 1]})
-        said = await ask(url, {**content, "messages": messages})
+        answer = await measure(url, {**content, "messages": messages})
         if turn in (2, 10, 50) or turn == len(prompts):
             other = [{**messages[0], "content": "Well: " + messages[0]["content"]}, *messages[1:]]
-            unknown = await ask(url, {**content, "messages": other, "max_tokens": 1})
-            print(json.dumps({"turn": turn, **said["usage"], "first_kept_s": first(said),
-                              "first_not_kept_s": first(unknown)}), flush=True)
-        messages.append({"role": "assistant", "content": said["text"]})
+            unknown = await measure(url, {**content, "messages": other, "max_tokens": 1})
+            print(json.dumps({"turn": turn, **answer["usage"],
+                              "first_kept_s": first_token_s(answer),
+                              "first_not_kept_s": first_token_s(unknown)}), flush=True)
+        messages.append({"role": "assistant", "content": answer["text"]})
 
 
-def first(one: dict) -> float:
+def first_token_s(one: dict) -> float:
     return one["times"][0] - one["began"]
 
 
-def share(values: list[float], part: float) -> float | None:
-    """The value that this part of them does not exceed."""
-    return sorted(values)[min(len(values) - 1, int(part * len(values)))] if values else None
+def quantile(values: list[float], q: float) -> float | None:
+    """The value that a share q of them does not exceed."""
+    return sorted(values)[min(len(values) - 1, int(q * len(values)))] if values else None
 
 
 def figures(done: list[dict], seconds: float) -> dict:
-    waits = [first(one) for one in done if one["times"]]
+    waits = [first_token_s(one) for one in done if one["times"]]
     following = [b - a for one in done for a, b in zip(one["times"], one["times"][1:])]
     tokens = sum(one["usage"]["completion_tokens"] for one in done)
     return dict(requests=len(done), new_tokens=tokens, tok_s=tokens / seconds,
-                first_p50_s=share(waits, 0.5), first_p99_s=share(waits, 0.99),
-                next_p50_s=share(following, 0.5), next_p99_s=share(following, 0.99),
+                first_p50_s=quantile(waits, 0.5), first_p99_s=quantile(waits, 0.99),
+                next_p50_s=quantile(following, 0.5), next_p99_s=quantile(following, 0.99),
                 next_mean_s=statistics.mean(following) if following else None)
 
 
@@ -165,8 +167,8 @@ def main():
             return
         for n_clients in map(int, args.clients.split(",")):
             cpu = time.process_time()
-            found = figures(*asyncio.run(run(args.url + "/chat/completions", contents, n_clients,
-                                             beside)))
+            found = figures(*asyncio.run(run_clients(args.url + "/chat/completions", contents,
+                                                     n_clients, beside)))
             cpu = time.process_time() - cpu
             seconds = found["new_tokens"] / found["tok_s"]
             print(json.dumps({"clients": n_clients, "stream": args.stream, **found,

@@ -1,4 +1,4 @@
-"""Figures for Prometheus: counts and times, never a word of what was said."""
+"""Metrics for Prometheus: counts and times, never a word of a prompt or an answer."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Metrics:
         self.next = Histogram("gpt_stream_next_token_seconds", "from a token to the next",
                               buckets=NEXT, registry=self.registry)
         for name, about, value in (
-                ("rows_busy", "answers in progress", engine.busy),
+                ("rows_busy", "answers in progress", engine.n_busy_rows),
                 ("rows", "answers that can be in progress", lambda: len(engine.batch.rows)),
-                ("queue", "requests that wait", engine.waiting_count),
-                ("kept_conversations", "caches kept", lambda: len(engine.keep.entries)),
-                ("kept_bytes", "memory that they take", lambda: engine.keep.bytes)):
+                ("queue", "requests that wait", engine.n_waiting),
+                ("kept_conversations", "caches kept", lambda: len(engine.prefix_cache.entries)),
+                ("kept_bytes", "memory that they take", lambda: engine.prefix_cache.nbytes)):
             Gauge(f"gpt_stream_{name}", about, registry=self.registry).set_function(value)
 
     def count(self, path: str, status: int) -> None:
@@ -38,7 +38,7 @@ class Metrics:
 
     async def watch(self, events: AsyncIterator[list[Event]],
                     jobs: list[Job]) -> AsyncIterator[list[Event]]:
-        """The same events, timed."""
+        """Pass a request's events on and observe their times; at the end, count its tokens."""
         last: dict[int, float] = {}
         began = time.perf_counter()
         try:

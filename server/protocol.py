@@ -1,8 +1,8 @@
-"""What OpenAI's clients send, checked: a body becomes a Request, or an ApiError that says why not.
+"""What OpenAI's clients send, validated: a body becomes a Request, or raises an ApiError.
 
-A field is obeyed or refused, never ignored: what is not supported is taken as long as it asks for
-nothing (null, an empty list, the default), unknown fields are refused, and labels that ask for
-nothing anyway (`user`, `metadata`) are taken. Types are strict: "0.5" is no number.
+A field is obeyed or refused, never ignored. A field that is not supported is accepted as long as it
+asks for nothing (null, an empty list, the default). Labels (`user`, `metadata`), which never ask
+for anything, are accepted. Unknown fields are refused. Types are strict: "0.5" is no number.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sample import Sampling
 
 MAX_BODY = 4 << 20  # bytes
 MAX_MESSAGES = 20_000
-MAX_PROMPT = 400_000  # tokens that one request may have read: minutes of work
+MAX_PROMPT = 400_000  # tokens of one request's prompt: minutes of prefill
 MAX_PROMPTS, MAX_N, MAX_STOPS = 64, 16, 16
 LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 # Fields that are refused unless they ask for nothing.
@@ -41,7 +41,7 @@ NEUTRAL_IN_MESSAGE = {
 
 
 class ApiError(Exception):
-    """A refusal, as OpenAI's clients read one."""
+    """An error response in OpenAI's form."""
 
     def __init__(self, status: int, message: str, param: str | None = None,
                  code: str | None = None, retry_after: int | None = None):
@@ -54,7 +54,7 @@ class ApiError(Exception):
 
 @dataclass
 class Request:
-    """One checked request. n answers to each prompt; a chat is one prompt."""
+    """One validated request: n answers to each prompt. A chat is one prompt."""
 
     chat: bool
     messages: list[dict]
@@ -71,8 +71,9 @@ class Request:
 # ------------------------------------------------------------------------------ bodies
 
 
-def text_of(content: Any) -> Any:
-    """A message's content as one text; a list of text parts is joined."""
+def join_text_parts(content: Any) -> Any:
+    """A message's content as one text: a list of text parts is joined, anything else returned as it
+    is. Raises ValueError for other parts."""
     if not isinstance(content, list):
         return content
     texts = []
@@ -95,7 +96,7 @@ class Strict(BaseModel):
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(text_of)]
+    content: Annotated[str, BeforeValidator(join_text_parts)]
 
 
 class StreamOptions(Strict):
@@ -107,7 +108,7 @@ Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 
 
 class Options(Strict):
-    """What both kinds of request may say."""
+    """The fields of both kinds of request."""
 
     model: str
     max_tokens: int | None = Field(None, ge=1)
@@ -133,80 +134,80 @@ class Chat(Options):
 
 
 class Completion(Options):
-    # a text, several, token ids, or several lists of them: looked at in prompts_of
+    # A text, several, token ids, or several lists of them: validated in prompts_of.
     prompt: Any
     logprobs: int | None = Field(None, ge=0, le=5)
 
 
-# ------------------------------------------------------------------------------ checking
+# ------------------------------------------------------------------------------ validation
 
 
-def parse(body: bytes, chat: bool, model: str, max_new_tokens: int) -> Request:
-    """The request in a body. model is the name that is served, max_new_tokens its limit for an
+def parse_request(body: bytes, chat: bool, model: str, max_new_tokens: int) -> Request:
+    """The request in a body. model is the name that is served; max_new_tokens is the limit of an
     answer, and the default. Raises ApiError."""
-    said = check(Chat if chat else Completion, read_json(body))
-    if said.model != model:
-        raise ApiError(404, f"The model {said.model[:200]!r} does not exist; this server has "
+    fields = validate(Chat if chat else Completion, read_json(body))
+    if fields.model != model:
+        raise ApiError(404, f"The model {fields.model[:200]!r} does not exist; this server has "
                             f"{model!r}.", "model", "model_not_found")
-    limit, field = said.max_tokens, "max_tokens"
-    if chat and said.max_completion_tokens is not None:
-        limit, field = said.max_completion_tokens, "max_completion_tokens"
+    limit, field = fields.max_tokens, "max_tokens"
+    if chat and fields.max_completion_tokens is not None:
+        limit, field = fields.max_completion_tokens, "max_completion_tokens"
     if limit is not None and limit > max_new_tokens:
         raise ApiError(400, f"{field} is {limit}; this server's limit is {max_new_tokens} "
                             "(--max-new-tokens).", field, "invalid_value")
-    if chat and said.top_logprobs and not said.logprobs:
+    if chat and fields.top_logprobs and not fields.logprobs:
         raise ApiError(400, "top_logprobs goes with logprobs: true.", "top_logprobs",
                        "invalid_value")
-    if "stream_options" in said.model_fields_set and not said.stream:
+    if "stream_options" in fields.model_fields_set and not fields.stream:
         raise ApiError(400, "stream_options goes with stream: true.", "stream_options",
                        "invalid_value")
-    top = said.logprobs if not chat else said.top_logprobs if said.logprobs else None
+    top = fields.logprobs if not chat else fields.top_logprobs if fields.logprobs else None
     return Request(
-        chat=chat, messages=messages_of(said) if chat else [],
-        prompts=[] if chat else prompts_of(said.prompt), max_new_tokens=limit or max_new_tokens,
+        chat=chat, messages=messages_of(fields) if chat else [],
+        prompts=[] if chat else prompts_of(fields.prompt), max_new_tokens=limit or max_new_tokens,
         sampling=Sampling(
-            temperature=said.temperature, top_k=max(said.top_k, 0), top_p=said.top_p,
-            min_p=said.min_p, repetition_penalty=said.repetition_penalty,
-            presence_penalty=said.presence_penalty, frequency_penalty=said.frequency_penalty,
-            seed=None if said.seed is None else said.seed % 2**64),
-        n=said.n, stop=[check_text(text, "stop") for text in said.stop], top_logprobs=top,
-        stream=said.stream, include_usage=said.stream_options.include_usage)
+            temperature=fields.temperature, top_k=max(fields.top_k, 0), top_p=fields.top_p,
+            min_p=fields.min_p, repetition_penalty=fields.repetition_penalty,
+            presence_penalty=fields.presence_penalty, frequency_penalty=fields.frequency_penalty,
+            seed=None if fields.seed is None else fields.seed % 2**64),
+        n=fields.n, stop=[check_text(text, "stop") for text in fields.stop], top_logprobs=top,
+        stream=fields.stream, include_usage=fields.stream_options.include_usage)
 
 
 def read_json(body: bytes) -> dict:
-    """The object in a body, without its fields that ask for nothing."""
+    """The object in a body, without fields that ask for nothing. Raises ApiError."""
     try:
-        said = json.loads(body)
-    except (ValueError, RecursionError):  # not UTF-8 is the former
+        fields = json.loads(body)
+    except (ValueError, RecursionError):  # a body that is not UTF-8 is a ValueError
         raise ApiError(400, "The body is not JSON in UTF-8.", code="invalid_json") from None
-    if not isinstance(said, dict):
+    if not isinstance(fields, dict):
         raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
-    said = without_neutral(said, {**NEUTRAL, "best_of": (1, said.get("n"))}, "")
-    if isinstance(said.get("messages"), list):
-        said["messages"] = [
+    fields = without_neutral(fields, {**NEUTRAL, "best_of": (1, fields.get("n"))}, "")
+    if isinstance(fields.get("messages"), list):
+        fields["messages"] = [
             without_neutral(message, NEUTRAL_IN_MESSAGE, f"messages.{at}.")
             if isinstance(message, dict) else message
-            for at, message in enumerate(said["messages"])]
-    return {name: value for name, value in said.items() if name not in LABELS}
+            for at, message in enumerate(fields["messages"])]
+    return {name: value for name, value in fields.items() if name not in LABELS}
 
 
-def without_neutral(said: dict, neutral: dict[str, tuple], where: str) -> dict:
-    """Fields with a meaning here. Raises ApiError for one that is known, asks for something, and is
-    not supported."""
-    for name in said.keys() & neutral.keys():
-        if said[name] is not None and not any(  # True is no 1 here
-                type(said[name]) is type(value) and said[name] == value
+def without_neutral(fields: dict, neutral: dict[str, tuple], where: str) -> dict:
+    """The fields that are supported or unknown. Raises ApiError for a neutral one, by its name,
+    that has none of its neutral values: it asks for something that is not supported."""
+    for name in fields.keys() & neutral.keys():
+        if fields[name] is not None and not any(  # True is no 1 here
+                type(fields[name]) is type(value) and fields[name] == value
                 for value in neutral[name]):
             raise ApiError(400, f"{where}{name} is not supported by this server.", where + name,
                            "unsupported_parameter")
-    return {name: value for name, value in said.items()
+    return {name: value for name, value in fields.items()
             if value is not None and name not in neutral}
 
 
-def check(kind: type[Strict], said: dict) -> Any:
-    """A body as its model. Raises ApiError for the first thing that is wrong with it."""
+def validate(kind: type[Strict], fields: dict) -> Any:
+    """A body as its pydantic model. Raises ApiError for the first thing that is wrong with it."""
     try:
-        return kind.model_validate(said)
+        return kind.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     param = ".".join(str(part)[:100] for part in first["loc"])
@@ -218,10 +219,10 @@ def check(kind: type[Strict], said: dict) -> Any:
     raise ApiError(400, f"Invalid {param!r}: {reason}.", param, code)
 
 
-def messages_of(said: Chat) -> list[dict]:
+def messages_of(chat: Chat) -> list[dict]:
     return [{"role": "system" if message.role == "developer" else message.role,
              "content": check_text(message.content, f"messages.{at}.content")}
-            for at, message in enumerate(said.messages)]
+            for at, message in enumerate(chat.messages)]
 
 
 def prompts_of(prompt: Any) -> list[str | list[int]]:
@@ -245,6 +246,6 @@ def prompts_of(prompt: Any) -> list[str | list[int]]:
 def check_text(text: str, param: str) -> str:
     try:
         text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can say
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
         raise ApiError(400, f"{param} is not Unicode text.", param, "invalid_value") from None
     return text

@@ -1,9 +1,9 @@
-"""Random clients that join, go on, cancel, stall and send rubbish, for as long as one likes.
+"""Random clients that join, go on, cancel, stall and send invalid fields, for a given time.
 
     python -m server.soak --url http://127.0.0.1:8000/v1 --model smollm2 --seconds 600
 
-Every answer must be one, or OpenAI's error object with a status below 500 (429 when the queue is
-full); at the end no row may be busy. With --pid the server's memory is read on Linux.
+Every response must be a completion, or OpenAI's error object with a status below 500 (429 when the
+queue is full). At the end no row may be busy. With --pid it reads the server's memory, on Linux.
 """
 
 from __future__ import annotations
@@ -40,23 +40,24 @@ async def client(url: str, model: str, numbers: random.Random, until: float,
             if numbers.random() < 0.15:
                 name = numbers.choice([*content, "x"])
                 content[name] = numbers.choice([None, -1, "x", [], {}, 1e9, [[]]])
-            said = await one(url, content, numbers, count)
-            if said is None:
+            answer = await one_request(url, content, numbers, count)
+            if answer is None:
                 break
-            messages.append({"role": "assistant", "content": said})
+            messages.append({"role": "assistant", "content": answer})
 
 
-async def one(url: str, content: dict, numbers: random.Random,
-              count: collections.Counter) -> str | None:
-    """One request; what was said, if it may go on from there."""
+async def one_request(url: str, content: dict, numbers: random.Random,
+                      count: collections.Counter) -> str | None:
+    """One request. Returns the answer, or the part that came before the client cancelled; None for
+    an error."""
     leaves_after = numbers.choice([None, None, None, 0, 1, 5, 20])
     texts, lines = [], post(url + "/chat/completions", content)
     try:
         async for line in lines:
             if line.startswith(b"data: {"):
-                said = json.loads(line[6:])
-                assert "error" not in said, said
-                texts += [c["delta"].get("content") or "" for c in said["choices"]
+                chunk = json.loads(line[6:])
+                assert "error" not in chunk, chunk
+                texts += [c["delta"].get("content") or "" for c in chunk["choices"]
                           if c["index"] == 0]
             elif line.startswith(b"{"):
                 texts.append(json.loads(line)["choices"][0]["message"]["content"])
@@ -67,10 +68,10 @@ async def one(url: str, content: dict, numbers: random.Random,
                 return "".join(texts)
         count["answered"] += 1
         return "".join(texts)
-    except OSError as refusal:
-        status = str(refusal).partition("HTTP/1.1 ")[2][:3]
+    except OSError as error:
+        status = str(error).partition("HTTP/1.1 ")[2][:3]
         count[status or "lost"] += 1
-        assert "error" in str(refusal), refusal
+        assert "error" in str(error), error
         await asyncio.sleep(numbers.random() if status == "429" else 0)
         return None
     finally:
@@ -78,31 +79,32 @@ async def one(url: str, content: dict, numbers: random.Random,
 
 
 def memory(pid: int | None) -> float | None:
-    """Megabytes that a process holds."""
+    """A process's resident memory, in megabytes."""
     if pid is None:
         return None
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
 
-async def soak(args) -> int:
-    count, until = collections.Counter(), time.time() + args.seconds
-    clients = [asyncio.ensure_future(client(args.url, args.model, random.Random(n), until, count))
-               for n in range(args.clients)]
+async def soak(url: str, model: str, n_clients: int, seconds: float, pid: int | None) -> int:
+    """The exit status: 1 if any request failed, or a row is busy at the end."""
+    count, until = collections.Counter(), time.time() + seconds
+    clients = [asyncio.ensure_future(client(url, model, random.Random(n), until, count))
+               for n in range(n_clients)]
     while time.time() < until:
         await asyncio.sleep(min(30, max(0.1, until - time.time())))
         print(json.dumps({"left_s": round(until - time.time()), **count,
-                          "memory_mb": memory(args.pid)}), flush=True)
+                          "memory_mb": memory(pid)}), flush=True)
     await asyncio.gather(*clients)
     await asyncio.sleep(1)
-    at = urlsplit(args.url)
+    at = urlsplit(url)
     reader, writer = await asyncio.open_connection(at.hostname, at.port)
     writer.write(f"GET /metrics HTTP/1.1\r\nHost: {at.netloc}\r\n"
                  "Connection: close\r\n\r\n".encode())
     figures = (await reader.read()).decode()
     busy = [line for line in figures.splitlines() if line.startswith((
         "gpt_stream_rows_busy ", "gpt_stream_queue "))]
-    print(json.dumps({"end": busy, **count, "memory_mb": memory(args.pid)}), flush=True)
+    print(json.dumps({"end": busy, **count, "memory_mb": memory(pid)}), flush=True)
     bad = any(name.startswith("5") or name == "lost" for name in count)
     return int(bad or not all(line.endswith(" 0.0") for line in busy))
 
@@ -117,7 +119,8 @@ def main():
     add("--pid", type=number(int, 1), metavar="N", help="the server's, to read its memory")
     with user_errors(parser):
         args = parser.parse_args()
-        raise SystemExit(asyncio.run(soak(args)))
+        raise SystemExit(asyncio.run(soak(args.url, args.model, args.clients, args.seconds,
+                                          args.pid)))
 
 
 if __name__ == "__main__":

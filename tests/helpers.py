@@ -44,7 +44,8 @@ def hf_model(family, **config):
 def as_on_a_gpu(monkeypatch):
     """Attention and sampling as GPUs compute them. (A CPU looks how much is held, and at what is
     drawn, which costs it nothing.)"""
-    monkeypatch.setattr("sample.on_cpu", lambda logits: False)
+    for module in ("sample", "draw"):
+        monkeypatch.setattr(f"{module}.on_cpu", lambda logits: False)
     monkeypatch.setattr("kv_cache.KVCache.in_use", lambda cache, n_tokens: cache.every_slot)
     monkeypatch.setattr("model.attend", lambda q_sink, q_recent, k, v, at: attend_all(
         q_sink, q_recent, k, v, at.mask, at.n_sink))

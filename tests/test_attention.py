@@ -1,4 +1,4 @@
-"""What a CPU's attention reads (what is held) and a GPU's (all slots), against the formula."""
+"""Attention on a CPU (slots that hold something) and on a GPU (all slots), against the formula."""
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ WINDOW, CHUNK = 60, 32
 
 
 def by_the_formula(q_sink, q_recent, k, v, cache, positions):
-    """A query and a head at a time, in float64, over the slots that cache.visible names."""
+    """One query and one head at a time, in float64, over the slots for which cache.visible is true.
+    """
     B, T, n_heads, D = q_recent.shape
     q_sink, q_recent, k, v = (x.double() for x in (q_sink, q_recent, k, v))
     visible = cache.visible(positions, cache.every_slot)
@@ -58,7 +59,7 @@ def op(q_sink, q_recent, cache, mask):
     ([0], 1), ([2], 1), ([63], 1), ([64], 1), ([500], 1), ([0], 32), ([2], 7), ([60], 32),
     ([1000], 32), ([0, 70, 10**8], 1), ([3, 62, 300], 5)])
 def test_both_equal_the_formula(lengths, T, n_sink, n_kv_heads):
-    """Nothing held yet, less than the sinks, the step at which the window first slides, far on;
+    """An empty cache, fewer tokens than sinks, the step at which the window first slides, far on;
     rows that stand at different places."""
     cache, positions, q_sink, q_recent = a_call(n_sink, lengths, T, n_kv_heads)
     expected = by_the_formula(q_sink, q_recent, cache.k[0], cache.v[0], cache, positions)
@@ -120,7 +121,7 @@ def test_another_rule_of_what_is_visible_is_the_formula_too(rule, lengths, T):
 
 
 def test_queries_may_lie_in_memory_in_any_order():
-    """A product W x^T leaves them transposed, and the kernel does not look."""
+    """A product W x^T leaves them transposed, and the kernel does not check."""
     cache, positions, q_sink, q_recent = a_call(4, [20], 16, n_kv_heads=4)
     mask = mask_of(cache, positions, 1)
     lying = [q.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0) for q in (q_sink, q_recent)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import batch as program
-from batch import Batch, Prompt, generate_batch
+from batch import Batch, Hooks, Prompt, generate_batch
 from generate import generate, load, make_cache
 from helpers import TINY, as_on_a_gpu, random_model, run
 from sample import Sampling
@@ -42,7 +42,8 @@ def alone(model, prompt, max_new_tokens, **options):
 def collected(events):
     """({index: token ids}, the indices in the order in which they ended)."""
     ids, ended = {}, []
-    for index, token_id in events:
+    for stream, token_id in events:
+        index = stream.index
         assert index not in ended
         if token_id is None:
             ended.append(index)
@@ -80,7 +81,7 @@ def test_an_eos_ends_its_stream_and_the_row_is_refilled_while_others_go_on():
     assert [ids[index] for index in range(7)] == [alone(model, prompt, 50) for prompt in prompts]
     assert ids[1][-1] == eos and len(ids[1]) <= 8
     assert len(ids[ended[-1]]) == 50 and ended != sorted(ended)
-    free, _ = collected(generate_batch(model, prompts[:3], 2, 4, WINDOW, 50, ignore_eos=True))
+    free, _ = collected(generate_batch(model, prompts[:3], 2, 4, WINDOW, 50, stop_ids=()))
     assert [len(free[index]) for index in range(3)] == [50] * 3
 
 
@@ -93,10 +94,10 @@ def test_streams_are_told_to_have_ended_in_the_order_in_which_they_did():
 def test_a_stream_can_be_ended_from_outside(expected):
     model, prompts = random_model(), prompts_of(PROMPT_LENGTHS)
     batch, said = Batch(model, 2, 4, WINDOW), []
-    for index, token_id in generate_batch(model, prompts[:3], max_new_tokens=20, batch=batch):
-        said.append((index, token_id))
-        if said.count((0, None)) == 0 and len([1 for i, _ in said if i == 0]) == 6:
-            batch.stream(0).left = 0
+    for stream, token_id in generate_batch(model, prompts[:3], max_new_tokens=20, batch=batch):
+        said.append((stream, token_id))
+        if stream.index == 0 and len([1 for one, _ in said if one is stream]) == 6:
+            stream.cancel()
     ids, ended = collected(said)
     assert ids[0] == expected[0][:6] and ended[0] == 0
     assert ids[1] == expected[1][:20] and ids[2][:10] == expected[2]
@@ -125,7 +126,7 @@ def test_the_device_is_read_once_a_step_after_the_next_step_is_queued(monkeypatc
     model, events = random_model(), []
     batch, step, tolist = Batch(model, 2, 4, WINDOW), model.step, torch.Tensor.tolist
     stream = generate_batch(model, prompts_of([3, 3]), max_new_tokens=9, batch=batch,
-                            temperature=0.7)
+                            sampling=Sampling(0.7))
     next(stream)  # both rows are busy and no prompt waits
     monkeypatch.setattr(model, "step", lambda *a: events.append("step") or step(*a))
     as_on_a_gpu(monkeypatch)
@@ -144,16 +145,30 @@ def test_rows_are_busy_at_nine_steps_of_ten():
     batch = Batch(model, 4, 4, WINDOW)
     list(generate_batch(model, prompts_of([prompt for prompt, _ in lengths]),
                         max_new_tokens=[new for _, new in lengths], batch=batch))
-    assert batch.busy == sum(new for _, new in lengths)  # every step of a busy row tells a token
-    assert batch.busy / (4 * batch.steps) > 0.9
+    assert batch.row_steps == sum(new for _, new in lengths)  # a token each
+    assert batch.row_steps / (4 * batch.steps) > 0.9
 
 
 def test_a_seed_decides_what_is_sampled():
     model, prompts = random_model(), prompts_of([1, 30, 7, 12])
-    first, again, other = (
-        list(generate_batch(model, prompts, 2, 4, WINDOW, 20, temperature=1.0, top_p=0.9,
-                            generator=torch.Generator().manual_seed(seed))) for seed in (5, 5, 6))
+    first, again, other, *unseeded = (
+        collected(generate_batch(model, prompts, 2, 4, WINDOW, 20,
+                                 sampling=Sampling(1.0, top_p=0.9, seed=seed)))[0]
+        for seed in (5, 5, 6, None, None))
     assert first == again != other
+    assert unseeded[0] != unseeded[1]
+
+
+def test_prompts_have_the_seeds_that_follow():
+    model, prompt = random_model(), prompts_of([9])[0]
+    how = dict(max_new_tokens=20, sampling=Sampling(1.0, seed=5))
+    ids, _ = collected(generate_batch(model, [prompt] * 3, 2, 4, WINDOW, **how))
+    for n in range(3):
+        assert ids[n] == alone(model, prompt, 20, temperature=1.0, seed=5 + n)
+    assert len(set(map(tuple, ids.values()))) == 3
+    unseeded, _ = collected(generate_batch(model, [prompt] * 3, 2, 4, WINDOW, 20,
+                                           sampling=Sampling(1.0)))
+    assert len(set(map(tuple, unseeded.values()))) == 3
 
 
 ASKED = [Sampling(1.0, top_p=0.9, seed=1), Sampling(), Sampling(0.8, 20, 0.9, 0.05, seed=2),
@@ -242,14 +257,13 @@ def test_a_row_that_was_kept_begins_another_prompt():
     batch, kept = Batch(model, 2, 4, WINDOW), make_cache(model, 4, WINDOW)
     stream = generate_batch(model, [Prompt(first, max_new_tokens=20)], batch=batch)
     said = []
-    for index, token_id in stream:
+    for one, token_id in stream:
         said.append(token_id)
         if token_id is None:
-            row = batch.rows.index(batch.stream(index))
-            kept.copy_row(0, batch.cache, row)
+            kept.copy_row(0, batch.cache, batch.rows.index(one))
     assert int(kept.length) == 70
-    asked = [Prompt(second, Sampling(1.0, repetition_penalty=1.3, seed=4), 15,
-                    begin=lambda staging: staging.copy_row(0, kept), before=first + said[:-1]),
+    hooks = Hooks(first + said[:-1], restore_prefix=lambda staging: staging.copy_row(0, kept))
+    asked = [Prompt(second, Sampling(1.0, repetition_penalty=1.3, seed=4), 15, hooks=hooks),
              Prompt(first + said[:-1] + second, Sampling(1.0, repetition_penalty=1.3, seed=4), 15)]
     ids, _ = collected(generate_batch(model, asked, batch=batch))
     assert ids[0] == ids[1] and int(kept.length) == 70
@@ -257,14 +271,17 @@ def test_a_row_that_was_kept_begins_another_prompt():
 
 def test_a_stream_can_be_ended_while_it_is_read_or_by_another():
     model, prompts = random_model(), prompts_of([5, 300, 7])
-    batch, told = Batch(model, 2, 4, WINDOW), []
-    for index, token_id in generate_batch(model, prompts, max_new_tokens=30, batch=batch):
+    batch, told, streams = Batch(model, 2, 4, WINDOW), [], {}
+    for stream, token_id in generate_batch(model, prompts, max_new_tokens=30, batch=batch):
+        index = stream.index
+        streams[index] = stream
         told.append((index, token_id))
         if len(told) == 3:
-            assert batch.reading[0].streams[0].index == 1
-            batch.stream(1).left = 0
+            [second] = batch.prefills[0].streams
+            assert second.index == 1
+            second.cancel()
         if told.count((2, None)) == 0 and [i for i, _ in told].count(2) == 4 and index == 2:
-            batch.stream(0).left = 0
+            streams[0].cancel()
     of = [[token_id for i, token_id in told if i == index] for index in range(3)]
     assert of[1] == [None] and len(of[2]) == 31 and of[2][:-1] == alone(model, prompts[2], 30)
     assert 5 < len(of[0]) < 30 and of[0][:-1] == alone(model, prompts[0], 30)[:len(of[0]) - 1]
@@ -273,10 +290,10 @@ def test_a_stream_can_be_ended_while_it_is_read_or_by_another():
 def test_what_prompts_share_is_shown_once_it_is_read(monkeypatch):
     model, (first, second) = random_model(), prompts_of([70, 9])
     kept = make_cache(model, 4, WINDOW)
-    asked = [Prompt(first + second, n_shared=70, max_new_tokens=9,
-                    shared=lambda staging: kept.copy_row(0, staging)),
-             Prompt(second, before=first, max_new_tokens=9,
-                    begin=lambda staging: staging.copy_row(0, kept))]
+    sharing = Hooks(n_shared=70, save_shared=lambda staging: kept.copy_row(0, staging))
+    following = Hooks(first, restore_prefix=lambda staging: staging.copy_row(0, kept))
+    asked = [Prompt(first + second, max_new_tokens=9, hooks=sharing),
+             Prompt(second, max_new_tokens=9, hooks=following)]
     ids, _ = collected(generate_batch(model, asked, 2, 4, WINDOW))
     assert ids[0] == ids[1] == alone(model, first + second, 9) and int(kept.length) == 70
 
@@ -285,8 +302,8 @@ def test_rows_that_ended_hold_nothing_and_idle_ones_stay_short():
     model, (prompt, other) = random_model(), prompts_of([100, 5])
     batch, longest = Batch(model, 3, 4, WINDOW, n_staging=2), []
     asked = [prompt, *(Prompt(other, max_new_tokens=90) for _ in range(2))]
-    for index, _ in generate_batch(model, asked, max_new_tokens=9, batch=batch):
-        if index == 1 and batch.rows.count(None) == 1:
+    for stream, _ in generate_batch(model, asked, max_new_tokens=9, batch=batch):
+        if stream.index == 1 and batch.rows.count(None) == 1:
             longest.append(min(batch.cache.length.tolist()))
     assert len(longest) > 50 and set(longest[2:]) == {1}
     for cache in (batch.cache, *batch.staging):
@@ -320,7 +337,7 @@ def test_a_very_long_prompt_takes_no_more_time_than_the_steps_beside_it(monkeypa
     model, now, calls = random_model(n_layers=1), [0.0], []
     batch, step = Batch(model, 4, 4, WINDOW), model.step
     monkeypatch.setattr(program.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(program, "LONG", 100)
+    monkeypatch.setattr(program, "LONG_PROMPT", 100)
 
     def timed(tokens, cache, *rest):
         calls.append("c" if cache is batch.staging[0] else ".")
@@ -351,12 +368,13 @@ def test_log_probabilities_are_noted_for_whoever_asks():
     asked = [Prompt(prompt, Sampling(1.5, repetition_penalty=1.4, seed=1), 12, logprobs=3),
              Prompt(other, max_new_tokens=15), Prompt(other, max_new_tokens=6, logprobs=0)]
     ids, said = {}, generate_batch(model, asked, batch=batch)
-    for index, token_id in said:
+    for stream, token_id in said:
+        index = stream.index
         if token_id is None:
-            noted[index] = batch.stream(index).logprobs
+            noted[index] = stream.logprobs
         else:
             ids.setdefault(index, []).append(token_id)
-            assert len(batch.stream(index).logprobs) == (0 if index == 1 else len(ids[index]))
+            assert len(stream.logprobs) == (0 if index == 1 else len(ids[index]))
     assert noted[1] == [] and all(likeliest == {} for _, likeliest in noted[2])
     exact = model(torch.tensor([prompt + ids[0]]))[0, 8:-1].double().log_softmax(-1)
     for row, token_id, (own, likeliest) in zip(exact, ids[0], noted[0], strict=True):
@@ -365,7 +383,7 @@ def test_log_probabilities_are_noted_for_whoever_asks():
 
 
 @pytest.mark.parametrize("changes, word", [
-    (dict(temperature=-1.0), "temperature -1"), (dict(batch_size=0), "batch size 0"),
+    (dict(batch_size=0), "batch size 0"),
     (dict(prompts=[[1], []]), "empty"),
     (dict(prompts=[[64]]), "outside"), (dict(max_new_tokens=0), "max_new_tokens 0"),
     (dict(window=0), "window 0")])
@@ -448,7 +466,7 @@ def test_progress_and_totals_go_to_stderr(prompts):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_has_written_what_is_finished(prompts, monkeypatch, number):
-    steps, read = [], program.start_reading
+    steps, read = [], program.copy_to_host
 
     def interrupting(tokens):
         steps.append(1)
@@ -457,7 +475,7 @@ def test_an_interrupted_run_has_written_what_is_finished(prompts, monkeypatch, n
         return read(tokens)
 
     expected = {record["index"]: record["token_ids"] for record in greedy(prompts)}
-    monkeypatch.setattr(program, "start_reading", interrupting)
+    monkeypatch.setattr(program, "copy_to_host", interrupting)
     status, out, err = run("batch", "--prompts", prompts, "--batch", 2, "--dtype", "fp32",
                            "--temperature", 0, "--window", 60, "--max-new-tokens", 12)
     written = [json.loads(line) for line in out.splitlines()]

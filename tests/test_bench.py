@@ -1,5 +1,5 @@
-"""What bench measures of a tiny model: that the figures are there and belong together. Nothing
-is compiled here, and peers run in this process."""
+"""bench on a tiny model: its figures are there and agree with each other. Nothing is compiled here,
+and peers run in this process."""
 
 import contextlib
 import functools
@@ -18,7 +18,7 @@ from test_errors import refused
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Small, nothing compiled, few rounds."""
+    """bench with small sizes, few rounds and nothing compiled."""
     monkeypatch.setitem(models.SHAPES, "small", (32, 2, 4, 2, 48, 4096, 256, True))
     for module in (clocks, steps):
         monkeypatch.setattr(module, "compile_model", lambda model: None)
@@ -155,7 +155,7 @@ def test_a_function_in_a_process_of_its_own():
 @pytest.fixture
 def table(quick, monkeypatch):
     """The rows of `bench --gpu`, by name, of a tiny shape and on a CPU."""
-    for name in ("small", "160m"):  # whose weights divide into groups
+    for name in ("small", "160m"):  # their weights divide into groups
         monkeypatch.setitem(models.SHAPES, name, (32, 2, 4, 2, 64, 4096, 256, False))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
     monkeypatch.setattr(gpu_figures, "compile_model", lambda model: None)

@@ -6,10 +6,10 @@ import signal
 import pytest
 import torch
 
-from cli import add_generation, make_parser
 from formats.session import read_session
-from generate import answer, generate, load, make_cache
+from generate import answer, generate, load, make_cache, timed_prefill
 from helpers import TINY, run
+from sample import Sampling
 from test_generate import records
 
 
@@ -116,9 +116,6 @@ def test_text_and_figures_are_kept_apart(tmp_path):
 
 def test_an_interrupt_keeps_what_was_said_and_the_conversation_goes_on():
     model, tokenizer = load(TINY, device="cpu")
-    parser = add_generation(make_parser("What it is.\n\n    python x.py"))
-    args = parser.parse_args(["--temperature", "0", "--max-new-tokens", "30"])
-    args.compile_s, args.seed = 0.0, 0
     cache, pieces = make_cache(model, 4, 60), []
 
     def emit(piece):
@@ -127,13 +124,24 @@ def test_an_interrupt_keeps_what_was_said_and_the_conversation_goes_on():
             signal.raise_signal(signal.SIGINT)
 
     ids = tokenizer.first_turn("Hello.")
-    record = answer(model, cache, tokenizer, ids, args, emit)
+    record = answer(model, tokenizer, timed_prefill(model, cache, ids), 30, Sampling(seed=0),
+                    emit=emit)
     assert record["finish_reason"] == "interrupt"
     assert record["new_tokens"] == 5 and record["text"] == "".join(pieces)
     assert cache.length.item() == len(ids) + 5
     uninterrupted = make_cache(model, 4, 60)
     assert list(generate(model, uninterrupted, ids, max_new_tokens=5)) == record["token_ids"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_while_the_prompt_is_read_ends_the_answer_at_its_first_token():
+    model, tokenizer = load(TINY, device="cpu")
+    step = model.step
+    model.step = lambda *args: (signal.raise_signal(signal.SIGINT), step(*args))[1]
+    prompt = timed_prefill(model, make_cache(model, 4, 60), tokenizer.first_turn("Hello."))
+    model.step = step
+    record = answer(model, tokenizer, prompt, 30, Sampling(seed=0))
+    assert record["finish_reason"] == "interrupt" and record["new_tokens"] == 1
 
 
 @pytest.mark.parametrize("tokens", [1, 5])

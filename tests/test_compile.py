@@ -34,9 +34,9 @@ def test_nothing_is_compiled_after_warming_for_any_prompt_or_length(compiled):
     with torch._dynamo.config.patch(error_on_recompile=True):
         for length in (1, 17, 300, 5000):
             cache.reset()
-            for _ in generate(model, cache, [7] * length, max_new_tokens=3, ignore_eos=True):
+            for _ in generate(model, cache, [7] * length, max_new_tokens=3, stop_ids=()):
                 pass
-        for _ in generate(model, cache, [9] * 40, max_new_tokens=20 * WINDOW, ignore_eos=True):
+        for _ in generate(model, cache, [9] * 40, max_new_tokens=20 * WINDOW, stop_ids=()):
             pass
         another = make_cache(model, 4, WINDOW)  # the same sizes at other addresses
         prefill(model, another, [5] * 40)
@@ -48,19 +48,19 @@ def test_a_batch_adds_one_graph_however_its_rows_are_refilled(compiled):
     model, _ = compiled
     batch = Batch(model, 3, 4, WINDOW)
     graphs = counters["stats"]["unique_graphs"]
-    list(generate_batch(model, [[0]] * 2, max_new_tokens=2, ignore_eos=True, batch=batch))
+    list(generate_batch(model, [[0]] * 2, max_new_tokens=2, stop_ids=(), batch=batch))
     assert counters["stats"]["unique_graphs"] == graphs + 1
     prompts = [[7 + n] * n for n in (1, 40, 17, 300, 5, 64, 130)]
     lengths = [30, 5, 40, 12, 1, 25, 9]
     with torch._dynamo.config.patch(error_on_recompile=True):
-        events = list(generate_batch(model, prompts, max_new_tokens=lengths, ignore_eos=True,
+        events = list(generate_batch(model, prompts, max_new_tokens=lengths, stop_ids=(),
                                      batch=batch))
     assert counters["stats"]["unique_graphs"] == graphs + 1
     assert not counters["graph_break"]
     eager, _ = load(TINY.parent / "tiny-draft", device="cpu", dtype=torch.float32)
     for index, (prompt, n) in enumerate(zip(prompts, lengths)):
-        ids = list(generate(eager, make_cache(eager, 4, WINDOW), prompt, n, ignore_eos=True))
-        assert [token_id for i, token_id in events if i == index] == [*ids, None]
+        ids = list(generate(eager, make_cache(eager, 4, WINDOW), prompt, n, stop_ids=()))
+        assert [token_id for stream, token_id in events if stream.index == index] == [*ids, None]
 
 
 def test_compiled_equals_eager(compiled):
@@ -74,7 +74,7 @@ def test_compiled_equals_eager(compiled):
         assert (model(tokens, cache) - eager(tokens, plain)).abs().max() < 1e-4
     cache.reset()
     plain.reset()
-    options = dict(max_new_tokens=100, ignore_eos=True)
+    options = dict(max_new_tokens=100, stop_ids=())
     assert list(generate(model, cache, prompt, **options)) == list(
         generate(eager, plain, prompt, **options))
 

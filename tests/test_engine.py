@@ -12,9 +12,15 @@ from generate import load, make_cache, prefill  # noqa: E402
 from helpers import TINY, random_model  # noqa: E402
 from kv_cache import KVCache  # noqa: E402
 from server.engine import Engine  # noqa: E402
-from server.forms import Form  # noqa: E402
-from server.keep import Keep, Kept, chain, put, take  # noqa: E402
-from server.protocol import parse  # noqa: E402
+from server.prefix_cache import (  # noqa: E402
+    CachedPrefix,
+    PrefixCache,
+    copy_from_row,
+    copy_to_row,
+    prefix_keys,
+)
+from server.protocol import parse_request  # noqa: E402
+from server.responses import ResponseWriter  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -38,17 +44,17 @@ def engine(loaded):
         assert engine.ended.wait(20)
 
 
-async def ask(engine, *turns, who="", **options):
+async def ask(engine, *turns, client="", **options):
     """The whole answer to a conversation's turns, as the HTTP side asks for it."""
     messages = [{"role": ("user", "assistant")[at % 2], "content": turn}
                 for at, turn in enumerate(turns)]
     body = {"model": "m", "messages": messages, "temperature": 0, "max_tokens": 12, **options}
-    asked = parse(json.dumps(body).encode(), True, "m", 500)
-    jobs, form = engine.plan(asked, who), Form(asked, "m", "")
+    request = parse_request(json.dumps(body).encode(), True, "m", 500)
+    jobs, writer = engine.make_jobs(request, client), ResponseWriter(request, "m", "")
     async for events in engine.submit(jobs):
-        form.add(events)
-    engine.leave(jobs)
-    return form.whole(jobs)
+        writer.add(events)
+    engine.cancel(jobs)
+    return writer.completion(jobs)
 
 
 def run(engine, *turns, **options):
@@ -81,7 +87,7 @@ def test_after_a_secret_an_answer_is_a_fresh_servers_to_the_bit(engine):
 
 
 def test_of_what_has_ended_nothing_is_left_in_a_row(engine):
-    secret = engine(keep_bytes=0)
+    secret = engine(cache_bytes=0)
     run(secret, "The secret is in here! " * 40, n=3, max_tokens=40)
     run(secret, "Another. " * 9)
     rest(secret)
@@ -95,25 +101,25 @@ def test_short_prompts_overtake_long_ones(engine):
         one = engine(batch_size=4)
         long = [asyncio.ensure_future(ask(one, f"{n} is long. " * 4000, max_tokens=1))
                 for n in range(3)]
-        while not one.batch.reading:
+        while not one.batch.prefills:
             await asyncio.sleep(0.001)
         for n in range(5):
             await ask(one, f"Short {n}", max_tokens=2)
         assert not any(answer.done() for answer in long)
-        one.leave(list(one.jobs))
+        one.cancel(list(one.jobs))
         for answer in long:
             answer.cancel()
 
     asyncio.run(both())
 
 
-def test_a_prompt_that_nobody_waits_for_is_not_read_on(engine):
+def test_a_cancelled_prompt_is_not_prefilled_on(engine):
     async def leave():
         one = engine()
         answer = asyncio.ensure_future(ask(one, "Long. " * 20_000))
-        while not one.batch.reading:
+        while not one.batch.prefills:
             await asyncio.sleep(0.001)
-        one.leave(list(one.jobs))
+        one.cancel(list(one.jobs))
         answer.cancel()
         await ask(one, "Short")
         return one
@@ -153,7 +159,7 @@ def test_a_row_is_put_back_as_it_was(n_tokens, undo):
     cache = KVCache(model.config, 1, **sizes)
     prefill(model, cache, ids)
     overhang = cache.overhang[0]
-    kept = take(cache, 0, ids).without(undo)
+    kept = copy_from_row(cache, 0, ids).without_last(undo)
     if undo + overhang > 16 or undo >= n_tokens:  # deeper than the ring goes back
         assert kept is None
         return
@@ -162,7 +168,7 @@ def test_a_row_is_put_back_as_it_was(n_tokens, undo):
     with torch.no_grad():
         for _ in range(9):
             model(prefill_of_three, other)  # full of something else
-        put(kept, other, 1)
+        copy_to_row(kept, other, 1)
         if undo:
             cache.rollback(undo)
         following = torch.tensor([[7]])
@@ -172,32 +178,32 @@ def test_a_row_is_put_back_as_it_was(n_tokens, undo):
     assert torch.allclose(found, expected[0], atol=1e-5) and kept.ids == ids[:n_tokens - undo]
 
 
-def test_what_was_not_used_for_longest_goes_first():
-    def kept(n):
-        return Kept([torch.zeros(n)], [torch.zeros(n)], [], 0, 16)  # 8 bytes an n
+def test_the_least_recently_used_prefix_is_evicted_first():
+    def prefix(n):
+        return CachedPrefix([torch.zeros(n)], [torch.zeros(n)], [], 0, 16)  # 8 bytes an n
 
-    keep = Keep(100)
+    cache = PrefixCache(100)
     for name in "abc":
-        keep.add(name, kept(4))
-    assert keep.get(["a"])[0] == 0 and keep.get(["x", "b", "y"])[0] == 1
-    keep.add("d", kept(4))  # c was used least recently
-    assert list(keep.entries) == ["a", "b", "d"] and keep.bytes == 96
-    keep.add("e", kept(4), instead_of="b")  # which e goes on from
-    assert list(keep.entries) == ["a", "d", "e"]
-    keep.add("f", kept(13))
-    assert list(keep.entries) == ["a", "d", "e"] and keep.get(["f"]) == (None, None)
-    keep.add("e", kept(12))
-    assert list(keep.entries) == ["e"] and keep.bytes == 96
+        cache.add(name, prefix(4))
+    assert cache.find_longest(["a"])[0] == 0 and cache.find_longest(["x", "b", "y"])[0] == 1
+    cache.add("d", prefix(4))  # c was used least recently
+    assert list(cache.entries) == ["a", "b", "d"] and cache.nbytes == 96
+    cache.add("e", prefix(4), parent_key="b")  # which e goes on from
+    assert list(cache.entries) == ["a", "d", "e"]
+    cache.add("f", prefix(13))
+    assert list(cache.entries) == ["a", "d", "e"] and cache.find_longest(["f"]) == (None, None)
+    cache.add("e", prefix(12))
+    assert list(cache.entries) == ["e"] and cache.nbytes == 96
 
 
 def test_keys_tell_messages_apart():
     def of(*pairs):
-        return chain("m", [{"role": role, "content": content} for role, content in pairs])
+        return prefix_keys("m", [{"role": role, "content": content} for role, content in pairs])
 
     assert of(("user", "a"), ("assistant", "b"))[0] == of(("user", "a"))[0]
     keys = [of(("user", "a"), ("user", "b"))[-1], of(("user", "a b"))[-1], of(("user", "ab"))[-1],
             of(("user", "a user 1 b"))[-1], of(("assistant", "ab"))[-1], of(("user", "ab "))[-1],
-            chain("other", [{"role": "user", "content": "ab"}])[-1]]
+            prefix_keys("other", [{"role": "user", "content": "ab"}])[-1]]
     assert len(set(keys)) == len(keys)
 
 
@@ -226,13 +232,13 @@ def test_an_answer_that_its_reader_stopped_goes_on_from_where_he_read(engine, lo
         text = ""
         body = {"model": "m", "messages": [{"role": "user", "content": "Hello there."}],
                 "temperature": 0, "max_tokens": 200}
-        jobs = one.plan(parse(json.dumps(body).encode(), True, "m", 500), "")
+        jobs = one.make_jobs(parse_request(json.dumps(body).encode(), True, "m", 500), "")
         async for events in one.submit(jobs):
             text += "".join(event.text for event in events)
             n_events -= len(events)
             if n_events <= 0:
                 break
-        one.leave(jobs)
+        one.cancel(jobs)
         return text
 
     text = asyncio.run(stop(30))
@@ -251,7 +257,7 @@ def test_an_answer_that_its_reader_stopped_goes_on_from_where_he_read(engine, lo
 
 def test_penalties_count_what_was_kept_too(engine, loaded):
     """The same as when the whole history is read."""
-    one, other = engine(), engine(keep_bytes=0)
+    one, other = engine(), engine(cache_bytes=0)
     options = dict(repetition_penalty=1.5, max_tokens=20)
     first = run(one, "Hello there, cat", **options)["choices"][0]["message"]["content"]
     turns = ("Hello there, cat", first, "And the cat?")
@@ -264,11 +270,11 @@ def test_penalties_count_what_was_kept_too(engine, loaded):
 
 
 def test_without_memory_for_it_nothing_is_kept(engine):
-    one = engine(keep_bytes=0)
+    one = engine(cache_bytes=0)
     first = run(one, "Hello there")["choices"][0]["message"]["content"]
     assert run(one, "Hello there", first, "Why?")["usage"]["prompt_tokens_details"][
         "cached_tokens"] == 0
-    assert not one.keep.entries
+    assert not one.prefix_cache.entries
 
 
 def test_make_cache_sizes_are_refused_by_name(loaded):

@@ -271,7 +271,7 @@ def test_what_the_engine_logs_is_said_once(capsys):
     with user_errors(make_parser(DOC)):
         for accepted in (3, 3, 4):
             logging.getLogger("gpt_stream").info("speculation stopped: %s of 32", accepted)
-        for _ in range(2):  # a server's faults are said each time
+        for _ in range(2):  # an error is said each time
             logging.getLogger("gpt_stream").error("the engine failed")
     logging.getLogger("gpt_stream").info("nobody listens any more")
     assert capsys.readouterr().err == (
@@ -286,7 +286,7 @@ def test_a_signal_ends_the_program_once_and_what_it_does_last_is_done(number):
         try:
             signal.raise_signal(number)
         finally:
-            signal.raise_signal(signal.SIGTERM)  # another one does not break off cleaning up
+            signal.raise_signal(signal.SIGTERM)  # a second one does not interrupt cleaning up
             steps.append("cleaned")
     assert end.value.code == 128 + number and steps == ["cleaned"]
     assert signal.getsignal(number) == signal.SIG_DFL

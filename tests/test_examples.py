@@ -62,7 +62,7 @@ def test_weights_equal_transformers(pair):
     theirs, ours = pair
     tokens = torch.randint(0, 512, (1, 90), generator=torch.Generator().manual_seed(1))
     expected = torch.stack(theirs(tokens, output_attentions=True).attentions)  # (L, 1, heads, T, T)
-    weights = attention_sinks.run(ours, make_cache(ours, 4, 252), tokens)
+    weights = attention_sinks.record_weights(ours, make_cache(ours, 4, 252), tokens)
     assert (weights - expected[:, 0].mean(1)).abs().max() < 1e-5
 
 

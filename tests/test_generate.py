@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 
+from draw import RowSampler, sample
 from generate import decode, generate, load, make_cache, prefill
 from helpers import TINY, as_on_a_gpu, random_model, run
 from kv_cache import KVCache
-from sample import Rows, Sampling, probabilities, sample
+from sample import Sampling, probabilities
 from speculate import Speculation
 
 # ------------------------------------------------------------------------------ sampling
@@ -54,8 +55,8 @@ def test_draws_have_the_distribution(settings):
     logits = torch.randn(10, generator=torch.Generator().manual_seed(3)) * 1.5
     probs = probabilities(logits, 0.9, **settings)
     n = 20_000
-    draws = sample(logits.expand(n, -1), temperature=0.9, **settings,
-                   generator=torch.Generator().manual_seed(4))
+    draws = sample(logits.expand(n, -1), Sampling(0.9, **settings),
+                   torch.Generator().manual_seed(4))
     counts = torch.bincount(draws, minlength=10)
     possible = probs > 0
     assert counts[~possible].sum() == 0
@@ -123,14 +124,55 @@ def test_decoding_ends_at_any_eos_id_and_yields_it():
     cache = KVCache(model.config, 1, 4, 28, 64)
     assert list(generate(model, cache, [1, 2], max_new_tokens=30)) == free[:free.index(eos) + 1]
     cache.reset()
-    assert list(generate(model, cache, [1, 2], 30, ignore_eos=True)) == free
+    assert list(generate(model, cache, [1, 2], 30, stop_ids=())) == free
 
 
 @pytest.mark.parametrize("prompt, word", [([], "empty"), ([64], "outside"), ([-1], "outside")])
 def test_unusable_prompts_are_refused(prompt, word):
     model = random_model()
     with pytest.raises(ValueError, match=word):
-        next(generate(model, KVCache(model.config, 1, 4, 28, 64), prompt))
+        generate(model, KVCache(model.config, 1, 4, 28, 64), prompt)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(temperature=-1), ["temperature -1"]), (dict(top_p=1.5), ["top_p 1.5"]),
+    (dict(sampling=Sampling(0.5), top_k=3), ["sampling", "top_k=3"]),
+    (dict(sampling=Sampling(), seed=0), ["sampling", "seed=0"]),
+    (dict(speculation=Speculation(), repetition_penalty=1.3), ["penalty", "speculation"]),
+    (dict(speculation=Speculation(), sampling=Sampling(presence_penalty=1)),
+     ["penalty", "speculation"])])
+def test_wrong_arguments_are_said_at_the_call(arguments, words):
+    """And nothing is written before the first token is asked for."""
+    model = random_model()
+    cache = make_cache(model, 4, 60)
+    with pytest.raises(ValueError) as raised:
+        generate(model, cache, [1], **arguments)
+    assert all(word in str(raised.value) for word in words)
+    generate(model, cache, [1])
+    assert cache.length.item() == 0
+
+
+def test_a_cache_of_several_rows_or_of_another_kind_is_refused_at_the_call():
+    model = random_model()
+    with pytest.raises(ValueError, match="one row, and this one has 3"):
+        generate(model, make_cache(model, 4, 60, batch_size=3), [1])
+    with pytest.raises(ValueError, match="float16"):
+        generate(model, KVCache(model.config, 1, 4, 60, dtype=torch.float16), [1])
+
+
+def test_a_sampling_is_its_settings_one_by_one():
+    model, settings = random_model(), dict(temperature=0.9, top_k=20, top_p=0.9, min_p=0.01,
+                                           repetition_penalty=1.1, seed=3)
+    one_by_one = generate(model, make_cache(model, 4, 60), [1, 2], 30, **settings)
+    together = generate(model, make_cache(model, 4, 60), [1, 2], 30, sampling=Sampling(**settings))
+    assert list(one_by_one) == list(together)
+
+
+def test_any_ids_may_end_an_answer():
+    model = random_model()
+    free = list(generate(model, make_cache(model, 4, 60), [1, 2], 30, stop_ids=()))
+    ended = generate(model, make_cache(model, 4, 60), [1, 2], 30, stop_ids=[free[9], free[20]])
+    assert list(ended) == free[:min(free.index(free[9]), free.index(free[20])) + 1]
 
 
 def test_the_decode_loop_reads_the_device_once_a_token(monkeypatch):
@@ -141,14 +183,14 @@ def test_the_decode_loop_reads_the_device_once_a_token(monkeypatch):
     step, tolist = model.step, torch.Tensor.tolist
     monkeypatch.setattr(model, "step", lambda *a: events.append("step") or step(*a))
     as_on_a_gpu(monkeypatch)
-    row = Rows(1, 64)
+    row = RowSampler(1, 64)
     row.begin(0, Sampling(0.7, top_p=0.9, seed=1), [])
     token = row.sample(logits)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: events.append("read") or tolist(t))
     for name in ("item", "__bool__", "__int__", "__float__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, lambda *a, name=name: pytest.fail(
             f"{name} in decode"))
-    list(decode(model, cache, token, 5, ignore_eos=True, draw=row.sample))
+    list(decode(model, cache, token, 5, stop_ids=(), draw=row.sample))
     assert events == ["step", "read"] * 5
 
 

@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 import generate as generate_module
 from batch import Batch, generate_batch
+from draw import RowSampler, sample
 from formats.session import load_session, save_session
 from generate import decode, generate, load, make_cache, prefill, warm
 from helpers import TINY, random_model
@@ -19,7 +20,7 @@ from linear import Int4Linear, Int8Linear
 from load import compile_model
 from oracle import Stream
 from quantize import dequantize, quantize_int4, quantize_int8
-from sample import Rows, Sampling, sample
+from sample import Sampling
 from speculate import Speculation
 from test_errors import refused
 from test_model import hf  # noqa: F401
@@ -111,18 +112,18 @@ def test_two_caches_in_turns_keep_their_own_writes(compiled, eager):
     """A graph holds the addresses that it was recorded with."""
     prompts, said = (PROMPT, PROMPT[::-1]), ([], [])
     caches = [make_cache(compiled, 4, WINDOW) for _ in prompts]
-    streams = [generate(compiled, cache, prompt, 40, ignore_eos=True)
+    streams = [generate(compiled, cache, prompt, 40, stop_ids=())
                for cache, prompt in zip(caches, prompts)]
     for pair in zip(*streams):
         for ids, token_id in zip(said, pair):
             ids.append(token_id)
     for ids, prompt in zip(said, prompts):
         assert ids == list(generate(eager, make_cache(eager, 4, WINDOW), prompt, 40,
-                                    ignore_eos=True))
+                                    stop_ids=()))
 
 
 def test_compiled_greedy_tokens_equal_eager(compiled, eager):
-    options = dict(max_new_tokens=200, ignore_eos=True)
+    options = dict(max_new_tokens=200, stop_ids=())
     assert list(generate(compiled, make_cache(compiled, 4, WINDOW), PROMPT * 6, **options)) == list(
         generate(eager, make_cache(eager, 4, WINDOW), PROMPT * 6, **options))
 
@@ -153,7 +154,7 @@ def test_nothing_is_compiled_after_warming_and_every_step_replays_a_graph(compil
         replays.clear()
         for length in (1, 17, 300):
             cache.reset()
-            list(generate(compiled, cache, [7] * length, max_new_tokens=20, ignore_eos=True))
+            list(generate(compiled, cache, [7] * length, max_new_tokens=20, stop_ids=()))
     assert len(replays) == 3 * 20 + 1 + 1 + 4  # tokens; chunks of 32, 32, and 128, 128, 32, 32
     assert counters["stats"]["unique_graphs"] == graphs
     assert not counters["graph_break"] and not counters["inductor"]["cudagraph_skips"]
@@ -161,7 +162,7 @@ def test_nothing_is_compiled_after_warming_and_every_step_replays_a_graph(compil
 
 def test_a_decode_step_never_waits_for_the_device(compiled, monkeypatch):
     """But where a token is read, which is the step before's."""
-    def start_reading(tokens, start=generate_module.start_reading):
+    def copy_to_host(tokens, start=generate_module.copy_to_host):
         read = start(tokens)
 
         def reading():
@@ -174,8 +175,8 @@ def test_a_decode_step_never_waits_for_the_device(compiled, monkeypatch):
 
     cache, token = make_cache(compiled, 4, WINDOW), torch.tensor([[7]], device=DEVICE)
     warm(compiled, cache)
-    monkeypatch.setattr(generate_module, "start_reading", start_reading)
-    row = Rows(1, compiled.config.vocab_size, DEVICE)
+    monkeypatch.setattr(generate_module, "copy_to_host", copy_to_host)
+    row = RowSampler(1, compiled.config.vocab_size, DEVICE)
     row.begin(0, Sampling(0.8, 20, 0.95, seed=0), [])
     row.sample(compiled(token, cache))  # as generate does: then the settings are on the GPU
     try:
@@ -191,7 +192,7 @@ def test_a_decode_step_never_waits_for_the_device(compiled, monkeypatch):
 
 def test_speculation_says_what_greedy_says(compiled):
     target, eager_target = compiled_model(TINY), load(TINY, device=DEVICE, dtype=torch.float32)[0]
-    options = dict(max_new_tokens=400, ignore_eos=True)
+    options = dict(max_new_tokens=400, stop_ids=())
     plain = list(generate(eager_target, make_cache(eager_target, 4, WINDOW), PROMPT, **options))
     speculation = Speculation(compiled, make_cache(compiled, 4, WINDOW), 5)
     cache = make_cache(target, 4, WINDOW)
@@ -205,11 +206,11 @@ def test_rows_of_a_batch_say_what_each_says_alone(compiled, eager):
     batch = Batch(compiled, 3, 4, WINDOW)
     list(generate_batch(compiled, [[0]], max_new_tokens=3, batch=batch))
     prompts, lengths = [[7 + n] * n for n in (1, 40, 17, 300, 5)], [30, 5, 40, 12, 25]
-    events = list(generate_batch(compiled, prompts, max_new_tokens=lengths, ignore_eos=True,
+    events = list(generate_batch(compiled, prompts, max_new_tokens=lengths, stop_ids=(),
                                  batch=batch))
     for index, (prompt, n) in enumerate(zip(prompts, lengths)):
-        alone = generate(eager, make_cache(eager, 4, WINDOW), prompt, n, ignore_eos=True)
-        assert [token_id for i, token_id in events if i == index] == [*alone, None]
+        alone = generate(eager, make_cache(eager, 4, WINDOW), prompt, n, stop_ids=())
+        assert [token_id for stream, token_id in events if stream.index == index] == [*alone, None]
 
 
 # ------------------------------------------------------------------------------ quantized weights
@@ -267,7 +268,7 @@ def test_a_saved_session_goes_on_in_another_cache(compiled, tmp_path):
     prefill(compiled, other, PROMPT[::-1])
     save_session(tmp_path / "s", {"model": (compiled, cache)})
     load_session(tmp_path / "s", {"model": (compiled, other)})
-    says, says_too = (list(generate(compiled, c, [5, 6], 60, ignore_eos=True))
+    says, says_too = (list(generate(compiled, c, [5, 6], 60, stop_ids=()))
                       for c in (cache, other))
     assert says == says_too
 
@@ -278,8 +279,8 @@ def test_a_session_of_the_gpu_goes_on_on_the_cpu(compiled, tmp_path):
     prefill(compiled, cache, PROMPT)
     save_session(tmp_path / "s", {"model": (compiled, cache)})
     load_session(tmp_path / "s", {"model": (on_cpu, other)})
-    assert list(generate(compiled, cache, [5, 6], 60, ignore_eos=True)) == list(
-        generate(on_cpu, other, [5, 6], 60, ignore_eos=True))
+    assert list(generate(compiled, cache, [5, 6], 60, stop_ids=())) == list(
+        generate(on_cpu, other, [5, 6], 60, stop_ids=()))
 
 
 def test_out_of_memory_is_one_line(tmp_path):

@@ -1,4 +1,4 @@
-"""What --help says, of every program: what an option is, its real default, examples that work."""
+"""Every program's --help: what an option is, its real default, and examples that work."""
 
 import argparse
 import importlib

@@ -85,9 +85,9 @@ def test_rollback_deeper_than_the_ring_allows_is_refused_and_changes_nothing():
     with pytest.raises(ValueError, match="17"):
         cache.rollback(CHUNK + 1)
     cache.rollback(CHUNK - 1)
-    with pytest.raises(ValueError):  # 15 tokens are un-written already
+    with pytest.raises(ValueError):  # 15 tokens are forgotten already
         cache.rollback(2)
-    model(tokens_of(5), cache)  # writes 5 of them anew: 10 still stand above
+    model(tokens_of(5), cache)  # overwrites 5 of them: the overhang is 10
     with pytest.raises(ValueError):
         cache.rollback(7)
     cache.rollback(6)

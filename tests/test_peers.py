@@ -1,4 +1,4 @@
-"""The peers that bench times do what ours does: otherwise the comparison would not be fair."""
+"""The peers that bench times compute what our model does, or the comparison would not be fair."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ CONFIG = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_ke
 
 
 def wider(model):
-    """With logits that differ: random weights of the usual size all but agree on every token."""
+    """A model whose logits differ clearly: with random weights of the usual size they hardly do."""
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim == 2:
@@ -49,9 +49,9 @@ def test_streaming_evicting_a_token_at_a_time_is_our_stream(both, n_sink):
 def test_a_turn_within_the_window_is_our_greedy_answer(both):
     theirs, ours = both
     past, cache, last = peers.streaming_past(theirs), make_cache(ours, 4, 60), []
-    for prompt in ([3, 1, 4, 1, 5], [9, 2, 6]):  # what they said last is not in their cache yet
+    for prompt in ([3, 1, 4, 1, 5], [9, 2, 6]):  # their last token is not in their cache yet
         answer = list(peers.streaming_turn(theirs, past, last + prompt, 12, 4, 60))
-        assert answer == list(generate(ours, cache, prompt, 12, ignore_eos=True))
+        assert answer == list(generate(ours, cache, prompt, 12, stop_ids=()))
         last = answer[-1:]
 
 

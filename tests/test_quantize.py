@@ -118,7 +118,7 @@ def test_compiled_equals_eager(mode):
     eager, _ = load(DRAFT, device="cpu", dtype=torch.float32, quantize=mode)
     compiled, _ = load(DRAFT, device="cpu", dtype=torch.float32, quantize=mode, compile=True)
     prompt = list(range(50, 90))
-    answers = [list(generate(m, make_cache(m, 4, 28), prompt, 60, ignore_eos=True))
+    answers = [list(generate(m, make_cache(m, 4, 28), prompt, 60, stop_ids=()))
                for m in (eager, compiled)]
     assert answers[0] == answers[1]
 

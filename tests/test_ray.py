@@ -13,7 +13,7 @@ pytest.importorskip("openai", reason="needs pip install openai")
 from ray.exceptions import ActorDiedError  # noqa: E402
 
 from helpers import TINY  # noqa: E402
-from server.ray_app import Relay, conversation, labelled, read_arguments  # noqa: E402
+from server.ray_app import Relay, conversation_key, merge_metrics, read_arguments  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -27,15 +27,16 @@ def body(*turns, system=None, **labels):
 
 
 def test_all_requests_of_a_conversation_have_one_name():
-    name = conversation("me", body("Hi", system="Be kind."))
-    assert name == conversation("me", body("Hi", "Hello!", "Why?", system="Be kind."))
+    name = conversation_key("me", body("Hi", system="Be kind."))
+    assert name == conversation_key("me", body("Hi", "Hello!", "Why?", system="Be kind."))
     parts = body(*[[{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]],
                  system="Be kind.", max_tokens=5)
-    assert name == conversation("me", parts)
-    others = [conversation("you", body("Hi", system="Be kind.")), conversation("me", body("Hi")),
-              conversation("me", body("Ho", system="Be kind.")),
-              conversation("me", body("Hi", system="Be kind.", prompt_cache_key="a")),
-              conversation("me", body("Hi", system="Be kind.", user="a"))]
+    assert name == conversation_key("me", parts)
+    others = [conversation_key("you", body("Hi", system="Be kind.")),
+              conversation_key("me", body("Hi")),
+              conversation_key("me", body("Ho", system="Be kind.")),
+              conversation_key("me", body("Hi", system="Be kind.", prompt_cache_key="a")),
+              conversation_key("me", body("Hi", system="Be kind.", user="a"))]
     assert len({name, *others}) == 6 and None not in others
 
 
@@ -46,7 +47,7 @@ def test_all_requests_of_a_conversation_have_one_name():
     b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
     b'{"messages": [{"role": [], "content": "x"}]}'])
 def test_what_is_no_conversation_has_no_name(text):
-    assert conversation("me", text) is None
+    assert conversation_key("me", text) is None
 
 
 def relayed(*messages, error=None):
@@ -106,7 +107,7 @@ def test_flags_are_those_of_the_server():
 def test_figures_of_all_replicas_are_told_apart():
     text = ('# HELP n_total of a\n# TYPE n_total counter\nn_total{kind="x"} 3.0\n'
             '# HELP t time\n# TYPE t histogram\nt_bucket{le="+Inf"} 2.0\nt_count 2.0\nt_sum 5.0\n')
-    merged = labelled([("r1", text), ("r2", text.replace(" 3.0", " 4.0"))]).decode()
+    merged = merge_metrics([("r1", text), ("r2", text.replace(" 3.0", " 4.0"))]).decode()
     assert merged.count("# TYPE") == 2
     values = {(sample.name, sample.labels["replica"]): sample.value for family in
               text_string_to_metric_families(merged) for sample in family.samples}

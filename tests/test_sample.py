@@ -2,30 +2,27 @@
 by chi-square, and rows that say what they say alone."""
 
 import math
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-import sample as module
-from generate import generate, make_cache
-from helpers import random_model
-from sample import (
+import draw as module
+from draw import (
     BLOCK,
-    Rows,
-    Sampling,
-    block_heights,
+    RowSampler,
+    block_cdf,
+    blockwise_topk,
     inverse_cdf,
     inverse_cdf_one,
-    log_probabilities,
     mix,
-    penalize,
-    probabilities,
     sample,
     seed_key,
-    seen_in,
-    top,
     uniform,
 )
+from generate import generate, make_cache
+from helpers import random_model
+from sample import RANGES, Sampling, log_probabilities, penalize, probabilities, seen_in
 
 MIXED = [Sampling(), Sampling(1.0, seed=3), Sampling(0.8, top_p=0.9, seed=4),
          Sampling(1.3, 5, 0.7, seed=5), Sampling(1.0, min_p=0.1, seed=6),
@@ -37,7 +34,8 @@ MIXED = [Sampling(), Sampling(1.0, seed=3), Sampling(0.8, top_p=0.9, seed=4),
 def way(request, monkeypatch):
     """A CPU draws otherwise than a GPU; here both ways run on a CPU."""
     if request.param == "gpu":
-        monkeypatch.setattr("sample.on_cpu", lambda logits: False)
+        for name in ("sample.on_cpu", "draw.on_cpu"):
+            monkeypatch.setattr(name, lambda logits: False)
 
 
 def some_logits(*shape, seed=0, scale=2.0):
@@ -147,9 +145,9 @@ def test_settings_that_cannot_be_are_refused(changes, word):
 @pytest.mark.parametrize("one", MIXED[1:])
 def test_draws_have_the_distribution(way, one, size):
     logits, n = some_logits(size, seed=size), 4000
-    settings = dict(temperature=one.temperature, top_k=one.top_k, top_p=one.top_p, min_p=one.min_p)
-    draws = sample(logits.expand(n, -1), generator=torch.Generator().manual_seed(1), **settings)
-    chi_square, bound = goodness(draws, probabilities(logits, **settings))
+    draws = sample(logits.expand(n, -1), one, torch.Generator().manual_seed(1))
+    chi_square, bound = goodness(draws, probabilities(
+        logits, one.temperature, one.top_k, one.top_p, one.min_p))
     assert chi_square < bound
 
 
@@ -157,8 +155,8 @@ def test_draws_of_flat_logits_with_a_small_nucleus():
     """Nearly every first draw is refused, so most come from many rounds."""
     logits, n = some_logits(4 * BLOCK, scale=0.3), 4000
     for settings in (dict(top_p=0.03), dict(min_p=0.8)):
-        draws = sample(logits.expand(n, -1), 1.0, **settings,
-                       generator=torch.Generator().manual_seed(2))
+        draws = sample(logits.expand(n, -1), Sampling(1.0, **settings),
+                       torch.Generator().manual_seed(2))
         chi_square, bound = goodness(draws, probabilities(logits, 1.0, **settings))
         assert chi_square < bound
 
@@ -166,24 +164,24 @@ def test_draws_of_flat_logits_with_a_small_nucleus():
 @pytest.mark.parametrize("top_p, kept", [(0.0, 1), (0.2, 1), (0.3, 2), (0.55, 3), (0.95, 4)])
 def test_of_equal_tokens_as_many_are_kept_as_reach_the_mass(way, top_p, kept):
     logits = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0, 1.0]) * 30
-    draws = sample(logits.expand(500, -1), 1.0, top_p=top_p)
+    draws = sample(logits.expand(500, -1), Sampling(1.0, top_p=top_p))
     assert len(draws.unique()) == kept and set(draws.tolist()) <= {1, 2, 4, 5}
 
 
 def test_top_k_among_equals_keeps_exactly_k(way):
-    draws = sample(torch.zeros(500, 3 * BLOCK), 1.0, top_k=2)
+    draws = sample(torch.zeros(500, 3 * BLOCK), Sampling(1.0, top_k=2))
     assert len(draws.unique()) == 2
 
 
 @pytest.mark.parametrize("size", [49, 64, 1000, 64 * 30])
-def test_top_is_topk(size):
+def test_blockwise_topk_is_topk(size):
     logits = some_logits(size)
     for k in (1, 5, 40):
-        ours, theirs = top(logits, k), logits.topk(k)
+        ours, theirs = blockwise_topk(logits, k), logits.topk(k)
         assert torch.equal(ours[0], theirs.values) and torch.equal(ours[1], theirs.indices)
 
 
-def test_picking_is_inverse_cdf_and_takes_nothing_of_weight_zero():
+def test_one_row_is_inverse_cdf_and_takes_nothing_of_weight_zero():
     weights = some_logits(40, 5 * BLOCK).relu()
     weights[:, BLOCK:2 * BLOCK] = 0
     weights[0, :-1] = 0
@@ -195,15 +193,15 @@ def test_picking_is_inverse_cdf_and_takes_nothing_of_weight_zero():
         exact = (mass <= u * mass[:, -1:]).sum(-1)
         assert (ids - exact).count_nonzero() <= 1  # a sum in float32 may differ at a border
         for row in range(40):
-            assert ids[row] == inverse_cdf_one(weights[row], block_heights(weights[row]), u)
+            assert ids[row] == inverse_cdf_one(weights[row], block_cdf(weights[row]), u)
 
 
 def test_however_cold_the_likeliest_is_drawn(way):
     logits = some_logits(20, 5 * BLOCK)
     for temperature in (1e-20, 1e-46, 1e-300):
-        assert torch.equal(sample(logits, temperature), logits.argmax(-1))
+        assert torch.equal(sample(logits, Sampling(temperature)), logits.argmax(-1))
         assert torch.equal(probabilities(logits, temperature).argmax(-1), logits.argmax(-1))
-        rows = Rows(20, 5 * BLOCK)
+        rows = RowSampler(20, 5 * BLOCK)
         for row in range(20):
             rows.begin(row, Sampling(temperature, seed=row), [])
         assert torch.equal(rows.sample(logits[:, None])[:, 0], logits.argmax(-1))
@@ -211,8 +209,8 @@ def test_however_cold_the_likeliest_is_drawn(way):
 
 def test_nothing_hangs_or_fails_on_logits_that_are_not_numbers(way):
     for bad in (math.nan, -math.inf):
-        sample(torch.full((2, 128), bad), 1.0, top_p=0.9)
-        sample(torch.full((2, 128), bad), 1.0, top_k=5)
+        sample(torch.full((2, 128), bad), Sampling(1.0, top_p=0.9))
+        sample(torch.full((2, 128), bad), Sampling(1.0, top_k=5))
 
 
 def test_keys_give_uniform_and_independent_numbers():
@@ -245,12 +243,12 @@ def test_a_row_says_what_it_says_alone_in_any_slot(way):
     asked = asked[3:] + asked[:3]
     logits = some_logits(6, len(asked), 5 * BLOCK)
     logits[:, :] = logits[:, :1]
-    together = Rows(len(asked), 5 * BLOCK)
+    together = RowSampler(len(asked), 5 * BLOCK)
     for row, one in enumerate(asked):
         together.begin(row, one, [1, 2, 3])
     said = said_by(together, logits)
     for row, one in enumerate(asked):
-        alone = Rows(1, 5 * BLOCK)
+        alone = RowSampler(1, 5 * BLOCK)
         alone.begin(0, one, [1, 2, 3])
         assert torch.equal(said_by(alone, logits[:, :1])[0], said[row])
     assert len(said.unique(dim=0)) > 7
@@ -260,7 +258,7 @@ def test_rows_draw_from_the_distribution(way):
     """Of 3,000 seeds, each row's second token, whose penalty the first has changed."""
     logits, n = some_logits(40), 3000
     one = Sampling(0.9, 0, 0.9, 0.01, 1.5, 0.5, 0.7)
-    rows = Rows(n, 40)
+    rows = RowSampler(n, 40)
     for row in range(n):
         rows.begin(row, Sampling(**{**one.__dict__, "seed": row}), [4, 5])
     first, second = said_by(rows, logits.expand(2, n, -1), 2).T
@@ -275,7 +273,7 @@ def test_rows_draw_from_the_distribution(way):
 
 def test_what_a_row_ended_with_is_forgotten():
     logits = some_logits(2, 20)
-    rows = Rows(2, 20)
+    rows = RowSampler(2, 20)
     rows.begin(0, Sampling(0, 0, 1, 0, 5.0, 2.0, 2.0), list(range(10)))
     rows.sample(logits[:, None])
     rows.end(0)
@@ -286,11 +284,11 @@ def test_what_a_row_ended_with_is_forgotten():
 
 def test_sampling_leaves_the_logits_as_they_are(way):
     logits = some_logits(8, 5 * BLOCK)
-    before, rows = logits.clone(), Rows(8, 5 * BLOCK)
+    before, rows = logits.clone(), RowSampler(8, 5 * BLOCK)
     for row, one in enumerate(MIXED):
         rows.begin(row, Sampling(**{**one.__dict__, "frequency_penalty": 0.1}), [1])
     rows.sample(logits[:, None])
-    sample(logits, 0.8, top_p=0.9)
+    sample(logits, Sampling(0.8, top_p=0.9))
     assert torch.equal(logits, before)
 
 
@@ -306,13 +304,62 @@ def test_the_repetition_penalty_is_that_of_transformers_all_along_an_answer():
     assert len(set(ids)) > len(set(generate(model, make_cache(model, 4, 60), prompt, 30)))
 
 
+@dataclass(frozen=True)
+class WithFloor(Sampling):
+    """Sampling with one setting more: a token less probable than the floor is never drawn."""
+
+    floor: float = 0.0
+
+
+def with_floor(logits, temperature, top_k=None, top_p=None, min_p=None, floor=0.0):
+    probs = probabilities(logits, temperature, top_k, top_p, min_p)
+    floor = floor[:, None] if isinstance(floor, torch.Tensor) else floor
+    probs = probs.masked_fill(probs < floor, 0)
+    return probs / probs.sum(-1, keepdim=True)
+
+
+def test_a_new_setting_needs_a_field_a_range_and_a_step(way, monkeypatch):
+    """No way of drawing knows it, and every one heeds it, beside rows that do not ask for it."""
+    monkeypatch.setitem(RANGES, "floor", (0, 1))
+    monkeypatch.setattr("draw.probabilities", with_floor)
+    monkeypatch.setattr("draw.GREEDY", WithFloor())
+    with pytest.raises(ValueError, match="floor 2"):
+        WithFloor(floor=2)
+    logits, n = some_logits(40), 3000
+    for one in (WithFloor(0.9, floor=0.05), WithFloor(1.1, 12, 0.9, 0.01, floor=0.05)):
+        expected = with_floor(logits, **one.limits())
+        assert expected.count_nonzero() < probabilities(logits, one.temperature, one.top_k,
+                                                        one.top_p, one.min_p).count_nonzero()
+        chi_square, bound = goodness(sample(logits.expand(n, -1), one,
+                                            torch.Generator().manual_seed(1)), expected)
+        assert chi_square < bound
+        rows = RowSampler(n, 40)
+        for row in range(n):
+            rows.begin(row, replace(one if row % 3 else WithFloor(0.9), seed=row), [])
+        ids = rows.sample(logits.expand(n, 1, -1))[:, 0]
+        asked = torch.arange(n) % 3 > 0
+        chi_square, bound = goodness(ids[asked], expected)
+        assert chi_square < bound
+        assert len(ids[~asked].unique()) > expected.count_nonzero()
+
+
+def test_a_cpu_draws_from_probabilities_what_its_fast_draws_do_not_know(monkeypatch):
+    """As if they knew of no min-p: another way to the same distribution."""
+    monkeypatch.setattr("draw.FAST", {"temperature", "top_k", "top_p"})
+    monkeypatch.setattr("draw.draw_by_rejection", lambda *a: pytest.fail("a fast draw"))
+    logits, one = some_logits(40), Sampling(1.0, min_p=0.1)
+    draws = sample(logits.expand(4000, -1), one, torch.Generator().manual_seed(1))
+    chi_square, bound = goodness(draws, probabilities(logits, 1.0, min_p=0.1))
+    assert chi_square < bound
+
+
 def test_one_way_of_drawing_is_for_a_cpu(monkeypatch):
     """So that the tests above mean what they say."""
     called = []
-    for name in ("choose_on_cpu", "choose_on_gpu"):
+    for name in ("draw_on_cpu", "draw_on_gpu"):
         monkeypatch.setattr(module, name, lambda rows, *rest, name=name: called.append(name)
                             or rows.argmax(-1))
-    sample(torch.randn(2, 9), 1.0)
+    sample(torch.randn(2, 9), Sampling(1.0))
     monkeypatch.setattr(module, "on_cpu", lambda logits: False)
-    sample(torch.randn(2, 9), 1.0)
-    assert called == ["choose_on_cpu", "choose_on_gpu"]
+    sample(torch.randn(2, 9), Sampling(1.0))
+    assert called == ["draw_on_cpu", "draw_on_gpu"]

@@ -89,7 +89,7 @@ def test_a_rollback_stays_as_deep_as_it_was(tmp_path):
 @pytest.mark.slow
 def test_greedy_tokens_are_those_of_the_uninterrupted_stream(tmp_path):
     model, _ = load(TINY, device="cpu", dtype=torch.float32)
-    prompt, options = list(range(300, 340)), dict(ignore_eos=True)
+    prompt, options = list(range(300, 340)), dict(stop_ids=())
     whole = list(generate(model, make_cache(model, 4, 60), prompt, 300, **options))
     cache = make_cache(model, 4, 60)
     first = list(generate(model, cache, prompt, 200, **options))
@@ -270,11 +270,11 @@ def test_a_draft_that_no_longer_reads_along_is_not_kept(tmp_path):
     draft, _ = load(DRAFT, device="cpu")
     speculation = Speculation(draft, make_cache(draft, 4, 60))
     talk = chat.Conversation(model, tokenizer, make_cache(model, 4, 60), speculation, None)
-    list(generate(model, talk.cache, [5, 6, 7], 40, speculation=speculation, ignore_eos=True))
+    list(generate(model, talk.cache, [5, 6, 7], 40, speculation=speculation, stop_ids=()))
     speculation.size = 0  # it did not pay
-    list(generate(model, talk.cache, [8, 9], 3, speculation=speculation, ignore_eos=True))
-    chat.save(tmp_path / "s", talk)
-    chat.load(tmp_path / "s", talk)
+    list(generate(model, talk.cache, [8, 9], 3, speculation=speculation, stop_ids=()))
+    chat.save_conversation(tmp_path / "s", talk)
+    chat.load_conversation(tmp_path / "s", talk)
     assert talk.cache.length == 48 and talk.speculation.cache.length == 0
     assert speculation.size > 0  # and may try again
 

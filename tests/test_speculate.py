@@ -3,14 +3,14 @@
 import itertools
 import json
 from array import array
+from dataclasses import replace
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from cli import add_generation, make_parser
 from convert_hf import convert
-from generate import answer, generate, load, make_cache, warm
+from generate import answer, generate, load, make_cache, timed_prefill, warm
 from helpers import TINY, random_model, run
 from kv_cache import KVCache
 from load import compile_model
@@ -36,7 +36,7 @@ def models():
 @pytest.mark.parametrize("kind", ["draft", "lookup", "itself", "adaptive"])
 def test_greedy_equals_plain_greedy_over_many_wraps(models, kind):
     target, draft = models
-    prompt, options = list(range(300, 340)), dict(max_new_tokens=500, ignore_eos=True)
+    prompt, options = list(range(300, 340)), dict(max_new_tokens=500, stop_ids=())
     plain = list(generate(target, make_cache(target, 4, WINDOW), prompt, **options))
     speculation = {"draft": lambda: of_draft(draft, 5), "lookup": lambda: Speculation(fixed=3),
                    "itself": lambda: of_draft(target, 4),
@@ -56,20 +56,20 @@ def test_what_a_verified_round_draws_has_the_models_distribution():
     """Chi-square of 4,000 two-token draws against the exact product, for a bad proposer."""
     torch.manual_seed(0)
     generator, V, rounds = torch.Generator().manual_seed(1), 6, 4000
-    for options in (dict(temperature=0.7), dict(temperature=1.3, top_k=4),
-                    dict(temperature=1.0, top_p=0.8), dict(temperature=1.1, min_p=0.15)):
+    for sampling in (Sampling(0.7), Sampling(1.3, top_k=4), Sampling(1.0, top_p=0.8),
+                     Sampling(1.1, min_p=0.15)):
         first, after = torch.randn(V) * 2, torch.randn(V, V) * 2  # logits, also after each token
-        q = distribution(torch.randn(1, V) * 2, **options)
+        q = distribution(torch.randn(1, V) * 2, sampling)
         counts = torch.zeros(V, V)
         for proposal in torch.multinomial(q[0], rounds, replacement=True, generator=generator):
-            p = distribution(torch.stack([first, after[proposal]]), **options)
-            n, following = verify(p, q, proposal[None], options["temperature"], generator)
+            p = distribution(torch.stack([first, after[proposal]]), sampling)
+            n, following = verify(p, q, proposal[None], sampling, generator)
             if n:
                 counts[proposal, following] += 1
             else:  # the token after a replaced one is drawn in the next round
-                p = distribution(after[following], **options)
+                p = distribution(after[following], sampling)
                 counts[following, torch.multinomial(p[0], 1, generator=generator)] += 1
-        expected = rounds * distribution(first, **options)[:, None] * distribution(after, **options)
+        expected = rounds * distribution(first, sampling)[:, None] * distribution(after, sampling)
         assert (counts[expected == 0] == 0).all()
         cells = expected > 5
         chi2 = ((counts - expected)[cells] ** 2 / expected[cells]).sum()
@@ -81,10 +81,10 @@ def test_what_a_verified_round_draws_has_the_models_distribution():
 def test_whole_streams_of_samples_have_the_models_distribution():
     """Three tokens after a prompt, through both caches, against the exact joint distribution."""
     target, draft = random_model(0, vocab_size=5), random_model(1, vocab_size=5)
-    prompt, options = [1, 2, 3], dict(temperature=0.9, top_k=4, min_p=0.05)
+    prompt, sampling = [1, 2, 3], Sampling(0.9, top_k=4, min_p=0.05)
 
     def next_token(ids):
-        return distribution(target(torch.tensor([prompt + list(ids)]))[0, -1], **options)
+        return distribution(target(torch.tensor([prompt + list(ids)]))[0, -1], sampling)
 
     expected = {}
     for ids in itertools.product(range(5), repeat=3):
@@ -92,12 +92,11 @@ def test_whole_streams_of_samples_have_the_models_distribution():
                               * next_token(ids[:2])[ids[2]])
     draws, counts = 900, dict.fromkeys(expected, 0)
     cache, its = KVCache(target.config, 1, 2, 6, 8), KVCache(draft.config, 1, 2, 6, 8)
-    generator = torch.Generator().manual_seed(3)
-    for _ in range(draws):
+    for draw in range(draws):
         cache.reset()
         its.reset()
-        ids = tuple(generate(target, cache, prompt, 3, generator=generator, ignore_eos=True,
-                             speculation=Speculation(draft, its, 2), **options))
+        ids = tuple(generate(target, cache, prompt, 3, sampling=replace(sampling, seed=draw),
+                             stop_ids=(), speculation=Speculation(draft, its, 2)))
         counts[ids] += 1
     assert all(counts[ids] == 0 for ids, p in expected.items() if p == 0)
     big = [ids for ids, p in expected.items() if p * draws > 5]
@@ -109,12 +108,14 @@ def test_impossible_tokens_are_never_accepted_and_an_empty_residual_falls_back()
     p = torch.tensor([[0.0, 1.0, 0.0], [0.2, 0.3, 0.5]])
     q = torch.tensor([[1.0, 0.0, 0.0]])
     for seed in range(200):
-        n, following = verify(p, q, torch.tensor([0]), 1.0, torch.Generator().manual_seed(seed))
+        n, following = verify(p, q, torch.tensor([0]), Sampling(1.0),
+                              torch.Generator().manual_seed(seed))
         assert n == 0 and following == 1
     same = torch.tensor([[0.5, 0.5, 0.0]])
     p = torch.cat([same, same])
     for seed in range(50):  # proposed outside q's support: refused, and p - q leaves nothing
-        n, following = verify(p, same, torch.tensor([2]), 1.0, torch.Generator().manual_seed(seed))
+        n, following = verify(p, same, torch.tensor([2]), Sampling(1.0),
+                              torch.Generator().manual_seed(seed))
         assert n == 0 and following in (0, 1)
 
 
@@ -123,20 +124,20 @@ def test_stopping_anywhere_in_a_run_leaves_the_cache_at_the_token_yielded(models
     target, prompt = models[0], list(range(300, 320))
     cache, speculation = make_cache(target, 4, WINDOW), of_draft(target, 5)
     said = list(itertools.islice(generate(target, cache, prompt, 50, speculation=speculation,
-                                          ignore_eos=True), stop_after))
+                                          stop_ids=()), stop_after))
     assert int(cache.length) == len(prompt) + stop_after
     assert int(speculation.cache.length) == len(prompt) + stop_after - 1
     again = make_cache(target, 4, WINDOW)
-    follow = list(generate(target, again, prompt, stop_after, ignore_eos=True))
+    follow = list(generate(target, again, prompt, stop_after, stop_ids=()))
     assert said == follow
-    turns = [list(generate(target, c, [9, 8, 7], 20, speculation=s, ignore_eos=True))
+    turns = [list(generate(target, c, [9, 8, 7], 20, speculation=s, stop_ids=()))
              for c, s in ((cache, speculation), (again, None))]
     assert turns[0] == turns[1]
 
 
 def test_eos_and_the_limit_end_inside_an_accepted_run(models):
     target, prompt = models[0], list(range(300, 320))
-    plain = list(generate(target, make_cache(target, 4, WINDOW), prompt, 30, ignore_eos=True))
+    plain = list(generate(target, make_cache(target, 4, WINDOW), prompt, 30, stop_ids=()))
     eos = plain[9]
     ending, _ = load(TINY, device="cpu", dtype=torch.float32)
     object.__setattr__(ending.config, "eos_ids", (eos,))
@@ -152,8 +153,8 @@ def test_speculation_that_does_not_pay_stops_and_says_so_once(models, caplog):
     target = models[0]
     silly = random_model(7, vocab_size=target.config.vocab_size)
     cache, speculation = make_cache(target, 4, WINDOW), of_draft(silly)
-    list(generate(target, cache, [300, 301], 200, ignore_eos=True, speculation=speculation))
-    list(generate(target, cache, [300, 301], 50, ignore_eos=True, speculation=speculation))
+    list(generate(target, cache, [300, 301], 200, stop_ids=(), speculation=speculation))
+    list(generate(target, cache, [300, 301], 50, stop_ids=(), speculation=speculation))
     assert speculation.size == 0 and speculation.proposed <= 40
     assert caplog.text.count("speculation stopped: 0 of") == 1
 
@@ -180,7 +181,7 @@ def test_nothing_is_compiled_after_warming_with_a_draft():
     warm(target, cache, speculation, Sampling(0.8, seed=1))
     with torch._dynamo.config.patch(error_on_recompile=True):
         for length in (1, 50, 300):
-            list(generate(target, cache, [7] * length, 60, temperature=0.8, ignore_eos=True,
+            list(generate(target, cache, [7] * length, 60, temperature=0.8, stop_ids=(),
                           speculation=speculation))
     assert speculation.accepted > 0 and not counters["graph_break"]
 
@@ -214,13 +215,11 @@ def test_the_rate_counts_every_round(monkeypatch):
     step = model.step
     model.step = lambda *args: calls.append(1) or step(*args)
     monkeypatch.setattr("generate.time.perf_counter", lambda: float(len(calls)))
-    args = add_generation(make_parser("What it is.\n\n    python x.py")).parse_args(
-        ["--temperature", "0", "--max-new-tokens", "12", "--ignore-eos"])
-    args.compile_s, args.seed = 0.0, 0
     for speculation in (None, Speculation(fixed=3)):
         calls.clear()
-        record = answer(model, make_cache(model, 4, 60), tokenizer, [1, 2] * 5, args,
-                        lambda text: None, speculation)
+        prompt = timed_prefill(model, make_cache(model, 4, 60), [1, 2] * 5, speculation)
+        record = answer(model, tokenizer, prompt, 12, Sampling(seed=0), stop_ids=(),
+                        speculation=speculation)
         steps = len(calls) - 1  # without the prefill
         assert record["decode_tok_s"] == 11 / (steps if speculation else steps - 1)
         assert steps == 12 if speculation is None else steps < 12

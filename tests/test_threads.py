@@ -1,4 +1,4 @@
-"""How many threads steps run on, beside programs that come and go: the machine is a formula."""
+"""How many threads steps run on, beside programs that come and go, on a simulated machine."""
 
 import pytest
 import torch
@@ -7,19 +7,19 @@ import threads
 from generate import make_cache
 from helpers import TINY, random_model
 from load import compile_model, load
-from threads import Threads
+from threads import ThreadTuner
 
 
 class Machine:
-    """Cores, some of them taken by others. A step's work is shared by the threads; threads that
-    have a core to themselves are fast, and one that shares its core holds up all the others."""
+    """A simulated machine, some of whose cores other programs use. The threads share a step's work.
+    A thread that shares its core with another program holds up all the others."""
 
     def __init__(self, cores, kind="decode"):
-        self.cores, self.kind, self.threads = cores, kind, Threads(cores)
+        self.cores, self.kind, self.threads = cores, kind, ThreadTuner(cores)
         self.now = 0.0
 
     def run(self, seconds, others):
-        """Steps for so long; (steps a second of the last half, threads at the end)."""
+        """Run steps for so many seconds; (steps a second in the last half, threads at the end)."""
         start, steps = self.now, 0
         while self.now < start + seconds:
             n = self.threads.now
@@ -36,13 +36,14 @@ class Machine:
 def test_an_idle_machine_tries_nothing(cores):
     machine = Machine(cores)
     tried = []
-    machine.threads.try_out = lambda n, kind: tried.append(n)
+    machine.threads.start_trial = lambda n, kind: tried.append(n)
     assert machine.run(60, others=0) == (pytest.approx(50 * cores, rel=0.01), cores)
     assert not tried
 
 
 def test_beside_two_busy_programs_one_thread_and_back():
-    """At least 0.7 of what one thread gets (25 steps a second), twice, within one stream."""
+    """One thread beside two programs makes 25 steps a second, and alone on its core 50. The number
+    adapts twice within one stream."""
     machine = Machine(2)
     for _ in range(2):
         assert machine.run(10, others=0)[0] > 0.95 * 100
@@ -59,8 +60,8 @@ def test_of_sixteen_cores_eight_stay_when_two_are_taken():
 
 
 def test_steps_are_compared_with_their_own_kind():
-    """A chunk of a prompt takes longer than a token with any number of threads; and however the two
-    take turns, what is free again is found."""
+    """A chunk of a prompt takes longer than a token with any number of threads. Cores that are free
+    again are found even while the two kinds of steps take turns."""
     machine = Machine(2)
     assert machine.run(1, others=2)[1] == 1
     for _ in range(400):
@@ -71,13 +72,13 @@ def test_steps_are_compared_with_their_own_kind():
     for _ in range(3):
         machine.threads.note("chunk", 9.0, 2.0)
     assert machine.threads.now == 1
-    machine.threads.note("decode", 0.04, 0.04)  # far less than a chunk took, which says nothing
-    assert machine.threads.trial_of
+    machine.threads.note("decode", 0.04, 0.04)  # faster than a chunk, which proves nothing
+    assert machine.threads.trial
 
 
 @pytest.fixture
 def own_threads():
-    """Whatever a test does to them, the process has its threads again."""
+    """Restore the process's number of threads after a test."""
     most = torch.get_num_threads()
     yield
     threads.keep_threads()
@@ -108,13 +109,13 @@ def test_a_step_runs_on_what_was_found_and_the_users_own_number_counts(own_threa
 
 @pytest.mark.slow
 def test_a_compiled_step_says_the_same_on_any_number_of_threads(own_threads):
-    """Also one that was compiled while others had the cores, and on more threads than it was
-    compiled for. (Inductor's own cpp.dynamic_threads, in 2.13, does not.)"""
+    """This holds for a step that was compiled on few threads, and for more threads than it was
+    compiled for. Inductor's own cpp.dynamic_threads (2.13) gives other results."""
     eager, _ = load(TINY, device="cpu", dtype=torch.float32)
     torch.set_num_threads(2)
     threads.adapt_threads()
     threads.adaptive.now = 1
-    torch.set_num_threads(1)  # as if it had been found
+    torch.set_num_threads(1)  # as if the tuner had chosen it
     model, _ = load(TINY, device="cpu", dtype=torch.float32, compile=True)
     for n in (1, 2, 4, 1):
         cache, plain = make_cache(model), make_cache(eager)

@@ -10,8 +10,9 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from chat_template import ChatTemplate
 from helpers import TINY
-from tokenizer import Tokenizer, stop_at
+from tokenizer import GeneratedText, Tokenizer
 
 TEXTS = ["Hello there, said the cat.", "  two  spaces\n\nand a line\n",
          "née 日本語 👩‍👩‍👧 ₿ \u200b.", "\n", " "]
@@ -334,6 +335,32 @@ def test_a_word_that_was_added_stays_a_word_unless_the_template_marks_turns_with
     assert tokenizer.decode(ids).endswith("<think> <turn>")
 
 
+def test_a_template_renders_text_and_its_system_turn_comes_first():
+    template = ChatTemplate(CHATML, {"<|im_start|>", "<|im_end|>"}, set(), "", "")
+    opening, rest = template.conversation([{"role": "system", "content": "Be a cat. "},
+                                           {"role": "user", "content": "Who?"}])
+    assert opening == template.system_turn("Be a cat.") \
+        == "<|im_start|>system\nBe a cat.<|im_end|>\n"
+    assert rest == "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
+    assert template.next_turn("Why?") == "<|im_end|>\n" + rest.replace("Who", "Why")
+    assert template.conversation([{"role": "user", "content": "Who?"}]) == ("", rest)
+
+
+@pytest.mark.parametrize("word", ["\n", "\n\n", "#"])
+def test_added_words_that_are_only_whitespace_or_one_character_may_be_typed(tmp_path, word):
+    """As Gemma's newlines, which its template says, too."""
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {
+        "4096": {"content": word, "special": False}, "4097": {"content": "<|im_end|>"}}}))
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}" + word + "<|im_end|>" + word + "{% endfor %}")
+    tokenizer = Tokenizer(tmp_path)
+    ids = tokenizer.first_turn(f"one{word}two<|im_end|>")
+    assert ids == (tokenizer.encode(f"one{word}two")
+                   + tokenizer.inner.encode("<") + tokenizer.inner.encode("|im_end|>")
+                   + [4096, 4097, 4096])
+
+
 @pytest.mark.parametrize("text", ["\ue002", "a\ue002\ue002b <\ue002/s>", "</s>\ue002</s>"])
 def test_any_character_can_be_typed(byte_level, tmp_path, text):
     shutil.copytree(byte_level, tmp_path, dirs_exist_ok=True)
@@ -344,18 +371,77 @@ def test_any_character_can_be_typed(byte_level, tmp_path, text):
 # ------------------------------------------------------------------------------ stop texts
 
 
+class OfPieces:
+    """A tokenizer whose ids stand for these pieces of text."""
+
+    def __init__(self, pieces):
+        self.pieces = pieces
+
+    def stream(self):
+        return lambda token_id: "" if token_id is None else self.pieces[token_id]
+
+
 @pytest.mark.parametrize("pieces, shown, stopped", [
     (["one ", "two STOP three"], "one two ", True), (["one ST", "OP two"], "one ", True),
     (["one ST", "AR"], "one STAR", False), (["SSTOP"], "S", True), (["ST"], "ST", False),
     (["a\n", "\nb"], "a", True)])
 def test_stop_texts_are_cut_and_what_may_become_one_is_held_back(pieces, shown, stopped):
-    stop, text = stop_at(["STOP", "\n\n"]), ""
-    for piece in pieces:
-        more, reached = stop(piece)
-        text += more
+    generated, text = GeneratedText(OfPieces(pieces), ["STOP", "\n\n"]), ""
+    for n in range(len(pieces)):
+        text += generated.add(n)
         assert "ST" not in text or "STA" in text
-        if reached:
+        if generated.stopped:
             break
-    else:
-        text += stop("", final=True)[0]
-    assert (text, reached) == (shown, stopped)
+    text += generated.flush()
+    assert (text, generated.stopped) == (shown, stopped) and generated.text == text
+
+
+# ------------------------------------------------------------------------------ generated text
+
+
+def test_without_stop_texts_the_generated_text_is_what_decode_says(tokenizer):
+    ids = tokenizer.encode("The cat née 日本語 👩‍👩‍👧 sat.", bos=False)
+    generated = GeneratedText(tokenizer)
+    pieces = [generated.add(token_id) for token_id in ids]
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert "".join(pieces) == generated.text
+    assert generated.flush() == "" and not generated.stopped
+    assert generated.text == tokenizer.decode(ids)
+    assert generated.ids == ids and generated.decoded_length == len(generated.text)
+
+
+def test_a_stop_text_across_tokens_ends_the_text_before_it(tokenizer):
+    ids = tokenizer.encode("The cat sat on the mat", bos=False)
+    text = tokenizer.decode(ids)
+    stop = "at sat o"
+    assert len(ids) > 5 and all(stop not in tokenizer.decode([i]) for i in ids)
+    generated, shown, lengths = GeneratedText(tokenizer, ["no such text", stop]), "", []
+    for n, token_id in enumerate(ids, start=1):
+        shown += generated.add(token_id)
+        assert shown == generated.text and text.startswith(shown)
+        lengths.append(generated.decoded_length)
+        assert generated.stopped == (stop in tokenizer.decode(ids[:n]))
+    assert shown == text[:text.index(stop)]
+    assert generated.flush() == "" and generated.text == shown
+    assert generated.ids == ids  # what came after the stop text, too
+    assert lengths == [len(tokenizer.decode(ids[:n])) for n in range(1, len(ids) + 1)]
+
+
+def test_what_might_have_become_a_stop_text_is_shown_at_the_end(tokenizer):
+    ids = tokenizer.encode("The cat sat", bos=False)
+    text = tokenizer.decode(ids)
+    generated = GeneratedText(tokenizer, ["sat down"])
+    shown = "".join(generated.add(token_id) for token_id in ids)
+    assert shown == generated.text == text.removesuffix("sat")
+    assert generated.decoded_length == len(text)
+    assert generated.flush() == "sat" and generated.text == text and not generated.stopped
+
+
+def test_half_a_character_is_shown_at_the_end_as_such(tokenizer):
+    whole = tokenizer.encode("The cat", bos=False)
+    ids = whole + tokenizer.encode("日", bos=False)[:-1]
+    generated = GeneratedText(tokenizer, ["STOP"])
+    shown = "".join(generated.add(token_id) for token_id in ids)
+    assert shown.strip() == "The cat" and generated.decoded_length == len(shown)
+    assert set(generated.flush()) == {"\ufffd"}
+    assert generated.text == tokenizer.decode(ids) and generated.decoded_length > len(shown)

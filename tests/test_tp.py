@@ -127,8 +127,8 @@ def test_a_number_of_ranks_that_does_not_divide_names_those_that_do(n, group_siz
     config = dataclasses.replace(random_model().config, n_heads=8, n_kv_heads=2, head_dim=16,
                                  ffn_dim=256)
     with pytest.raises(ValueError, match=f"{n} processes cannot share 8 heads.*; {able} can"):
-        tp.share(config, n, group_size)
-    assert isinstance(tp.share(config, 4, group_size), ModelConfig)
+        tp.shard_config(config, n, group_size)
+    assert isinstance(tp.shard_config(config, 4, group_size), ModelConfig)
 
 
 def free_port():

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 
 import tp  # noqa: E402
+from draw import sample  # noqa: E402
 from generate import generate, load, make_cache, warm, weight_bytes  # noqa: E402
 from helpers import TINY, run  # noqa: E402
-from sample import sample  # noqa: E402
 from speculate import Speculation  # noqa: E402
 
 DRAFT = TINY.parent / "tiny-draft"
@@ -52,7 +52,7 @@ def findings(folder: Path) -> dict[str, torch.Tensor]:
         found[f"{name} tokens"] = said(model, make_cache(model, 4, 12), speculation=speculation)
         found[f"{name} accepted"] = torch.tensor(speculation.accepted)
     found["sampled tokens"] = said(model, make_cache(model, 4, 12), temperature=0.9, top_p=0.9,
-                                   generator=torch.Generator().manual_seed(5))
+                                   seed=5)
     return found
 
 
@@ -78,7 +78,7 @@ def of_the_traffic(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def said(model, cache, **options) -> torch.Tensor:
-    return torch.tensor(list(generate(model, cache, PROMPT, 80, ignore_eos=True, **options)))
+    return torch.tensor(list(generate(model, cache, PROMPT, 80, stop_ids=(), **options)))
 
 
 def of_the_compiled() -> dict[str, torch.Tensor]:
@@ -106,7 +106,7 @@ def of_a_checkpoint_that_one_rank_lacks(folder: Path) -> dict[str, torch.Tensor]
     try:
         load(folder / ("wide" if tp.rank() == 0 else "nowhere"), device="cpu")
     except ValueError as error:
-        reports = tp.gather_texts(str(error))
+        reports = tp.all_gather_texts(str(error))
         return {"lacking": torch.tensor(list("\n".join(reports).encode()), dtype=torch.uint8)}
     return {}
 
@@ -133,4 +133,4 @@ if __name__ == "__main__":
     if tp.rank() == 0:
         found = {name: tensor.contiguous() for name, tensor in found.items()}
         save_file(found, folder / f"ranks-{tp.n_ranks()}.safetensors")
-    tp.part()
+    tp.barrier()

@@ -48,8 +48,7 @@ def talk(model, cache, prompt_ids: list[int], tokens: int):
     ids = list(prompt_ids)
     latest = deque(ids, maxlen=model.config.n_layers * cache.window)
     warm, every, grown, base = 2 * (cache.n_sink + cache.ring), max(1, tokens // 20), 0, 0
-    said = generate(model, cache, prompt_ids, tokens, temperature=0.8, ignore_eos=True,
-                    generator=torch.Generator().manual_seed(0))
+    said = generate(model, cache, prompt_ids, tokens, stop_ids=(), temperature=0.8, seed=0)
     for n, token_id in enumerate(said, 1):
         latest.append(token_id)
         if len(ids) < cache.n_sink:

@@ -1,4 +1,4 @@
-"""Kills a replica while clients talk, and prints what they notice.
+"""Kills a replica while clients hold conversations, and prints what they notice.
 
     python tests/stress/ray_replicas.py                                   # the embedded model
     python tests/stress/ray_replicas.py --checkpoint smollm2 --json
@@ -33,7 +33,7 @@ from ray import serve  # noqa: E402
 from server.ray_app import app  # noqa: E402
 
 NAME = f"gpt-stream-{os.getpid()}"
-SAID = ["Tell me about {}, please.", "And what else?", "Why is that so?", "Go on.",
+TURNS = ["Tell me about {}, please.", "And what else?", "Why is that so?", "Go on.",
         "Who told you?", "What happened then?"]
 
 
@@ -63,22 +63,22 @@ class Figures:
         self.followed = self.kept = 0  # turns after the first; of these, with all before it kept
         self.seconds = []
 
-    def told(self) -> dict:
+    def as_dict(self) -> dict:
         return dict(requests=self.requests, answered=self.answered, given_up=self.given_up,
                     statuses=dict(self.statuses), stream_errors=dict(self.stream_errors),
                     kept=f"{self.kept} of {self.followed}",
                     p50_s=round(sorted(self.seconds)[len(self.seconds) // 2], 3))
 
 
-class Talk:
-    """One client's conversation."""
+class Conversation:
+    """One client and its conversation."""
 
     def __init__(self, url: str, model: str, number: int, max_tokens: int):
         self.figures, self.before = None, 0  # before: tokens of the turns that are answered
         self.client = openai.AsyncOpenAI(
             base_url=url, api_key="none", timeout=120, max_retries=6,
             http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [self.count]}))
-        self.asked, self.max_tokens = {"model": model, "temperature": 0}, max_tokens
+        self.options, self.max_tokens = {"model": model, "temperature": 0}, max_tokens
         self.number, self.stream, self.messages = number, number % 2 == 1, []
         self.random = random.Random(number)
 
@@ -87,9 +87,9 @@ class Talk:
 
     async def turn(self, figures: Figures) -> None:
         self.figures = figures
-        self.asked["max_tokens"] = self.random.randint(self.max_tokens // 4, self.max_tokens)
-        say = SAID[len(self.messages) // 2 % len(SAID)].format(f"cat number {self.number}")
-        self.messages.append({"role": "user", "content": say})
+        self.options["max_tokens"] = self.random.randint(self.max_tokens // 4, self.max_tokens)
+        question = TURNS[len(self.messages) // 2 % len(TURNS)].format(f"cat number {self.number}")
+        self.messages.append({"role": "user", "content": question})
         figures.requests += 1
         began = time.perf_counter()
         for _ in range(10):
@@ -113,7 +113,7 @@ class Talk:
         self.messages.append({"role": "assistant", "content": text})
 
     async def whole(self):
-        answer = await self.client.chat.completions.create(messages=self.messages, **self.asked)
+        answer = await self.client.chat.completions.create(messages=self.messages, **self.options)
         assert answer.choices[0].finish_reason
         return answer.choices[0].message.content, answer.usage
 
@@ -121,7 +121,7 @@ class Talk:
         text, usage, finish = "", None, None
         async for chunk in await self.client.chat.completions.create(
                 messages=self.messages, stream=True, stream_options={"include_usage": True},
-                **self.asked):
+                **self.options):
             usage = chunk.usage or usage
             for choice in chunk.choices:
                 text += choice.delta.content or ""
@@ -131,11 +131,11 @@ class Talk:
         return text, usage
 
 
-async def third(talks: list[Talk], turns: int, during=None) -> dict:
+async def third(talks: list[Conversation], turns: int, during=None) -> dict:
     """Every conversation goes on for so many turns; `during` is called in the middle."""
     figures = Figures()
 
-    async def one(talk: Talk) -> None:
+    async def one(talk: Conversation) -> None:
         for _ in range(turns):
             await asyncio.sleep(talk.random.uniform(0, 0.5))  # so that rows change clients
             await talk.turn(figures)
@@ -147,29 +147,29 @@ async def third(talks: list[Talk], turns: int, during=None) -> dict:
 
     began = time.perf_counter()
     await asyncio.gather(*map(one, talks), *([interrupt()] if during else []))
-    return {**figures.told(), "wall_s": round(time.perf_counter() - began, 2)}
+    return {**figures.as_dict(), "wall_s": round(time.perf_counter() - began, 2)}
 
 
-async def talk_through(url: str, model: str, args) -> dict:
-    talks = [Talk(url, model, number, args.max_new_tokens) for number in range(args.clients)]
+async def converse(talks: list[Conversation], turns: int, replicas: int, kill: str) -> dict:
+    """Three thirds of so many turns; in the second, a process of each deployment in `kill` is
+    killed."""
     before = pids("Replica")
-    found = {"replicas": len(before), "before": await third(talks, args.turns)}
+    found = {"replicas": len(before), "before": await third(talks, turns)}
     killed = {}
 
-    def kill() -> None:
-        for deployment in args.kill.split(","):
+    def kill_one_each() -> None:
+        for deployment in kill.split(","):
             killed[deployment] = pids(deployment)[0]
             os.kill(killed[deployment], signal.SIGKILL)
         killed["at"] = time.perf_counter()
 
-    found["killed"] = await third(talks, args.turns, kill)
-    while len(set(pids("Replica")) - set(killed.values())) < args.replicas or (
-            running() < args.replicas):
+    found["killed"] = await third(talks, turns, kill_one_each)
+    while len(set(pids("Replica")) - set(killed.values())) < replicas or running() < replicas:
         await asyncio.sleep(0.1)
         assert time.perf_counter() - killed["at"] < 120, "the replica does not come back"
     found["back_after_s"] = round(time.perf_counter() - killed["at"], 1)
     found["same_replicas"] = len(set(before) & set(pids("Replica")))
-    found["after"] = await third(talks, args.turns)
+    found["after"] = await third(talks, turns)
     return found
 
 
@@ -198,7 +198,9 @@ def main():
         serve.run(app({"checkpoint": args.checkpoint, "replicas": args.replicas, "batch": 8,
                        "device": "cpu"}), name=NAME, route_prefix="/")
         model = Path(args.checkpoint).name
-        found = asyncio.run(talk_through(f"http://127.0.0.1:{port}/v1", model, args))
+        talks = [Conversation(f"http://127.0.0.1:{port}/v1", model, number, args.max_new_tokens)
+                 for number in range(args.clients)]
+        found = asyncio.run(converse(talks, args.turns, args.replicas, args.kill))
     finally:
         serve.shutdown()
         ray.shutdown()

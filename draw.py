@@ -1,0 +1,304 @@
+"""Drawing a token: from a seed to keys, from a key to a number in [0, 1), and from that to an id.
+
+What a row draws depends on its own logits, settings and key alone, and its n-th token's key on its
+seed and n: so a seed says the same in every program, whatever runs beside it. Nothing here waits
+for a GPU, or has a shape that depends on what a tensor there holds.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from itertools import accumulate
+from operator import neg
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sample import (
+    COLDEST,
+    PENALTIES,
+    RANGES,
+    Sampling,
+    on_cpu,
+    penalize,
+    probabilities,
+    seen_in,
+)
+from tp import broadcast_tokens
+
+BLOCK = 64  # neighbouring tokens that are summed first, so that a draw looks into one block only
+GREEDY = Sampling()
+FAST = {"temperature", "top_k", "top_p", "min_p"}  # the limits that a CPU's fast draws know
+
+# ------------------------------------------------------------------------------ keys and numbers
+
+
+def mix(key: int | Tensor) -> int | Tensor:
+    """A hash of 32 bits (Wellons' search of such functions found the constants), of a number or of
+    an int64 tensor, in which no product overflows."""
+    key = ((key ^ key >> 16) & 0xFFFFFFFF) * 0x21F0AAAD & 0xFFFFFFFF
+    key = (key ^ key >> 15) * 0x735A2D97 & 0xFFFFFFFF
+    return key ^ key >> 15
+
+
+def seed_key(seed: int) -> int:
+    """The key of a seed of up to 64 bits."""
+    return mix(mix(seed & 0xFFFFFFFF) ^ seed >> 32)
+
+
+def uniform(keys: int | Tensor, again: int = 0) -> float | Tensor:
+    """The number in [0, 1) of each key, float64. `again` counts the repetitions of a draw, each of
+    which has another number."""
+    number = mix(keys + 0x9E3779B9 * again & 0xFFFFFFFF)
+    return (number.double() if isinstance(number, Tensor) else number) / 2**32
+
+
+def new_seed(generator: torch.Generator | None = None) -> int:
+    return torch.randint(2**62, (), generator=generator,
+                         device=generator.device if generator else "cpu").item()
+
+
+def random_keys(n: int, device, generator: torch.Generator | None = None) -> Tensor:
+    return torch.randint(2**32, (n,), device=device, generator=generator)
+
+
+def block_cdf(weights: Tensor) -> Tensor:
+    """(..., V / BLOCK) float64: the mass of weights (..., V) up to the end of each block."""
+    size = math.gcd(weights.shape[-1], BLOCK)
+    return weights.unflatten(-1, (-1, size)).sum(-1).cumsum(-1, dtype=torch.float64)
+
+
+def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
+    """Ids (B,) drawn in proportion to weights (B, V): in each row the first token at which the
+    cumulative mass exceeds the share u (B,) of all mass. A token of weight 0 is never drawn.
+
+    The block is found first, so that cumulative sums are needed of one block a row only."""
+    cdf = block_cdf(weights)  # (B, V / BLOCK)
+    blocks = weights.view(*cdf.shape, -1)  # (B, V / BLOCK, BLOCK)
+    target = u[:, None] * cdf[:, -1:]  # (B, 1)
+    block = torch.searchsorted(cdf, target, right=True).clamp_(max=cdf.shape[-1] - 1)  # (B, 1)
+    target -= F.pad(cdf, (1, 0)).gather(-1, block)  # what is left of it inside the block
+    rows = torch.arange(len(weights), device=weights.device)
+    inner_cdf = blocks[rows, block[:, 0]].cumsum(-1, dtype=torch.float64)  # (B, BLOCK)
+    # The block's sum above and this one differ in their last bits.
+    target = target.minimum(inner_cdf[:, -1:] * (1 - 1e-12))
+    inner = torch.searchsorted(inner_cdf, target, right=True).clamp_(max=blocks.shape[-1] - 1)
+    return (block * blocks.shape[-1] + inner)[:, 0]
+
+
+def inverse_cdf_one(weights: Tensor, cdf: Tensor, u: float) -> int:
+    """`inverse_cdf` of one row (V,) on a CPU; cdf is the row's block_cdf."""
+    target, blocks = u * cdf[-1].item(), weights.view(len(cdf), -1)
+    block = min(torch.searchsorted(cdf, target, right=True).item(), len(blocks) - 1)
+    target -= cdf[block - 1].item() if block else 0
+    inner_cdf = list(accumulate(blocks[block].tolist()))
+    target = min(target, inner_cdf[-1] * (1 - 1e-12))
+    inner = bisect_right(inner_cdf, target, hi=len(inner_cdf) - 1)
+    return block * len(inner_cdf) + inner
+
+
+def draw_from_weights(weights: Tensor, sampling: Sampling,
+                      generator: torch.Generator | None = None) -> Tensor:
+    """Ids (...) int64 drawn in proportion to weights (..., V); at temperature 0 the likeliest.
+    Unlike torch.multinomial, this never waits for the GPU."""
+    if sampling.temperature == 0:
+        return weights.argmax(-1)
+    flat = weights.reshape(-1, weights.shape[-1])
+    keys = random_keys(len(flat), weights.device, generator)
+    return inverse_cdf(flat, uniform(keys)).view(weights.shape[:-1])
+
+
+def sample(logits: Tensor, sampling: Sampling = GREEDY,
+           generator: torch.Generator | None = None) -> Tensor:
+    """Token ids (...) int64 for logits (..., V); the likeliest at temperature 0. Random numbers
+    come from the generator. (A seed and penalties are for RowSampler, which knows the past.)"""
+    rows = logits.reshape(-1, logits.shape[-1])
+    if sampling.temperature == 0:
+        ids = rows.argmax(-1)
+    else:
+        keys = random_keys(len(rows), rows.device, generator)
+        if on_cpu(rows):
+            ids = draw_on_cpu(rows, [sampling] * len(rows), keys.tolist())
+        else:
+            ids = draw_on_gpu(rows, sampling.limits(), keys)
+    return broadcast_tokens(ids).view(logits.shape[:-1])
+
+
+def draw_on_gpu(logits: Tensor, limits: dict[str, float | Tensor], keys: Tensor) -> Tensor:
+    """Ids (B,) of rows (B, V), by the same operations whatever the tensors hold. The limits are
+    those of `probabilities`, by name: numbers, or tensors (B,)."""
+    ids = inverse_cdf(probabilities(logits, **limits), uniform(keys))
+    if not isinstance(limits["temperature"], Tensor):
+        return ids
+    return torch.where(limits["temperature"] == 0, logits.argmax(-1), ids)
+
+
+def draw_on_cpu(logits: Tensor, asked: list[Sampling], keys: list[int]) -> Tensor:
+    """Ids (B,) of rows (B, V), with a Sampling and a key for each. Sorting is slow on a CPU: greedy
+    rows take the likeliest token, rows with top-k sort that many, and the others sort nothing. A
+    row with a limit that is not in FAST is drawn from its `probabilities`.
+
+    After a step of the model an operator's code has left the processor's caches, and its first call
+    is slow: so this calls few kinds of operators, and computes with plain numbers."""
+    n_rows, size = logits.shape
+    ids, unsorted = [0] * n_rows, []  # unsorted: rows that are drawn by rejection
+    for row, (one, key) in enumerate(zip(asked, keys, strict=True)):
+        if not one.temperature:
+            ids[row] = logits[row].argmax().item()
+        elif not FAST.issuperset(limits := one.limits()):
+            probs = probabilities(logits[row], **limits)
+            ids[row] = inverse_cdf_one(probs, block_cdf(probs), uniform(key))
+        elif 0 < one.top_k < size:
+            likely, at = blockwise_topk(logits[row], one.top_k)
+            ids[row] = at[draw_in_order(likely.tolist(), one, uniform(key))].item()
+        else:
+            unsorted.append(row)
+    if unsorted:
+        probs = logits if len(unsorted) == n_rows else logits[unsorted]  # (n, V)
+        temperatures = [[max(asked[row].temperature, COLDEST)] for row in unsorted]
+        same = all(one == temperatures[0] for one in temperatures)
+        probs = (probs / (temperatures[0][0] if same else torch.tensor(temperatures))).softmax(-1)
+        cdf = block_cdf(probs)  # (n, V / BLOCK)
+        for n, row in enumerate(unsorted):
+            ids[row] = draw_by_rejection(probs[n], cdf[n], asked[row], keys[row])
+    return torch.tensor(ids)
+
+
+def blockwise_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`logits.topk(k)` of logits (V,) with less to sort: the k likeliest tokens are in the k blocks
+    with the largest maxima."""
+    size = math.gcd(len(logits), BLOCK)
+    if k * size >= len(logits):
+        return logits.topk(k)
+    blocks = logits.view(-1, size)
+    chosen = blocks.amax(-1).topk(k, sorted=False).indices  # (k,)
+    likely, at = blocks[chosen].view(-1).topk(k)
+    return likely, chosen[at // size] * size + at % size
+
+
+def draw_in_order(likely: list[float], sampling: Sampling, u: float) -> int:
+    """The index of the logit that is drawn among the likeliest, which are in falling order."""
+    weights = [math.exp((logit - likely[0]) / sampling.temperature) for logit in likely]
+    mass, last = list(accumulate(weights)), len(weights) - 1  # last: the index of the last one kept
+    if sampling.top_p < 1:
+        last = bisect_left(mass, sampling.top_p * mass[-1])
+    by_min_p = bisect_right(weights, -sampling.min_p, key=neg) - 1
+    last = max(0, min(last, by_min_p))
+    return bisect_right(mass, u * mass[last], hi=last)
+
+
+def draw_by_rejection(probs: Tensor, cdf: Tensor, sampling: Sampling, key: int) -> int:
+    """Draw from probabilities (V,), whose block_cdf is given, until top-p and min-p keep the token.
+
+    The result has the distribution that sorting would give. In the order of likelihood (equal
+    tokens in the order of ids) a token is kept when the mass before it is less than top_p; when one
+    is dropped, so is every later one. So the next draw is from the tokens before it. Most draws are
+    accepted at once, and a few passes over the vocabulary cost far less than sorting it."""
+    top_p, min_p = sampling.top_p, sampling.min_p
+    token = inverse_cdf_one(probs, cdf, uniform(key))
+    least = min_p * probs.max().item() if min_p else 0
+    again = 0
+    while top_p < 1 or least:
+        p = probs[token].item()
+        # A quick upper bound of the mass before the token counts its equals, and what rounding
+        # makes smaller than it.
+        if p >= least and (
+                top_p >= 1 or F.threshold(probs, p * (1 - 2e-7), 0).sum().item() - p < top_p):
+            break
+        before = F.threshold(probs, p, 0)  # tokens that are likelier
+        before[:token] += p * (probs[:token] == p)  # and equal ones with a lower id
+        mass = before.sum().item()
+        dropped = p < least or top_p < 1 and mass >= top_p  # False where p is NaN
+        if not dropped or not mass:  # the likeliest token is always kept
+            break
+        again += 1
+        token = inverse_cdf_one(before, block_cdf(before), uniform(key, again))
+    return token
+
+
+# ------------------------------------------------------------------------------ rows
+
+
+class RowSampler:
+    """Draws the tokens of B rows, each by its own Sampling, and keeps what penalties need.
+
+    A row begins when its prompt has been read; one that has ended is greedy, which costs least. The
+    settings are on the host, which decides by them what is computed, and for a GPU in tensors,
+    too."""
+
+    def __init__(self, n_rows: int, vocab_size: int, device="cpu"):
+        self.asked = [GREEDY] * n_rows
+        self.keys, self.drawn = [0] * n_rows, [0] * n_rows  # the seeds' keys; tokens drawn so far
+        self.on_gpu = {}  # the settings, keys and drawn as tensors (B,), by name; empty: outdated
+        # (B, V), made for the first row with a penalty. seen: the token is in the prompt or the
+        # answer; counts: how often it is in the answer.
+        self.seen = self.counts = None
+        self.vocab_size, self.device = vocab_size, device
+
+    def begin(self, row: int, sampling: Sampling, prompt_ids: list[int]) -> None:
+        """Begin an answer in a row: how it is drawn, and the prompt before it. A row that is not
+        greedy needs a seed."""
+        self.asked[row], self.on_gpu = sampling, {}
+        self.keys[row], self.drawn[row] = seed_key(sampling.seed or 0), 0
+        if not sampling.penalizes:
+            return
+        if self.seen is None:
+            shape = len(self.asked), self.vocab_size
+            self.seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
+            self.counts = torch.zeros(shape, device=self.device)
+        self.counts[row] = 0
+        self.seen[row] = seen_in(prompt_ids, self.vocab_size, self.device)[0]
+
+    def end(self, row: int) -> None:
+        self.asked[row], self.on_gpu = GREEDY, {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """on_gpu, copied to the device anew when a row has begun or ended."""
+        if not self.on_gpu:
+            columns = [[getattr(one, name) for one in self.asked] for name in RANGES]
+            table = torch.tensor([*columns, self.keys, self.drawn], dtype=torch.float64)
+            table = table.to(self.device, non_blocking=True)  # the host does not wait
+            self.on_gpu = {
+                name: column.long() if name in ("top_k", "key", "drawn") else column.float()
+                for name, column in zip((*RANGES, "key", "drawn"), table, strict=True)}
+        return self.on_gpu
+
+    def sample(self, logits: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The next token (B, 1) of all rows, or of a slice of them, for their logits (B, 1, V)."""
+        asked, logits = self.asked[rows], logits[:, -1].float()
+        penalized = [row for row, one in enumerate(asked) if one.penalizes]
+        if penalized:
+            logits = self.penalize(logits, rows, penalized)
+        if not any(one.temperature for one in asked):
+            ids = logits.argmax(-1)
+        elif on_cpu(logits):
+            keys = [mix(key ^ n) for key, n in zip(self.keys[rows], self.drawn[rows], strict=True)]
+            ids = draw_on_cpu(logits, asked, keys)
+        else:
+            on = {name: column[rows] for name, column in self.tensors().items()}
+            limits = {name: on[name] for one in asked for name in one.limits()}
+            ids = draw_on_gpu(logits, limits, mix(on["key"] ^ on["drawn"]))
+        ids = broadcast_tokens(ids)[:, None]
+        self.drawn[rows] = [n + 1 for n in self.drawn[rows]]
+        if self.on_gpu:
+            self.on_gpu["drawn"][rows].add_(1)
+        if penalized:
+            self.seen[rows].scatter_(-1, ids, True)
+            self.counts[rows].scatter_add_(-1, ids, torch.ones_like(ids).float())
+        return ids
+
+    def penalize(self, logits: Tensor, rows: slice, penalized: list[int]) -> Tensor:
+        """The logits (B, V) of a slice of rows with penalties, which the rows `penalized` ask for.
+        A CPU computes only the tokens that were seen."""
+        seen, counts = self.seen[rows], self.counts[rows]
+        if not on_cpu(logits):
+            penalties = [self.tensors()[name][rows] for name in PENALTIES]  # each (B,)
+            return penalize(logits, seen, counts, *penalties)
+        logits = logits.clone()
+        for row in penalized:
+            at = seen[row].nonzero()[:, 0]
+            penalties = [getattr(self.asked[rows][row], name) for name in PENALTIES]
+            logits[row, at] = penalize(logits[row, at], seen[row, at], counts[row, at], *penalties)
+        return logits

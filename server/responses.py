@@ -1,0 +1,117 @@
+"""Responses in OpenAI's form: whole completions, and the chunks of a streamed one."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+
+from server.answers import Event, Job
+from server.protocol import ApiError, Request
+
+
+class ResponseWriter:
+    """Writes one request's response, from the events of its answers as they come."""
+
+    def __init__(self, request: Request, model: str, fingerprint: str):
+        self.chat, self.include_usage = request.chat, request.include_usage
+        n_choices = request.n * max(1, len(request.prompts))
+        self.events: list[list[Event]] = [[] for _ in range(n_choices)]  # of each choice
+        self.offsets = [0] * n_choices  # characters of each choice before the next token's
+        self.opened = [False] * n_choices  # its first chunk was sent
+        self.top_logprobs = request.top_logprobs
+        self.head = {"id": ("chatcmpl-" if self.chat else "cmpl-") + secrets.token_hex(12),
+                     "object": "chat.completion" if self.chat else "text_completion",
+                     "created": int(time.time()), "model": model, "system_fingerprint": fingerprint}
+
+    # -------------------------------------------------------------------------- whole completions
+
+    def add(self, events: list[Event]) -> None:
+        for event in events:
+            self.events[event.choice].append(event)
+
+    def completion(self, jobs: list[Job]) -> dict:
+        """The whole completion, once all events were added."""
+        choices = [self.choice(index, events) for index, events in enumerate(self.events)]
+        return {**self.head, "choices": choices, "usage": usage(jobs)}
+
+    def choice(self, index: int, events: list[Event]) -> dict:
+        text = "".join(event.text for event in events)
+        content = {"text": text}
+        if self.chat:
+            content = {"message": {"role": "assistant", "content": text, "refusal": None}}
+        return {"index": index, **content, "logprobs": self.logprobs(index, events),
+                "finish_reason": events[-1].finish}
+
+    # -------------------------------------------------------------------------- streams
+
+    def chunks(self, events: list[Event]) -> bytes:
+        """The chunks of one decode step; none for text that is held back."""
+        parts = []
+        for event in events:
+            if self.chat and not self.opened[event.choice]:
+                parts.append(self.chunk(event.choice, {"role": "assistant", "content": ""}))
+            self.opened[event.choice] = True
+            logprobs = self.logprobs(event.choice, [event]) if event.token else None
+            if event.text or logprobs:
+                delta = {"content": event.text} if self.chat else event.text
+                parts.append(self.chunk(event.choice, delta, logprobs))
+            if event.finish:
+                parts.append(self.chunk(event.choice, {} if self.chat else "", None, event.finish))
+        return b"".join(parts)
+
+    def chunk(self, index: int, delta: dict | str, logprobs: dict | None = None,
+              finish: str | None = None) -> bytes:
+        choice = {"index": index, "delta" if self.chat else "text": delta, "logprobs": logprobs,
+                  "finish_reason": finish}
+        return self.chunk_event({"choices": [choice],
+                                 **({"usage": None} if self.include_usage else {})})
+
+    def chunk_event(self, content: dict) -> bytes:
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        return server_sent_event({**self.head, "object": kind, **content})
+
+    def last_chunks(self, jobs: list[Job]) -> bytes:
+        last = b"data: [DONE]\n\n"
+        if self.include_usage:
+            return self.chunk_event({"choices": [], "usage": usage(jobs)}) + last
+        return last
+
+    def error_chunk(self, error: ApiError) -> bytes:
+        """The end of a stream that fails: its status was sent, so the error is an event."""
+        return server_sent_event(error.body)
+
+    # -------------------------------------------------------------------------- logprobs
+
+    def logprobs(self, index: int, events: list[Event]) -> dict | None:
+        """The logprobs object of a choice's events; None where the request wants none."""
+        if self.top_logprobs is None:
+            return None
+        tokens = [event.token for event in events if event.token]
+        if self.chat:
+            return {"content": [{**token_logprob(token.text, token.logprob), "top_logprobs": [
+                token_logprob(*pair) for pair in token.top]} for token in tokens], "refusal": None}
+        offsets = []
+        for token in tokens:
+            offsets.append(self.offsets[index])
+            self.offsets[index] += len(token.text)
+        return {"tokens": [token.text for token in tokens], "text_offset": offsets,
+                "token_logprobs": [token.logprob for token in tokens],
+                "top_logprobs": [dict(token.top) for token in tokens] if self.top_logprobs
+                else None}
+
+
+def token_logprob(text: str, logprob: float) -> dict:
+    """A token; a part of a character has no text of its own, and so no bytes."""
+    return {"token": text, "logprob": logprob,
+            "bytes": None if "\ufffd" in text else list(text.encode())}
+
+
+def usage(jobs: list[Job]) -> dict:
+    prompt, new = sum(job.prompt_tokens for job in jobs), sum(job.new_tokens for job in jobs)
+    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
+            "prompt_tokens_details": {"cached_tokens": sum(job.cached_tokens for job in jobs)}}
+
+
+def server_sent_event(content: dict) -> bytes:
+    return f"data: {json.dumps(content, separators=(',', ':'))}\n\n".encode()
