@@ -1,11 +1,11 @@
-"""Convert a checkpoint of any format that is read into a folder of ours.
+"""Convert a checkpoint of any known format into a folder of ours.
 
     python convert_hf.py path/to/Llama-3.2-1B checkpoints/llama-3.2-1b --dtype bf16
     python convert_hf.py model-q4_0.gguf checkpoints/model --quantize int4
 
-It then loads by a memory mapping and nothing else. What others have quantized keeps its integers
-(formats/published.py); of a .gguf file, blocks of Q4_0 do with --quantize int4 --group-size 32.
-Converting holds about one output file in memory.
+Such a folder is loaded by memory mapping alone. Models that were published quantized keep their
+integers (formats/published.py). Blocks of Q4_0 in a .gguf file keep theirs with --quantize int4
+--group-size 32. Converting needs about as much memory as one output file.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from terminal import progress, user_errors, wrote
 
 def convert(source: Path, out: Path, dtype: torch.dtype | None = None,
             quantization: dict | None = None, show=None) -> None:
-    """Write the folder or .gguf file at `source` to the new folder `out`, whole or not at all.
+    """Write the folder or .gguf file at `source` as a folder of ours, whole or not at all.
 
-    dtype None keeps the checkpoint's own. quantization None keeps what is stored, a .gguf file's in
-    floating point; quantize.asked_quantization makes others. Raises ValueError naming the file, the
-    tensor or the size."""
+    dtype None keeps the checkpoint's own. quantization None keeps the stored one, or floating point
+    for a .gguf file; quantize.asked_quantization makes others. Raises ValueError naming the file,
+    the tensor or the size."""
     if source.suffix.lower() == ".gguf" and not source.is_dir():
         convert_gguf(source, out, dtype, quantization, show)
     else:

@@ -1,34 +1,35 @@
-"""int4 weights that make up for each other's rounding: GPTQ (Frantar et al., 2022).
+"""int4 weights that compensate for each other's rounding: GPTQ (Frantar et al., 2022).
 
     python gptq.py --checkpoint smollm2 --text tests/text.txt --out checkpoints/smollm2-gptq
 
-Rounding to nearest treats every weight alike. GPTQ looks at what a layer reads while the model
-reads a text: the columns of a weight are rounded one after the other, and those not rounded yet are
-changed so that the layer's outputs stay as they were. What it writes is what quantize.py writes, so
-it loads, runs and is sliced like any int4 checkpoint. Three things differ from the paper:
+Rounding to nearest treats all weights alike. GPTQ uses a layer's inputs while the model reads a
+text: it rounds the columns of a weight one after another, and changes the remaining ones to keep
+the layer's outputs. It writes the format of quantize.py, so the result is loaded, run and sharded
+like any int4 checkpoint. Three things differ from the paper:
 
-    order   groups of columns with large inputs come first, while most can still make up for them;
-            a group's columns stay together, so that the file needs no permutation
-    drift   a layer reads what the quantized layers before it made of the text; half of the
-            difference to the original's inputs is made up for, too (Li et al., 2025: GPTAQ)
-    refit   after rounding, each row's scales are solved for together, for the same error
+    order   Groups of columns with large inputs are rounded first, while most columns remain to
+            compensate. A group's columns stay together, so that the file needs no permutation.
+    drift   A layer's inputs come from the quantized layers before it. Half of their difference to
+            the original model's inputs is compensated, too (Li et al., 2025: GPTAQ).
+    refit   After rounding, all scales of a row are solved for together, for the same error.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import tp
 from cli import add_checkpoint, number, plain_parser
 from eval import read_text
-from formats.checkpoint import check_not_ours_quantized, float_tensors, stack
-from formats.config import block_layers, model_layers
-from formats.folder import open_checkpoint, our_config, write_checkpoint
+from formats.checkpoint import check_not_ours_quantized, stack
+from formats.config import block_layers
+from formats.folder import check_out, open_checkpoint, our_config, write_checkpoint
 from formats.hub import find
 from linear import pack_nibbles
 from load import check_device
@@ -37,7 +38,6 @@ from quantize import (
     asked_quantization,
     dequantize,
     empty_model,
-    kind_of_tensor,
     quantize_int4,
     store,
     stored_shapes,
@@ -46,10 +46,10 @@ from terminal import progress, user_errors, wrote
 from tokenizer import Tokenizer
 
 DAMPENING = 0.01  # of the mean of the Hessian's diagonal, added to it: the paper's
-COLUMNS = 128  # rounded before the rest of the matrix hears of them: the paper's lazy batches
-DRIFT = 0.5  # the share of the drift that is made up for
-LENGTH = 512  # of a sequence, unless given
-TOKENS = 4096  # read side by side
+COLUMNS = 128  # rounded before the rest of the matrix is updated: the paper's lazy batches
+DRIFT = 0.5  # the share of the drift that is compensated
+LENGTH = 512  # of a sequence in tokens, by default
+TOKENS = 4096  # in a batch
 
 log = logging.getLogger("gpt_stream")
 
@@ -60,12 +60,12 @@ log = logging.getLogger("gpt_stream")
 @torch.no_grad()
 def quantize_gptq(weight: Tensor, hessian: Tensor, drift: Tensor, group_size: int,
                   name: str = "weight") -> dict[str, Tensor]:
-    """The stored tensors of weight (N, K), as of quantize.quantize_int4, with a low error in the
-    layer's outputs.
+    """weight (N, K) in int4, as quantize.quantize_int4 returns it, with a low error in the layer's
+    outputs.
 
-    hessian (K, K) float32 is x^T x over the layer's inputs x (tokens, K), in any unit; drift (K, K)
-    is (y - x)^T x in the same, y being what the original layer reads. Raises ValueError with the
-    name when they are not finite."""
+    hessian (K, K) float32 is x^T x of the layer's inputs x (tokens, K), in any unit. drift (K, K)
+    is (y - x)^T x in the same unit, where y are the original layer's inputs. Raises ValueError with
+    the name when one of the three is not finite."""
     if not weight.isfinite().all():
         raise ValueError(f"tensor {name} has NaN or infinite values and cannot be quantized")
     if not (hessian + drift).isfinite().all():
@@ -76,8 +76,8 @@ def quantize_gptq(weight: Tensor, hessian: Tensor, drift: Tensor, group_size: in
     # |W y - Q x|^2 is |(W + W (y - x) x^T H^-1 - Q) x|^2 and a constant, x and y as columns.
     weight = weight + DRIFT * weight @ drift[order][:, order] @ inverse
     nibbles, scale, zero = round_columns(weight, factor, group_size)
-    steps = nibbles - zero.repeat_interleave(group_size, 1) / 16
-    scale = refit(weight, steps, hessian, scale)
+    levels = nibbles - zero.repeat_interleave(group_size, 1) / 16
+    scale = refit(weight, levels, hessian, scale)
     back, groups = order.argsort(), order[::group_size].div(group_size, rounding_mode="floor")
     nibbles, groups = nibbles[:, back].to(torch.uint8), groups.argsort()
     return {"weight": pack_nibbles(nibbles), "scale": scale[:, groups],
@@ -85,7 +85,7 @@ def quantize_gptq(weight: Tensor, hessian: Tensor, drift: Tensor, group_size: in
 
 
 def by_importance(diagonal: Tensor, group_size: int) -> Tensor:
-    """An order of K columns, those with large inputs first; groups stay whole."""
+    """The numbers of K columns, those with the largest inputs first. Groups stay together."""
     groups = diagonal.unflatten(0, (-1, group_size))
     first = groups.sum(1).argsort(dim=0, descending=True, stable=True)
     within = groups.argsort(dim=1, descending=True, stable=True)
@@ -93,9 +93,9 @@ def by_importance(diagonal: Tensor, group_size: int) -> Tensor:
 
 
 def damped_inverse(hessian: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The dampened Hessian, its inverse, and the upper triangular factor of that: factor^T factor.
-    An input that the text never raised has nothing but the dampening, so its column is rounded by
-    itself. What float32 cannot invert is dampened more."""
+    """The dampened Hessian, its inverse, and the upper triangular factor with factor^T factor equal
+    to the inverse. An input that was always zero has only the dampening, so its column is rounded
+    by itself. A Hessian that float32 cannot invert is dampened more."""
     mean = hessian.diagonal().mean().item() or 1.0
     share = DAMPENING
     while True:
@@ -112,16 +112,19 @@ def damped_inverse(hessian: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def round_columns(weight: Tensor, factor: Tensor, group_size: int) -> tuple[Tensor, ...]:
-    """The paper's algorithm: nibbles (N, K), and each group's scale (N, K / g) and zero in
-    sixteenths. factor (K, K) is upper triangular, its square factor^T factor the inverse Hessian:
-    row i has what column i's error, divided by factor[i, i], takes from the columns after it."""
+    """The paper's algorithm: nibbles (N, K), and for each group the scale (N, K / g) and the zero
+    (N, K / g) in sixteenths.
+
+    factor (K, K) is upper triangular, and factor^T factor the inverse Hessian. The error of column
+    i divided by factor[i, i], times row i of the factor, is subtracted from the columns after it.
+    """
     weight, nibbles, scales, zeros = weight.clone(), torch.empty_like(weight), [], []
     for start in range(0, weight.shape[1], COLUMNS):
         block = weight[:, start:start + COLUMNS]
         end = start + block.shape[1]
         errors = torch.empty_like(block)
         for i in range(start, end):
-            if i % group_size == 0:  # from the weights as they are by now
+            if i % group_size == 0:  # the group's scale and zero, from the updated weights
                 grid = quantize_int4(weight[:, i:i + group_size], group_size)
                 scales.append(grid["scale"])
                 zeros.append(grid["zero"].float())
@@ -134,13 +137,13 @@ def round_columns(weight: Tensor, factor: Tensor, group_size: int) -> tuple[Tens
     return nibbles, torch.cat(scales, 1), torch.cat(zeros, 1)
 
 
-def refit(weight: Tensor, steps: Tensor, hessian: Tensor, scale: Tensor) -> Tensor:
-    """The scales (N, G) with the least error (w - q) H (w - q)^T for these steps (N, K) from zero:
-    G linear equations a row. Where they say nothing, the scale stays."""
+def refit(weight: Tensor, levels: Tensor, hessian: Tensor, scale: Tensor) -> Tensor:
+    """The scales (N, G) with the least error (w - q) H (w - q)^T, where q are these levels (N, K)
+    times their scales: G linear equations a row. A scale that they do not determine stays."""
     G = scale.shape[1]
     refitted = []
     for w, s, old in zip(*(x.split(max(1, (1 << 24) // (G * len(hessian))))
-                           for x in (weight, steps, scale))):
+                           for x in (weight, levels, scale))):
         groups = s.unflatten(1, (G, -1))  # (n, G, g)
         left = torch.einsum("nag,agk->nak", groups, hessian.unflatten(0, (G, -1)))  # (n, G, K)
         matrix = (left.unflatten(2, (G, -1)) * groups[:, None]).sum(-1)  # (n, G, G)
@@ -156,37 +159,31 @@ def refit(weight: Tensor, steps: Tensor, hessian: Tensor, scale: Tensor) -> Tens
 
 
 def sequences_of(path: str, tokenizer: Tokenizer, count: int, length: int) -> Tensor:
-    """(count, length) int64 from all over a text file, never overlapping, the same ones each time;
-    each begins with BOS, where the model has one. Raises ValueError when the text is too short."""
+    """Sequences (count, length) int64 from all over a text file, without overlaps and the same at
+    every call. Each begins with BOS if the model has one. Raises ValueError when the text is too
+    short."""
     ids = torch.tensor(tokenizer.encode(read_text(path), bos=False))
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    own = length - len(bos)  # tokens of the text in a sequence
+    own = length - len(bos)  # tokens of text in a sequence
     if len(ids) < count * own:
         raise ValueError(f"{path}: has {len(ids)} tokens, and --sequences {count} of --length "
                          f"{length} take {count * own}; give more text, or fewer or shorter ones")
     pieces = ids[:len(ids) // own * own].view(-1, own)
-    drawn = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))[:count]
-    return torch.cat([torch.tensor(bos).long().expand(count, len(bos)), pieces[drawn]], dim=1)
+    chosen = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(0))[:count]
+    return torch.cat([torch.tensor(bos).long().expand(count, len(bos)), pieces[chosen]], dim=1)
 
 
-def read_inputs(block: Block, linears: list[str], seen: Tensor, exact: Tensor,
-                at: Step) -> dict[str, list[Tensor]]:
-    """For each of these linears of a block, the Hessian of its inputs x when the block reads `seen`
-    and how far they are from those y when it reads `exact`: [x^T x, (y - x)^T x], each (K, K)
-    float32.
-    `exact` (N, L, dim) becomes what the block makes of it."""
+def input_sums(block: Block, linears: list[str], seen: Tensor, exact: Tensor,
+               at: Step) -> dict[str, list[Tensor]]:
+    """Two sums for each of these linears of a block: [x^T x, (y - x)^T x], each (K, K) float32,
+    where x are its inputs when the block reads `seen`, and y those when it reads `exact`. Both are
+    (N, L, dim). The block's outputs replace `exact`, in place."""
     sums, hooks = {}, []
     for name in linears:
         linear = block.get_submodule(name)
         K = linear.in_features
         sums[name] = [seen.new_zeros(K, K), seen.new_zeros(K, K)]
-
-        def add(module, args, name=name):
-            x, y = args[0].flatten(0, 1).chunk(2)
-            sums[name][0].addmm_(x.t(), x)
-            sums[name][1].addmm_((y - x).t(), x)
-
-        hooks.append(linear.register_forward_pre_hook(add))
+        hooks.append(linear.register_forward_pre_hook(partial(add_inputs, sums[name])))
     for x, y in zip(batches(seen), batches(exact)):
         y.copy_(block(torch.cat([x, y]), at, None, None)[len(x):])
     for hook in hooks:
@@ -194,14 +191,22 @@ def read_inputs(block: Block, linears: list[str], seen: Tensor, exact: Tensor,
     return sums
 
 
+def add_inputs(sums: list[Tensor], module: nn.Module, args: tuple[Tensor]) -> None:
+    """A forward hook that adds a linear's inputs to its two sums."""
+    x, y = args[0].flatten(0, 1).chunk(2)  # (tokens, K) each
+    sums[0].addmm_(x.t(), x)
+    sums[1].addmm_((y - x).t(), x)
+
+
 def batches(states: Tensor) -> tuple[Tensor, ...]:
-    """Views of states (N, L, dim), about TOKENS each."""
+    """Views of states (N, L, dim) with about TOKENS tokens each."""
     return states.split(max(1, TOKENS // states.shape[1]))
 
 
 def quantize_layer(block: Block, prefix: str, sums: dict[str, list[Tensor]],
                    group_size: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield the stored tensors of a block's linears, whose weights become what those stand for."""
+    """Yield the stored tensors of a block's linears, quantized. The dequantized weights replace
+    those of the block."""
     for name in sums:
         weight = block.get_submodule(name).weight
         parts = quantize_gptq(weight, *sums[name], group_size, f"{prefix}{name}.weight")
@@ -210,52 +215,47 @@ def quantize_layer(block: Block, prefix: str, sums: dict[str, list[Tensor]],
 
 
 @torch.no_grad()
-def quantized_tensors(tensors: dict[str, list[Tensor]], config: ModelConfig, quantization: dict,
-                      sequences: Tensor, device: torch.device,
-                      show=None) -> Iterator[tuple[str, Tensor]]:
-    """Yield all stored tensors, calibrated on sequences (N, L) int64. tensors are the float ones
-    by name, each as what it stacks (float_tensors).
+def calibrated_tensors(blocks: dict[str, list[Tensor]], config: ModelConfig, group_size: int,
+                       sequences: Tensor, device: torch.device,
+                       show=None) -> Iterator[tuple[str, Tensor]]:
+    """Yield all stored tensors, calibrated on sequences (N, L) int64. blocks are a float
+    Checkpoint's.
 
-    It holds one layer in float32, its Hessians, and the hidden states of all sequences twice:
-    read through the quantized layers, and through the original ones."""
-
-    def whole(name):
-        return stack(tensors[name]).to(device)
-
-    layers = model_layers(config)
-
-    def stored_whole(name: str) -> dict[str, Tensor]:
-        return store(name, whole(name), kind_of_tensor(name, layers, quantization))
-
-    embedding = stored_whole("embed.weight")
+    In memory are one layer in float32, its Hessians, and the hidden states of all sequences twice:
+    after the quantized layers, and after the original ones."""
+    table = stack(blocks["embed.weight"]).to(device)
+    embedding = store("embed.weight", table, {"mode": "int8"})
     yield from embedding.items()
-    sequences, table = sequences.to(device), embedding["embed.weight"]
-    seen = table[sequences] * embedding["embed.scale"][sequences][..., None]  # (N, L, dim)
-    exact = whole("embed.weight")[sequences].float()
+    sequences = sequences.to(device)
+    seen = embedding["embed.weight"][sequences] * embedding["embed.scale"][sequences][..., None]
+    exact = table[sequences].float()  # (N, L, dim), as seen is
+    del table, embedding
     positions = torch.arange(sequences.shape[1], device=device)[None]
     at = Step(rope(positions, rope_frequencies(config, device)))
     for layer in range(config.n_layers):
         prefix = f"layers.{layer}."
-        stored = {name: whole(name) for name in tensors if name.startswith(prefix)}
-        block = make_block(config, stored, prefix)
-        sums = read_inputs(block, list(block_layers(config)), seen, exact, at)
-        yield from quantize_layer(block, prefix, sums, quantization["group_size"])
-        yield from ((name, tensor) for name, tensor in stored.items() if tensor.ndim == 1)
+        weights = {name: stack(parts).to(device) for name, parts in blocks.items()
+                   if name.startswith(prefix)}
+        block = make_block(config, weights, prefix)
+        sums = input_sums(block, list(block_layers(config)), seen, exact, at)
+        yield from quantize_layer(block, prefix, sums, group_size)
+        yield from ((name, tensor) for name, tensor in weights.items() if tensor.ndim == 1)
         for x in batches(seen):
             x.copy_(block(x, at, None, None))
         if show:
             show(layer + 1, config.n_layers)
-    yield "norm.weight", whole("norm.weight")
-    if "output.weight" in tensors:  # not where it is the embedding
-        yield from stored_whole("output.weight").items()
+    yield "norm.weight", stack(blocks["norm.weight"])
+    if "output.weight" in blocks:  # unless it is tied
+        output = stack(blocks["output.weight"]).to(device)
+        yield from store("output.weight", output, {"mode": "int8"}).items()
 
 
-def make_block(config: ModelConfig, stored: dict[str, Tensor], prefix: str) -> Block:
-    """A layer in float32."""
+def make_block(config: ModelConfig, weights: dict[str, Tensor], prefix: str) -> Block:
+    """A layer's Block in float32."""
     with torch.device("meta"):
         block = Block(config)
     block.load_state_dict({name.removeprefix(prefix): tensor.float().clone()
-                           for name, tensor in stored.items()}, assign=True)
+                           for name, tensor in weights.items()}, assign=True)
     return block
 
 
@@ -265,29 +265,25 @@ def make_block(config: ModelConfig, stored: dict[str, Tensor], prefix: str) -> B
 def gptq_checkpoint(source: Path, text: str, out: Path, n_sequences: int = 128,
                     length: int | None = None, group_size: int = 32, device: str | None = None,
                     show=None) -> None:
-    """Write the checkpoint at `source`, quantized to int4, to the new folder `out`, whole or not at
-    all, calibrated on a text file; length None is LENGTH, or the trained context when that is less.
-    Raises ValueError naming the file, the tensor or the size."""
+    """Write the checkpoint at `source` in int4 as a folder of ours, whole or not at all, calibrated
+    on a text file. length None is LENGTH, or the trained context if that is shorter. Raises
+    ValueError naming the file, the tensor or the size."""
     device = check_device(device)
     checkpoint = open_checkpoint(source)
     config, quantization = checkpoint.config, asked_quantization("int4", group_size)
     if "quantization_config" in checkpoint.raw:
         raise ValueError(f"{source}: others have quantized it already; quantize the original")
     check_not_ours_quantized(checkpoint)
-    shapes = stored_shapes(empty_model(config, quantization))  # refuses what cannot be
+    shapes = stored_shapes(empty_model(config, quantization))  # raises for a wrong group size
     longest = min(config.max_seq_len, config.sliding_window or config.max_seq_len)
     if length and length > longest:
         raise ValueError(f"--length {length} is above the model's trained context of {longest}")
 
-    def weights():  # begun when `out` is known to be free
-        sequences = sequences_of(text, Tokenizer(source), n_sequences,
-                                 length or min(LENGTH, longest))
-        tensors = dict(float_tensors(checkpoint))
-        for name, tensor in quantized_tensors(tensors, config, quantization, sequences, device,
-                                              show):
-            yield name, tensor.cpu()
-
-    write_checkpoint(out, source, our_config(checkpoint, quantization), weights(), len(shapes))
+    check_out(out)
+    sequences = sequences_of(text, Tokenizer(source), n_sequences, length or min(LENGTH, longest))
+    weights = calibrated_tensors(checkpoint.blocks, config, group_size, sequences, device, show)
+    write_checkpoint(out, source, our_config(checkpoint, quantization),
+                     ((name, tensor.cpu()) for name, tensor in weights), len(shapes))
 
 
 def main():

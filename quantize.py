@@ -2,23 +2,23 @@
 
     python quantize.py --checkpoint smollm2 --quantize int4 --out checkpoints/smollm2-int4
 
-The file is the same for every device and any number of processes: rows in order, nothing packed for
-a kernel. Beside each weight (N, K) of a matrix multiplication lie its scales, in float32:
+A file is the same for every device and any number of processes: rows in order, nothing packed for a
+kernel. Each weight (N, K) of a matrix multiplication has its scales beside it, in float32:
 
     int8   weight int8 (N, K), scale (N,)                              w = weight * scale
     int4   weight uint8 (N, K / 2), two columns a byte, the even one in the low four bits,
            scale (N, K / g) and zero uint8 (N, K / g), in sixteenths of a nibble, for g columns
            each                                               w = (nibble - zero / 16) * scale
 
-Embedding and output projection are int8 in both modes: see the README for what int4 would save
-there, and cost. The rest (norms, biases) stays as it is. Kernels want other layouts of int4: `pack`
-makes them after loading.
+Embedding and output projection are int8 in both modes; the README says what int4 would save there
+and cost. Norms and biases stay as they are. The layouts that int4 kernels need are made after
+loading (linear.Int4Linear.pack).
 
-What others have quantized (published.py) keeps its integers, so a folder may mix kinds, and has
+Published models (formats/published.py) keep their integers, so their folders may mix kinds and have
 
     int8   also with scale (N, K / g) and zero int16 (N, K / g)        w = (weight - zero) * scale
-    int4   zero int16 where one is 16 whole nibbles
-    order  int32 (K,) where the columns stand in another order: the i-th is the input order[i]
+    int4   zero int16 if one of them is 16 whole steps
+    order  int32 (K,) if the columns are in another order: column i is the input order[i]
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from formats.config import Layer, layer_name, model_layers
 from linear import GROUP_SIZES, MODES, pack_nibbles, quantized, unpack_nibbles
 from model import ModelConfig, Transformer
 
-SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a group's range, to choose from
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a group's range, for the scale to cover
 
 
 # ------------------------------------------------------------------------------ the arithmetic
 
 
 def quantize_int8(weight: Tensor) -> dict[str, Tensor]:
-    """Symmetric, a scale for each row: {"weight", "scale"} of weight (N, K)."""
+    """weight (N, K) as {"weight", "scale"}: symmetric, with a scale for each row."""
     weight = weight.float()
     scale = weight.abs().amax(1) / 127
-    steps = weight / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    return {"weight": steps.round().clamp(-127, 127).to(torch.int8), "scale": scale}
+    levels = weight / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    return {"weight": levels.round().clamp(-127, 127).to(torch.int8), "scale": scale}
 
 
 def quantize_int4(weight: Tensor, group_size: int) -> dict[str, Tensor]:
-    """Groups of columns, each with a scale and a zero: {"weight", "scale", "zero"} of (N, K).
+    """weight (N, K) as {"weight", "scale", "zero"}: a scale and a zero for each group of columns.
 
-    Of a few scales that cut off more and more of a group's extremes, each group takes the one with
-    the least squared error: one far weight should not coarsen all the others."""
+    A group tries scales that cover less and less of its range, and takes the one with the least
+    squared error, so that one outlier does not make all others coarser."""
     groups = weight.float().unflatten(1, (-1, group_size))  # (N, K / g, g)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     tiny = torch.finfo(torch.float32).tiny
@@ -58,25 +58,34 @@ def quantize_int4(weight: Tensor, group_size: int) -> dict[str, Tensor]:
     sixteenths = (-low / full * 16).round().clamp(0, 255)[..., None]
     zero = sixteenths / 16
 
-    def nearest(scale):  # (N, K / g, 1) -> the steps from zero, (N, K / g, g)
-        return (groups / scale + zero).round().clamp(0, 15) - zero
-
-    def fit(steps):  # the scale with the least squared error for these steps
-        squares = steps.square().sum(-1, keepdim=True)
-        return ((groups * steps).sum(-1, keepdim=True) / squares.clamp(min=tiny)).clamp(min=tiny)
-
-    candidates = [fit(nearest(share * full[..., None])) for share in SHARES]
-    errors = [(nearest(scale) * scale - groups).square().sum(-1) for scale in candidates]
+    candidates, errors = [], []
+    for share in SHARES:
+        scale = best_scale(groups, nearest_levels(groups, share * full[..., None], zero))
+        candidates.append(scale)  # (N, K / g, 1)
+        errors.append((nearest_levels(groups, scale, zero) * scale - groups).square().sum(-1))
     best = torch.stack(errors, -1).argmin(-1, keepdim=True)  # (N, K / g, 1)
     scale = torch.cat(candidates, -1).gather(-1, best)
-    nibbles = (nearest(scale) + zero).flatten(1).to(torch.uint8)
+    nibbles = (nearest_levels(groups, scale, zero) + zero).flatten(1).to(torch.uint8)
     return {"weight": pack_nibbles(nibbles), "scale": scale[..., 0],
             "zero": sixteenths[..., 0].to(torch.uint8)}
 
 
+def nearest_levels(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """The nibbles nearest to groups / scale + zero, less zero: (N, K / g, g), like groups. scale
+    and zero are (N, K / g, 1)."""
+    return (groups / scale + zero).round().clamp(0, 15) - zero
+
+
+def best_scale(groups: Tensor, levels: Tensor) -> Tensor:
+    """The scale (N, K / g, 1) for which levels * scale has the least squared error to groups."""
+    tiny = torch.finfo(torch.float32).tiny
+    squares = levels.square().sum(-1, keepdim=True)
+    return ((groups * levels).sum(-1, keepdim=True) / squares.clamp(min=tiny)).clamp(min=tiny)
+
+
 def dequantize(parts: dict[str, Tensor]) -> Tensor:
-    """The weight (N, K) that the stored tensors of a layer stand for: in float32, or where it is
-    stored in floating point as it is."""
+    """The weight (N, K) that a layer's stored tensors stand for, in float32. A weight in floating
+    point is returned as it is."""
     weight, scale = parts["weight"], parts.get("scale")
     if scale is None:
         return weight
@@ -91,18 +100,18 @@ def dequantize(parts: dict[str, Tensor]) -> Tensor:
 
 
 def quantize_weight(weight: Tensor, kind: dict) -> dict[str, Tensor]:
-    """The stored tensors of a float weight (N, K); kind is {"mode": "int8"}, or {"mode": "int4",
+    """The stored tensors of a float weight (N, K). kind is {"mode": "int8"}, or {"mode": "int4",
     "group_size": g}. Raises ValueError when it has NaN or infinite values."""
     if not weight.isfinite().all():
         raise ValueError("has NaN or infinite values and cannot be quantized")
     pieces = [quantize_int8(rows) if kind["mode"] == "int8" else
               quantize_int4(rows, kind["group_size"])
-              for rows in weight.split(256)]  # few rows at a time stay in a CPU's caches
+              for rows in weight.split(256)]  # 256 rows at a time fit a CPU's caches
     return {part: torch.cat([piece[part] for piece in pieces]) for part in pieces[0]}
 
 
 def store(name: str, tensor: Tensor, kind: dict | None) -> dict[str, Tensor]:
-    """The tensors that a float tensor is stored as, by name: as it is where kind is None. Raises
+    """The tensors that a float tensor is stored as, by name. kind None stores it as it is. Raises
     ValueError naming it when it cannot be quantized."""
     if kind is None:
         return {name: tensor}
@@ -117,9 +126,9 @@ def store(name: str, tensor: Tensor, kind: dict | None) -> dict[str, Tensor]:
 
 
 def empty_model(config: ModelConfig, quantization: dict | None = None) -> Transformer:
-    """A Transformer on the meta device whose tensors are named and shaped as they are stored.
-    quantization is what a config.json says (kind_of), or None. Raises ValueError when a group size
-    does not divide a layer's inputs."""
+    """A Transformer on the meta device, whose tensors have the names and shapes of stored ones.
+    quantization is a config.json's (kind_of), or None. Raises ValueError when a group size does not
+    divide a layer's inputs."""
     with torch.device("meta"):
         model = Transformer(config)
         for name, layer in model_layers(config).items():
@@ -131,11 +140,11 @@ def empty_model(config: ModelConfig, quantization: dict | None = None) -> Transf
 
 
 def kind_of(name: str, layer: Layer, quantization: dict | None) -> dict | list | None:
-    """How a layer is stored: {"mode", "group_size", "order"}, None for in floating point, or one of
-    these for each part that it stacks.
+    """The kind of one layer: a dict {"mode", "group_size", "order"}, None (floating point), or a
+    list of one for each part that it stacks (q, k, v).
 
-    quantization is such a kind, {"mode": "int8"} or {"mode": "int4", "group_size": ...} for all
-    layers, or has "layers", a kind for each name, or is None."""
+    quantization is the model's: None, a kind for all layers ({"mode": "int8"} or {"mode": "int4",
+    "group_size": g}), or a dict whose "layers" has a kind for each layer's name."""
     if quantization is None:
         return None
     if "layers" in quantization:
@@ -145,8 +154,8 @@ def kind_of(name: str, layer: Layer, quantization: dict | None) -> dict | list |
 
 def kind_of_tensor(tensor: str, layers: dict[str, Layer],
                    quantization: dict | None) -> dict | list | None:
-    """How the layer of a tensor is stored, if the tensor is its weight: nothing else is quantized.
-    """
+    """The kind of the layer that a tensor is the weight of. None for any other tensor, since only
+    weights are quantized."""
     name = layer_name(tensor, layers)
     if name is None or not tensor.endswith(".weight"):
         return None
@@ -154,7 +163,7 @@ def kind_of_tensor(tensor: str, layers: dict[str, Layer],
 
 
 def stored_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor that a checkpoint of this model stores, by name."""
+    """The shape of every tensor that a folder of ours stores for this model, by name."""
     layers = model_layers(model.config)
     shapes = {}
     for tensor, value in model.state_dict().items():
@@ -168,15 +177,15 @@ def stored_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
 
 
 def asked_quantization(mode: str | None, group_size: int) -> dict | None:
-    """A config.json's words for what a command line asks for: {"mode", "group_size"} or None."""
+    """The quantization (kind_of) that a command line asks for: {"mode", "group_size"}, or None."""
     if mode is None:
         return None
     return {"mode": mode, "group_size": group_size} if mode == "int4" else {"mode": mode}
 
 
 def main():
-    """What convert_hf.py --quantize does, by its older name. (This file stands before those that
-    read checkpoints, so its command is the one place that imports them.)"""
+    """The older name of convert_hf.py --quantize. This file comes before those that read
+    checkpoints, so only its command imports them."""
     from cli import plain_parser
     from convert_hf import convert
     from formats.hub import find
@@ -191,7 +200,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     with user_errors(parser):
         args = parser.parse_args()
-        if args.checkpoint.endswith(".gguf"):  # whose own integers that keeps, where it can
+        if args.checkpoint.endswith(".gguf"):  # convert_hf.py keeps the integers of some
             raise ValueError(f"{args.checkpoint}: use convert_hf.py --quantize {args.mode}")
         source, _ = find(args.checkpoint)
         quantization = asked_quantization(args.mode, args.group_size)

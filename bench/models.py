@@ -1,4 +1,4 @@
-"""What is timed: shapes of random weights, or a checkpoint, and the settings that peers share."""
+"""The models that are timed: random weights of known shapes, or a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ SHAPES = {  # dim, layers, heads, KV heads, ffn, vocabulary, context, tied
 
 
 def shape_config(shape: str) -> dict:
+    """The config.json of one of SHAPES."""
     dim, layers, heads, kv_heads, ffn, vocab, context, tied = SHAPES[shape]
     return dict(architectures=["LlamaForCausalLM"], hidden_size=dim, num_hidden_layers=layers,
                 num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=ffn,
@@ -30,7 +31,7 @@ def shape_config(shape: str) -> dict:
 
 def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype,
                  quantization: dict | None = None) -> Transformer:
-    """As load makes it, with random weights."""
+    """A model as load makes it, with random weights."""
     model = empty_model(config, quantization)
     weights = {}
     for name, stored in model.state_dict().items():
@@ -49,7 +50,7 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype,
 
 
 def open_model(args) -> Transformer:
-    """The model, not yet compiled."""
+    """The model that the arguments name, not compiled."""
     if not args.shape:
         return load(args.checkpoint, **load_arguments(args))[0]
     if args.adapter:
@@ -60,10 +61,12 @@ def open_model(args) -> Transformer:
 
 
 def peer_settings(args) -> tuple:
-    """What peers.py makes a model of: settings, dtype, device."""
+    """(config.json, dtype, device) of the model that peers.py makes; the config is None for a
+    checkpoint."""
     config = shape_config(args.shape) if args.shape else None
     return config, DTYPES[args.dtype or "bf16"], check_device(args.device)
 
 
 def sizes(cache: KVCache) -> dict:
+    """A cache's sizes, for the printed record."""
     return dict(sink=cache.n_sink, window=cache.window, batch=cache.batch_size)

@@ -1,4 +1,4 @@
-"""LoRA adapters (Hu et al., 2021) as peft saves them, to be merged into a model's weights."""
+"""LoRA adapters (Hu et al., 2021) as peft saves them, merged into a model's weights."""
 
 from __future__ import annotations
 
@@ -15,21 +15,39 @@ from formats.folder import open_file
 from model import ModelConfig
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-# Settings of peft's under which a weight is not W + s B A, or not the layers' alone.
+# Settings of peft with which a weight is not W + s B A, or other weights change, too.
 NOT_PLAIN = ("use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save",
              "trainable_token_indices", "target_parameters", "layer_replication",
              "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
              "monteclora_config")
-# A LoRA adapter (Hu et al., 2021): A (r, K), B (N, r) and s, by Hugging Face's name of the weight.
+# A LoRA adapter: A (r, K), B (N, r) and s of each changed weight, by Hugging Face's name of it.
 Lora = dict[str, tuple[Tensor, Tensor, float]]
 
 
 def read_adapter(folder: Path, config: ModelConfig) -> Lora:
-    """A LoRA adapter as peft saves it. Raises ValueError naming the setting or the tensor that is
-    not supported, or is not of this model."""
+    """The LoRA adapter in a folder of peft. Raises ValueError naming a setting or a tensor that is
+    not supported, or that does not fit this model."""
     settings, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
-    check_settings(folder / "adapter_config.json", settings)
-    tensors = open_file(path)
+    check_adapter_settings(folder / "adapter_config.json", settings)
+    tensors, shapes = open_file(path), linear_shapes(config)
+    adapter = {}
+    for layer, prefix in adapted_layers(path, tensors).items():
+        if layer not in shapes:
+            raise ValueError(f"{path}: tensor {prefix}A.weight is of another model: this one has "
+                             f"no linear layer {layer}")
+        N, K = shapes[layer]
+        r, s = rank_and_scale(folder / "adapter_config.json", settings, layer)
+        A = read_factor(path, tensors, f"{prefix}A.weight", (r, K))
+        B = read_factor(path, tensors, f"{prefix}B.weight", (N, r))
+        adapter[layer + ".weight"] = A, B, s
+    if not adapter:
+        raise ValueError(f"{path}: no tensors in it")
+    return adapter
+
+
+def adapted_layers(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Hugging Face's name of each layer that an adapter changes, and the prefix of its two tensors'
+    names, without "A.weight" or "B.weight". Raises ValueError naming any other tensor."""
     layers = {}
     for name in tensors:
         found = re.fullmatch(r"base_model\.model\.(.+)\.lora_[AB]\.weight", name)
@@ -37,31 +55,29 @@ def read_adapter(folder: Path, config: ModelConfig) -> Lora:
             raise ValueError(f"{path}: tensor {name} is not supported: an adapter may have lora_A "
                              "and lora_B of linear layers")
         layers.setdefault(found[1], name.removesuffix("A.weight").removesuffix("B.weight"))
-    sizes = {part: (rows, layer.columns) for layer in model_layers(config).values()
-             for part, rows in layer.parts.items()
-             if not layer.is_table and layer.tied_to is None}
-    adapter = {}
-    for layer, stem in layers.items():
-        if layer not in sizes:
-            raise ValueError(f"{path}: tensor {stem}A.weight is of another model: this one has no "
-                             f"linear layer {layer}")
-        N, K = sizes[layer]
-        r, s = rank_and_scale(folder / "adapter_config.json", settings, layer)
-        for kind, shape in (("A", (r, K)), ("B", (N, r))):
-            tensor = tensors.get(f"{stem}{kind}.weight")
-            if tensor is None:
-                raise ValueError(f"{path}: tensor {stem}{kind}.weight is missing")
-            if tuple(tensor.shape) != shape or not tensor.isfinite().all():
-                raise ValueError(f"{path}: tensor {stem}{kind}.weight has shape "
-                                 f"{tuple(tensor.shape)} or values that are not finite; of this "
-                                 f"model and the adapter's rank it is {shape}")
-        adapter[layer + ".weight"] = (tensors[stem + "A.weight"], tensors[stem + "B.weight"], s)
-    if not adapter:
-        raise ValueError(f"{path}: no tensors in it")
-    return adapter
+    return layers
 
 
-def check_settings(path: Path, settings: dict) -> None:
+def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """The shape (N, K) of every linear layer with a weight of its own, by Hugging Face's names."""
+    return {part: (rows, layer.columns) for layer in model_layers(config).values()
+            for part, rows in layer.parts.items() if not layer.is_table and layer.tied_to is None}
+
+
+def read_factor(path: Path, tensors: dict[str, Tensor], name: str, shape: tuple) -> Tensor:
+    """An adapter's A or B of one layer. Raises ValueError when it is missing, misshapen or not
+    finite."""
+    tensor = tensors.get(name)
+    if tensor is None:
+        raise ValueError(f"{path}: tensor {name} is missing")
+    if tuple(tensor.shape) != shape or not tensor.isfinite().all():
+        raise ValueError(f"{path}: tensor {name} has shape {tuple(tensor.shape)} or values that "
+                         f"are not finite; of this model and the adapter's rank it is {shape}")
+    return tensor
+
+
+def check_adapter_settings(path: Path, settings: dict) -> None:
+    """Raises ValueError unless this is plain LoRA of linear layers."""
     for file in ADAPTER:
         if not (path.parent / file).exists():
             raise ValueError(f"{path.parent}: no {file}, which a LoRA adapter has")
@@ -76,34 +92,41 @@ def check_settings(path: Path, settings: dict) -> None:
     elif settings.get("bias", "none") != "none":
         odd = ["bias"]
     elif settings.get("init_lora_weights", True) not in (True, False, None, "gaussian", "eva"):
-        odd = ["init_lora_weights"]  # PiSSA and others change the base model's weights, too
+        odd = ["init_lora_weights"]  # PiSSA and others also change the base model
     if odd:
         raise ValueError(f"{path}: {odd[0]} {settings.get(odd[0])!r} is not supported; plain LoRA "
                          "is, of linear layers")
 
 
 def rank_and_scale(path: Path, settings: dict, layer: str) -> tuple[int, float]:
-    """r and s of a layer: alpha / r or, with rslora, alpha / sqrt(r) (Kalajdzievski, 2023). Keys of
-    rank_pattern and alpha_pattern are ends of a layer's name, as regular expressions."""
-    def of(patterns, default):
-        return next((value for key, value in (settings.get(patterns) or {}).items()
-                     if re.match(rf"(.*\.)?({key})$", layer)), default)
+    """r and s of a layer. s is alpha / r or, with rslora, alpha / sqrt(r) (Kalajdzievski, 2023).
+    rank_pattern and alpha_pattern give some layers other values. Raises ValueError for a broken
+    pattern or value."""
     try:
-        r = of("rank_pattern", settings.get("r", 8))
-        alpha = of("alpha_pattern", settings.get("lora_alpha", 8))
+        r = first_match(settings.get("rank_pattern"), layer, settings.get("r", 8))
+        alpha = first_match(settings.get("alpha_pattern"), layer, settings.get("lora_alpha", 8))
         return r, alpha / (r ** 0.5 if settings.get("use_rslora") else r)
     except (re.error, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{path}: no rank or scale for {layer}: {error}") from None
 
 
-def merge(blocks: list[Tensor], parts: dict[str, tuple[int, ...]], adapters: list[Lora],
-          dtype: torch.dtype | None) -> list[Tensor]:
-    """The blocks of rows of one of our tensors, those that an adapter names merged: computed in
-    float32, and returned in dtype, or if it is None in their own. parts are the blocks' names and
-    shapes."""
+def first_match(patterns: dict | None, layer: str, default: float) -> float:
+    """The value of the first pattern, a regular expression, that an end of the layer's name
+    matches."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            return value
+    return default
+
+
+def merge_adapters(blocks: list[Tensor], parts: dict[str, tuple[int, ...]], adapters: list[Lora],
+                   dtype: torch.dtype | None) -> list[Tensor]:
+    """One of our tensors, as blocks of rows, with the adapters that change it merged in. The sum is
+    computed in float32 and returned in dtype, or in the block's own if that is None. parts are the
+    blocks' Hugging Face names and shapes."""
     if not any(part in adapter for part in parts for adapter in adapters):
         return blocks
-    if len(blocks) != len(parts):  # one of our folders, where they are stacked
+    if len(blocks) != len(parts):  # of a folder of ours, where they are stacked
         blocks = blocks[0].split([shape[0] for shape in parts.values()])
     merged = []
     for part, block in zip(parts, blocks):
@@ -114,9 +137,9 @@ def merge(blocks: list[Tensor], parts: dict[str, tuple[int, ...]], adapters: lis
     return merged
 
 
-def digest(adapter: Lora) -> str:
-    """A hash of an adapter's tensors: not every one changes the first rows that `fingerprint` sees.
-    """
+def adapter_hash(adapter: Lora) -> str:
+    """A hash of all of an adapter's tensors. load.fingerprint sees the first row of a weight only,
+    which an adapter may leave as it is."""
     known = hashlib.sha256()
     for name, (A, B, s) in sorted(adapter.items()):
         known.update(f"{name} {s}".encode())

@@ -1,4 +1,4 @@
-"""A model family's row: what its config.json means, and what its tensors are called.
+"""What a config.json means, and what a model's layers and tensors are called.
 
 Everything about a model comes from its Hugging Face config.json, nothing from its name.
 """
@@ -14,8 +14,8 @@ from model import ModelConfig
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 ROPE_TYPES = ("default", "linear", "llama3")
-# What is read of a config.json: kind, least and greatest value (check_keys). The sizes'
-# bounds keep their products within 64 bits; what a size has to be, the weights say.
+# Type, least and greatest value of each key of a config.json that is read (check_keys). The bounds
+# of the sizes keep their products within 64 bits. The weights' shapes check the sizes themselves.
 COUNT, SIZE, POSITIVE = (int, 1, 2**16), (int, 1, 2**20), (float, 1e-6, 1e18)
 SWITCH, OBJECT = (bool, 0, 1), (dict, {}, None)
 SIZES = {"hidden_size": SIZE, "num_hidden_layers": COUNT, "num_attention_heads": COUNT,
@@ -32,15 +32,8 @@ ROPE = {"rope_theta": POSITIVE, "factor": POSITIVE, "low_freq_factor": POSITIVE,
 
 def config_from_hf(hf: dict) -> ModelConfig:
     """Read a Hugging Face config.json. Raises ValueError naming what is not supported."""
-    architecture = hf.get("architectures") or "none given"
-    architecture = architecture[0] if isinstance(architecture, list) else architecture
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"architecture {architecture!r:.80} is not supported; "
-                         f"known: {', '.join(ARCHITECTURES)}")
-    if (activation := hf.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise ValueError(f"hidden_act {activation!r:.80} is not supported; known: silu")
+    architecture = read_architecture(hf)
     check_keys(hf, SIZES | OPTIONAL, needed=SIZES)
-
     mistral, qwen2, qwen3 = (architecture.startswith(a) for a in ("Mistral", "Qwen2", "Qwen3"))
     dim, n_heads = hf["hidden_size"], hf["num_attention_heads"]
     n_kv_heads = hf.get("num_key_value_heads") or n_heads
@@ -63,9 +56,21 @@ def config_from_hf(hf: dict) -> ModelConfig:
         eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
 
 
+def read_architecture(hf: dict) -> str:
+    """The architecture's name. Raises ValueError naming one that is not supported."""
+    architecture = hf.get("architectures") or "none given"
+    architecture = architecture[0] if isinstance(architecture, list) else architecture
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture {architecture!r:.80} is not supported; "
+                         f"known: {', '.join(ARCHITECTURES)}")
+    if (activation := hf.get("hidden_act", "silu")) not in ("silu", "swish"):
+        raise ValueError(f"hidden_act {activation!r:.80} is not supported; known: silu")
+    return architecture
+
+
 def read_rope(hf: dict) -> tuple[float, dict | None]:
-    """(theta, scaling) of a config.json: newer files keep both in rope_parameters, older ones keep
-    rope_theta at the top level and the rest, if any, in rope_scaling."""
+    """(theta, scaling) of a config.json. Newer files keep both in rope_parameters; older ones keep
+    rope_theta at the top level and the scaling, if any, in rope_scaling."""
     rope = {key: hf[key] for key in ("rope_theta", "partial_rotary_factor") if key in hf}
     rope |= (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
     rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -83,9 +88,10 @@ def read_rope(hf: dict) -> tuple[float, dict | None]:
 
 
 def check_keys(raw: dict, kinds: dict[str, tuple], needed: Iterable[str] = ()) -> None:
-    """kinds has a type for each key, and the least and the greatest number, or the kinds of an
-    object's keys; a float may be written as an integer, and None is as if the key were missing.
-    Raises ValueError naming the key, the value, and what would be right."""
+    """Check the values of a JSON object. kinds gives each key's type with the least and the
+    greatest number, or for an object the kinds of its own keys. A float may be written as an
+    integer. A null counts as missing. Raises ValueError naming the key, the value, and what would
+    be right."""
     for key, (kind, low, high) in kinds.items():
         value = raw.get(key)
         if value is None and key not in needed:
@@ -101,7 +107,8 @@ def check_keys(raw: dict, kinds: dict[str, tuple], needed: Iterable[str] = ()) -
 
 
 def eos_ids(path: Path) -> list[int]:
-    """The end-of-sequence ids that a JSON file gives. Raises ValueError naming one that is none."""
+    """The end-of-sequence ids that a JSON file gives. Raises ValueError naming one that is not a
+    token's number."""
     ids = read_json(path).get("eos_token_id")
     ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
     if wrong := [i for i in ids if type(i) is not int or not 0 <= i < 2**31]:
@@ -114,19 +121,19 @@ def eos_ids(path: Path) -> list[int]:
 
 
 class Layer(NamedTuple):
-    """A linear layer of ours, or the embedding: what it stacks, and how it is treated."""
+    """A linear layer, or the embedding: what it stacks, how ranks shard it, how it is quantized."""
 
     parts: dict[str, int]  # Hugging Face's layers that it stacks, and the rows of each
     columns: int
     bias: bool = False
-    sharded: str = "rows"  # what ranks share out (tp.shard): heads, rows of each part, or columns
-    int4: bool = True  # whether it may be int4; if not, it is int8 where the others are int4
+    sharded: str = "rows"  # what ranks split (tp.shard): heads, rows of each part, or columns
+    int4: bool = True  # whether int4 applies to it; if not, it is int8 in an int4 model
     is_table: bool = False  # an embedding, which every rank holds whole
-    tied_to: str | None = None  # the layer whose weight it shares; a file holds that alone
+    tied_to: str | None = None  # the layer whose weight it shares; files store that one only
 
 
 def block_layers(config: ModelConfig) -> dict[str, Layer]:
-    """The linear layers of one block by our names, in the order in which it computes them."""
+    """The linear layers of one block by our names, in the order of computation."""
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     dim, ffn = config.dim, config.ffn_dim
     return {
@@ -143,7 +150,7 @@ def block_layers(config: ModelConfig) -> dict[str, Layer]:
 
 
 def model_layers(config: ModelConfig) -> dict[str, Layer]:
-    """Every linear layer of a model and its embedding, by our names."""
+    """The embedding and every linear layer of a model, by our names."""
     layers = {"embed": Layer({"model.embed_tokens": config.vocab_size}, columns=config.dim,
                              int4=False, is_table=True)}
     for i in range(config.n_layers):
@@ -156,7 +163,7 @@ def model_layers(config: ModelConfig) -> dict[str, Layer]:
 
 
 def block_norms(config: ModelConfig) -> dict[str, tuple[str, int]]:
-    """The norms of one block by our names: Hugging Face's name, and the size."""
+    """The norms of one block by our names: Hugging Face's name and the size of each."""
     norms = {"attention_norm": ("input_layernorm", config.dim),
              "ffn_norm": ("post_attention_layernorm", config.dim)}
     if config.qk_norm:
@@ -166,33 +173,34 @@ def block_norms(config: ModelConfig) -> dict[str, tuple[str, int]]:
 
 
 def hf_parts(config: ModelConfig) -> dict[str, dict[str, tuple[int, ...]]]:
-    """For each tensor of ours that a file holds, the Hugging Face tensors that it stacks, and the
-    shape of each."""
-    parts, layers = {}, model_layers(config)
-
-    def add_layer(name: str) -> None:
-        layer = layers[name]
-        if layer.tied_to is None:
-            parts[f"{name}.weight"] = {f"{part}.weight": (rows, layer.columns)
-                                       for part, rows in layer.parts.items()}
-        if layer.bias:
-            parts[f"{name}.bias"] = {f"{part}.bias": (rows,) for part, rows in layer.parts.items()}
-
-    add_layer("embed")
+    """For each tensor of ours that a file stores: the Hugging Face tensors that it stacks, in
+    order, and the shape of each."""
+    layers = model_layers(config)
+    parts = layer_parts("embed", layers["embed"])
     for i in range(config.n_layers):
-        for name in block_layers(config):
-            add_layer(f"layers.{i}.{name}")
+        for name in (f"layers.{i}.{name}" for name in block_layers(config)):
+            parts |= layer_parts(name, layers[name])
         for name, (theirs, size) in block_norms(config).items():
             parts[f"layers.{i}.{name}.weight"] = {f"model.layers.{i}.{theirs}.weight": (size,)}
     parts["norm.weight"] = {"model.norm.weight": (config.dim,)}
-    add_layer("output")
+    return parts | layer_parts("output", layers["output"])
+
+
+def layer_parts(name: str, layer: Layer) -> dict[str, dict[str, tuple[int, ...]]]:
+    """hf_parts of one layer: its weight, unless it is another layer's, and its bias, if any."""
+    parts = {}
+    if layer.tied_to is None:
+        parts[f"{name}.weight"] = {f"{part}.weight": (rows, layer.columns)
+                                   for part, rows in layer.parts.items()}
+    if layer.bias:
+        parts[f"{name}.bias"] = {f"{part}.bias": (rows,) for part, rows in layer.parts.items()}
     return parts
 
 
 def layer_name(tensor: str, layers: dict[str, Layer]) -> str | None:
-    """The layer that a stored tensor belongs to: layers.0.attention.qkv of its weight, bias or
-    scale, or of those of the first layer that it stacks (layers.0.attention.qkv.0.scale). None for
-    a norm's."""
+    """The layer that a stored tensor belongs to: layers.0.attention.qkv for its weight, bias and
+    scale, also for those of one part that is stored apart (layers.0.attention.qkv.0.scale). None
+    for the weight of a norm."""
     owner, _, _ = tensor.rpartition(".")
     if owner not in layers:
         owner, _, _ = owner.rpartition(".")
@@ -209,6 +217,6 @@ def check_tensors(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[i
             raise ValueError(f"tensor {name} has shape {tuple(found[name])}; {asked_by} asks for "
                              f"{tuple(shape)}")
     for extra in sorted(set(found) - set(expected)):
-        # Old files carry two that no model reads: a table that is computed, and a tied copy.
+        # Old files hold two tensors that no model reads: rotary frequencies, and a tied copy.
         if not extra.endswith("rotary_emb.inv_freq") and extra != "lm_head.weight":
             raise ValueError(f"tensor {extra} does not belong to this architecture")

@@ -1,9 +1,9 @@
-"""Checkpoint folders: Hugging Face's, and ours, which are written here.
+"""Checkpoint folders: Hugging Face's and ours are read here, and ours are written.
 
-Ours has config.json (Hugging Face's, and a key "gpt_stream"), safetensors files with q/k/v and
-gate/up stacked into one tensor each, and the tokenizer's files as they were. Rotary positions use
-Hugging Face's layout, so no row moves. Tensors are memory-mapped: reading one costs nothing until
-it is used.
+Ours has Hugging Face's config.json with a key "gpt_stream", safetensors files with q/k/v and
+gate/up stacked into one tensor each, and copies of the tokenizer's files. Rotary positions use
+Hugging Face's layout, so rows keep their order. Tensors are memory-mapped: the disk is read when a
+tensor is used.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import pickle
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import safetensors
@@ -22,7 +22,6 @@ from torch import Tensor
 from formats.checkpoint import (
     Checkpoint,
     check_not_ours_quantized,
-    float_tensors,
     quantized_tensors,
     stack,
     stored_tensors,
@@ -33,7 +32,7 @@ from formats.published import read_published
 from model import ModelConfig
 from quantize import empty_model, stored_shapes
 
-FILE_BYTES = 1 << 30  # size of an output file, and so about the memory that converting takes
+FILE_BYTES = 1 << 30  # of an output file, and so about the memory that converting takes
 COPIED = ("generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
           "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
@@ -42,29 +41,36 @@ COPIED = ("generation_config.json", "tokenizer.model", "tokenizer.json", "tokeni
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """What a checkpoint folder holds: Hugging Face's, one of ours, or one that others have
-    quantized. Raises ValueError naming the folder, and in it the file, key or tensor."""
+    """What a checkpoint folder holds, be it Hugging Face's, ours, or GPTQ's, AWQ's or
+    compressed-tensors'. Raises ValueError naming the folder, and in it the file, key or tensor."""
     raw, config = read_config(folder)
     tensors = open_tensors(folder)
     check_layers(folder, config, tensors)
     try:
         if "gpt_stream" in raw:
             quantization = raw["gpt_stream"].get("quantization")
-            expected = stored_shapes(empty_model(config, quantization))
-            check_tensors({name: tensor.shape for name, tensor in tensors.items()}, expected)
-            blocks = {name: [tensors[name]] for name in expected}
+            blocks = our_blocks(tensors, config, quantization)
         elif raw.get("quantization_config"):
-            quantization, blocks = read_published(folder, raw, tensors, config)
+            quantization, blocks = read_published(raw, tensors, config)
         else:
-            quantization, blocks = None, stacked(tensors, config)
+            quantization, blocks = None, hf_blocks(tensors, config)
     except ValueError as error:
-        text = str(error)
-        raise ValueError(text if text.startswith(str(folder)) else f"{folder}: {text}") from None
+        raise ValueError(f"{folder}: {error}") from None
     return Checkpoint(folder, raw, config, quantization, blocks)
 
 
-def stacked(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, list[Tensor]]:
-    """Hugging Face's tensors under our names. Raises ValueError naming one that is wrong."""
+def our_blocks(tensors: dict[str, Tensor], config: ModelConfig,
+               quantization: dict | None) -> dict[str, list[Tensor]]:
+    """The tensors of a folder of ours, one block each. Raises ValueError naming one that is
+    missing, misshapen or extra."""
+    expected = stored_shapes(empty_model(config, quantization))
+    check_tensors({name: tensor.shape for name, tensor in tensors.items()}, expected)
+    return {name: [tensors[name]] for name in expected}
+
+
+def hf_blocks(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, list[Tensor]]:
+    """Hugging Face's tensors under our names. Raises ValueError naming one that is missing,
+    misshapen, extra, or not in floating point."""
     parts = hf_parts(config)
     expected = {part: shape for each in parts.values() for part, shape in each.items()}
     check_tensors({name: tensor.shape for name, tensor in tensors.items()}, expected)
@@ -75,15 +81,15 @@ def stacked(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, list[T
 
 
 def read_config(folder: Path) -> tuple[dict, ModelConfig]:
-    """The raw config.json and what it means. generation_config.json may add more EOS ids.
-    Raises ValueError naming the folder or the file."""
+    """The raw config.json and what it means. generation_config.json may add EOS ids. Raises
+    ValueError naming the folder or the file."""
     path = folder / "config.json"
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such checkpoint folder")
     if not path.exists():
         raise ValueError(f"{folder}: no config.json; a checkpoint folder has one")
     raw = read_json(path)
-    if gptq := read_json(folder / "quantize_config.json"):  # where older tools kept it
+    if gptq := read_json(folder / "quantize_config.json"):  # of older tools
         raw.setdefault("quantization_config", {"quant_method": "gptq", **gptq})
     ids = {*eos_ids(path), *eos_ids(folder / "generation_config.json")}
     try:
@@ -93,8 +99,8 @@ def read_config(folder: Path) -> tuple[dict, ModelConfig]:
 
 
 def check_layers(folder: Path, config: ModelConfig, tensors: dict[str, Tensor]) -> None:
-    """Raises ValueError unless there are as many layers as the config says, before they are built.
-    """
+    """Raises ValueError unless the weights have as many layers as the config says. This comes
+    before an empty model is built, which a wrong number could make huge."""
     numbers = {found[1] for name in tensors if (found := re.search(r"\blayers\.(\d+)\.", name))}
     if len(numbers) != config.n_layers:
         raise ValueError(f"{folder / 'config.json'}: num_hidden_layers is {config.n_layers}; the "
@@ -102,7 +108,8 @@ def check_layers(folder: Path, config: ModelConfig, tensors: dict[str, Tensor]) 
 
 
 def open_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint by name, memory-mapped. Raises ValueError naming a bad file."""
+    """Every tensor of a folder by its name there, memory-mapped. Raises ValueError naming a bad
+    file."""
     for stem, ending in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         single, index = folder / (stem + ending), folder / f"{stem}{ending}.index.json"
         if index.exists():
@@ -120,7 +127,7 @@ def open_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def read_index(path: Path, ending: str) -> list[str]:
-    """The files that an index names: plain names, since it may not reach outside its folder."""
+    """The files that an index names. Raises ValueError for one outside the folder."""
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f'{path}: needs a "weight_map" from tensors to files')
@@ -131,15 +138,13 @@ def read_index(path: Path, ending: str) -> list[str]:
 
 
 def open_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file. Nothing is ever unpickled into code."""
+    """The tensors of one file, memory-mapped. A .bin file is unpickled without running code from
+    it. Raises ValueError naming a file that is missing or damaged."""
     if not path.exists():
         raise ValueError(f"{path}: named by the index, but missing")
     try:
         if path.suffix == ".bin":
-            tensors = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-            if all(isinstance(tensor, Tensor) for tensor in dict(tensors).values()):
-                return tensors
-            raise RuntimeError("it holds other things than tensors")
+            return unpickle_tensors(path)
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, OSError) as error:
@@ -147,79 +152,114 @@ def open_file(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: damaged or not a weights file: {reason}") from None
 
 
+def unpickle_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .bin file, memory-mapped. Raises RuntimeError for a damaged one."""
+    try:
+        tensors = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except (LookupError, TypeError, AttributeError, ValueError) as error:  # of a damaged pickle
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
+    if not isinstance(tensors, dict) or not all(
+            isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise RuntimeError("it holds other things than tensors")
+    return tensors
+
+
 # ------------------------------------------------------------------------------ writing
 
 
 def our_config(checkpoint: Checkpoint, quantization: dict | None,
                dtype: torch.dtype | None = None) -> dict:
-    """The config.json of a folder of ours with this checkpoint's weights, quantized so."""
+    """The config.json of a folder of ours with this checkpoint's weights, for this quantization and
+    dtype. dtype None keeps the one that is written there."""
     raw = {**checkpoint.raw, "gpt_stream": {**checkpoint.raw.get("gpt_stream", {}), "format": 1}}
     if quantization:
         raw["gpt_stream"]["quantization"] = quantization
     raw.pop("quantization_config", None)
     if dtype:
-        raw.pop("torch_dtype", None)  # what older files call it
+        raw.pop("torch_dtype", None)  # the older name of dtype
         raw["dtype"] = str(dtype).removeprefix("torch.")
     return raw
 
 
 def write_converted(checkpoint: Checkpoint, out: Path, dtype: torch.dtype | None = None,
                     quantization: dict | None = None, show=None) -> None:
-    """Write a checkpoint as a folder of ours, whole or not at all. dtype None keeps its own, and
-    quantization None what it is stored as; show is called with a count of tensors and their number.
-    Raises ValueError naming the tensor or the size."""
+    """Write a checkpoint as a folder of ours, whole or not at all.
+
+    dtype None keeps the stored one, and quantization None the stored kinds. show(count, total) is
+    called after each tensor. Raises ValueError naming the tensor or the size."""
     check_not_ours_quantized(checkpoint)
     stored = quantization or checkpoint.quantization
-    shapes = stored_shapes(empty_model(checkpoint.config, stored))  # refuses what cannot be
-    if quantization:
-        tensors = quantized_tensors(checkpoint, quantization)
-    else:
-        blocks = stored_tensors(checkpoint) if stored else float_tensors(checkpoint, dtype)
-        tensors = ((name, stack(each)) for name, each in blocks)
+    shapes = stored_shapes(empty_model(checkpoint.config, stored))  # raises for a wrong group size
     write_checkpoint(out, checkpoint.folder, our_config(checkpoint, stored, dtype),
-                     ((name, in_dtype(name, tensor, dtype)) for name, tensor in tensors),
-                     len(shapes), show)
+                     converted_tensors(checkpoint, dtype, quantization), len(shapes), show)
+
+
+def converted_tensors(checkpoint: Checkpoint, dtype: torch.dtype | None,
+                      quantization: dict | None) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor by name, as a folder of ours stores it."""
+    if quantization:
+        for name, tensor in quantized_tensors(checkpoint, quantization):
+            yield name, in_dtype(name, tensor, dtype)
+    else:
+        for name, blocks in stored_tensors(checkpoint, dtype=dtype):
+            yield name, stack([in_dtype(name, block, dtype) for block in blocks])
 
 
 def in_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A stored tensor in the dtype that is asked for; integers and their scales stay."""
+    """A stored tensor in this dtype. Integers and their float32 scales stay as they are."""
     if dtype is None or not tensor.is_floating_point() or name.endswith(".scale"):
         return tensor
     return tensor.to(dtype)
 
 
 def write_checkpoint(out: Path, source: Path, raw: dict, weights: Iterable[tuple[str, Tensor]],
-                     total: int, progress=None) -> None:
-    """Write a folder of ours, whole or not at all: raw as config.json, the weights, of which
-    progress expects `total`, and the tokenizer's files of `source`. Raises ValueError when `out`
-    holds something."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: exists already and is not an empty folder")
+                     total: int, show=None) -> None:
+    """Write a folder of ours, whole or not at all: raw as config.json, `total` weights, and copies
+    of the tokenizer's files in `source`. Raises ValueError when `out` is not an empty or new
+    folder."""
+    check_out(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(out) as partial:
         partial.mkdir(0o700)
-        files, waiting = {}, {}  # file name -> its tensors' names; tensors not yet written
-
-        def write_waiting() -> None:
-            file = f"model-{len(files) + 1:05}.safetensors"
-            save_file(waiting, partial / file, metadata={"format": "pt"})
-            files[file] = list(waiting)
-            waiting.clear()
-
-        for count, (name, tensor) in enumerate(weights, 1):
-            waiting[name] = tensor.contiguous()
-            if sum(t.nbytes for t in waiting.values()) >= FILE_BYTES:
-                write_waiting()
-            if progress:
-                progress(count, total)
-        if waiting:
-            write_waiting()
-        if len(files) == 1:
-            (partial / "model-00001.safetensors").rename(partial / "model.safetensors")
-        else:
-            weight_map = {name: file for file, names in files.items() for name in names}
-            write_json(partial / "model.safetensors.index.json", {"weight_map": weight_map})
+        write_weights(partial, weights, total, show)
         write_json(partial / "config.json", raw)
         for name in COPIED:
             if (source / name).exists():
                 shutil.copyfile(source / name, partial / name)
+
+
+def check_out(out: Path) -> None:
+    """Raises ValueError unless `out` is an empty folder or does not exist."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: exists already and is not an empty folder")
+
+
+def write_weights(folder: Path, weights: Iterable[tuple[str, Tensor]], total: int,
+                  show=None) -> None:
+    """Write weights as one safetensors file, or as several and their index."""
+    files = {}  # file name -> its tensors' names
+    for tensors in file_contents(weights, total, show):
+        file = f"model-{len(files) + 1:05}.safetensors"
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        files[file] = list(tensors)
+    if len(files) == 1:
+        (folder / "model-00001.safetensors").rename(folder / "model.safetensors")
+    else:
+        weight_map = {name: file for file, names in files.items() for name in names}
+        write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
+
+
+def file_contents(weights: Iterable[tuple[str, Tensor]], total: int,
+                  show=None) -> Iterator[dict[str, Tensor]]:
+    """The tensors of one file after another. It yields one dict again and again and clears it in
+    between, so that one file's tensors are in memory at a time."""
+    tensors = {}
+    for count, (name, tensor) in enumerate(weights, 1):
+        tensors[name] = tensor.contiguous()
+        if sum(t.nbytes for t in tensors.values()) >= FILE_BYTES:
+            yield tensors
+            tensors.clear()
+        if show:
+            show(count, total)
+    if tensors:
+        yield tensors

@@ -1,9 +1,9 @@
-"""GGUF files, which are what llama.cpp runs, as checkpoint folders of ours.
+"""GGUF files, llama.cpp's format, converted to checkpoint folders of ours.
 
-The file is metadata (the sizes, the tokenizer, the chat template), the list of the tensors, and the
-tensors, most of them in blocks of a few bits that the package `gguf` turns into numbers again. One
-type needs no such turn: a block of Q4_0 is 32 columns of four bits and a scale, exactly a group of
-our int4, so `--quantize int4 --group-size 32` keeps the numbers that the file was made with.
+A file holds metadata (the sizes, the tokenizer, the chat template), a list of tensors, and the
+tensors, most of them in blocks of a few bits that the package `gguf` dequantizes. Blocks of Q4_0
+need no dequantizing: 32 columns of four bits and a scale are exactly a group of our int4, so
+`--quantize int4 --group-size 32` keeps their values.
 
 Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -33,7 +33,7 @@ from model import ModelConfig, rope_frequencies
 from tokenizer import Tokenizer
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
-                 "qwen3": "Qwen3ForCausalLM"}  # Mistral's files call themselves llama
+                 "qwen3": "Qwen3ForCausalLM"}  # Mistral's files say llama
 SIZES = {"hidden_size": "embedding_length", "num_hidden_layers": "block_count",
          "num_attention_heads": "attention.head_count", "intermediate_size": "feed_forward_length",
          "max_position_embeddings": "context_length"}
@@ -42,27 +42,27 @@ NOT_COMPUTED = ("expert_count", "attention.scale", "attention.temperature_scale"
 NAMES = {"model.embed_tokens": "token_embd", "model.layers": "blk", "model.norm": "output_norm",
          "lm_head": "output", "input_layernorm": "attn_norm",
          "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output",
-         "self_attn.": "attn_", "mlp.": "ffn_", "_proj": ""}  # replaced in this order
-ORIGINALS = [8192, *(2**n for n in range(5, 21))]  # contexts before a scaling: Llama 3's, others
+         "self_attn.": "attn_", "mlp.": "ffn_", "_proj": ""}  # replaced from the first to the last
+# Contexts before llama3's scaling, to try in turn: Llama 3's own, then others.
+ORIGINALS = [8192, *(2**n for n in range(5, 21))]
 INT4_OF_Q4_0 = {"mode": "int4", "group_size": 32}
-ROWS = 4096  # dequantized at a time: an embedding in float32 can be larger than the file
+ROWS = 4096  # dequantized at a time: in float32 an embedding can be larger than the file
 
 
 # ------------------------------------------------------------------------------ the file
 
 
-class Stored(NamedTuple):
-    """A tensor as it lies in the file: its type, its shape, and a row of bytes for each of its
-    rows, memory-mapped. A vector's rows are its numbers."""
+class GGUFTensor(NamedTuple):
+    """A tensor in the file, memory-mapped. A vector has one number a row."""
 
     kind: int  # gguf.GGMLQuantizationType
     shape: tuple[int, ...]
     rows: np.ndarray  # (shape[0], bytes) uint8
-    interleaved_heads: int = 0  # heads whose rows are in llama.cpp's order, see split_halves
+    interleaved_heads: int = 0  # heads with llama.cpp's order of rows (split_halves); 0: none
 
 
 def gguf_package():
-    """The package that knows the tensor types. Raises ValueError when it is not installed."""
+    """The package `gguf`. Raises ValueError with the command that installs it."""
     try:
         import gguf
     except ImportError:
@@ -70,13 +70,13 @@ def gguf_package():
     return gguf
 
 
-def read_gguf(path: Path) -> tuple[dict, dict[str, Stored]]:
-    """Metadata and tensors by name. Raises ValueError saying where a bad file is bad."""
+def read_gguf(path: Path) -> tuple[dict, dict[str, GGUFTensor]]:
+    """A file's metadata and its tensors by name. Raises ValueError for a damaged file."""
     gguf = gguf_package()
 
     class Reader(gguf.GGUFReader):
         def _get(self, offset, dtype, count=1, *order, **named):
-            # Its own takes what is left of a cut file, and any length that a damaged one gives.
+            # The package itself would read past the end of a file that was cut off.
             if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
                 raise ValueError("it is cut off")
             return super()._get(offset, dtype, count, *order, **named)
@@ -88,34 +88,27 @@ def read_gguf(path: Path) -> tuple[dict, dict[str, Stored]]:
         metadata = {name: field.contents() for name, field in reader.fields.items()}
         shapes = [tuple(tensor.shape.tolist()[::-1]) for tensor in reader.tensors]
         return metadata, {
-            tensor.name: Stored(tensor.tensor_type, shape,
+            tensor.name: GGUFTensor(tensor.tensor_type, shape,
                                 np.asarray(tensor.data).reshape(shape[0], -1).view(np.uint8))
             for tensor, shape in zip(reader.tensors, shapes)}
-    except OSError:  # not there, or not readable
+    except OSError:  # missing or not readable
         raise
-    except Exception as error:  # damage ends in errors of all sorts
+    except Exception as error:  # a damaged file raises errors of many types
         raise ValueError(f"damaged or not a GGUF file: {error}") from None
 
 
 # ------------------------------------------------------------------------------ configuration
 
 
-def read_settings(metadata: dict, tensors: dict[str, Stored]) -> tuple[dict, ModelConfig]:
-    """Metadata as a Hugging Face config.json, and what it means. Raises ValueError naming the key
-    that is missing, wrong, or asks for what this engine does not compute."""
+def read_settings(metadata: dict, tensors: dict[str, GGUFTensor]) -> tuple[dict, ModelConfig]:
+    """The metadata as a Hugging Face config.json, and what it means. Raises ValueError naming a key
+    that is missing, wrong, or not supported."""
     name = check_architecture(metadata)
     if "token_embd.weight" not in tensors:
         raise ValueError("tensor token_embd.weight is missing")
-    sizes = {ours: read_number(metadata, f"{name}.{key}", int) for ours, key in SIZES.items()}
-    heads, dim, layers = (sizes[key] for key in (
-        "num_attention_heads", "hidden_size", "num_hidden_layers"))
-    if f"blk.{layers - 1}.attn_norm.weight" not in tensors:  # before so many are built
-        raise ValueError(f"{name}.block_count is {layers}; the file has no tensors of the last one")
     raw = {
-        "architectures": [ARCHITECTURES[name]], "model_type": name, "hidden_act": "silu", **sizes,
-        "num_key_value_heads": read_number(metadata, f"{name}.attention.head_count_kv", int, heads),
-        "head_dim": read_number(metadata, f"{name}.attention.key_length", int, dim // heads),
-        "vocab_size": tensors["token_embd.weight"].shape[0],
+        "architectures": [ARCHITECTURES[name]], "model_type": name, "hidden_act": "silu",
+        **read_sizes(metadata, name, tensors),
         "rms_norm_eps": read_number(metadata, f"{name}.attention.layer_norm_rms_epsilon", float),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
@@ -127,16 +120,30 @@ def read_settings(metadata: dict, tensors: dict[str, Stored]) -> tuple[dict, Mod
                                 if (key := f"tokenizer.ggml.{end}_token_id") in metadata})}
     if metadata.get(key := f"{name}.attention.sliding_window"):
         raw.update(sliding_window=read_number(metadata, key, int), use_sliding_window=True)
-    for key in (f"{name}.attention.value_length", f"{name}.rope.dimension_count"):
-        if (value := metadata.get(key, raw["head_dim"])) != raw["head_dim"]:
-            raise ValueError(f"{key} is {value}; only heads of one size ({raw['head_dim']}), "
-                             "rotated whole, are supported")
     raw["rope_parameters"].update(read_scaling(metadata, name, tensors, config_from_hf(raw)))
     return raw, config_from_hf(raw)
 
 
+def read_sizes(metadata: dict, name: str, tensors: dict[str, GGUFTensor]) -> dict[str, int]:
+    """The sizes of a config.json. Raises ValueError naming the key of a wrong one."""
+    sizes = {ours: read_number(metadata, f"{name}.{key}", int) for ours, key in SIZES.items()}
+    heads, dim, layers = (sizes[key] for key in (
+        "num_attention_heads", "hidden_size", "num_hidden_layers"))
+    # A wrong number would make the empty model huge.
+    if f"blk.{layers - 1}.attn_norm.weight" not in tensors:
+        raise ValueError(f"{name}.block_count is {layers}; the file has no tensors of the last one")
+    kv_heads = read_number(metadata, f"{name}.attention.head_count_kv", int, heads)
+    head_dim = read_number(metadata, f"{name}.attention.key_length", int, dim // heads)
+    for key in (f"{name}.attention.value_length", f"{name}.rope.dimension_count"):
+        if (value := metadata.get(key, head_dim)) != head_dim:
+            raise ValueError(f"{key} is {value}; only heads of one size ({head_dim}), rotated "
+                             "whole, are supported")
+    return {**sizes, "num_key_value_heads": kv_heads, "head_dim": head_dim,
+            "vocab_size": tensors["token_embd.weight"].shape[0]}
+
+
 def check_architecture(metadata: dict) -> str:
-    """Its name. Raises ValueError naming what is not supported."""
+    """The architecture's name in the metadata. Raises ValueError naming what is not supported."""
     if metadata.get("split.count", 1) > 1:
         raise ValueError(f"file {metadata.get('split.no', 0) + 1} of {metadata['split.count']} of "
                          "a split model; merge them first: llama-gguf-split --merge FIRST OUT")
@@ -151,36 +158,38 @@ def check_architecture(metadata: dict) -> str:
 
 
 def read_number(metadata: dict, key: str, kind: type, default: float | None = None) -> float:
+    """A positive number of the metadata. Raises ValueError naming the key and what it is instead.
+    """
     value = metadata.get(key, default)
     if type(value) is not kind or not 0 < value < math.inf:
         raise ValueError(f"{key} is {str(value)[:40]}; it must be a positive {kind.__name__}")
     return value
 
 
-def read_scaling(metadata: dict, name: str, tensors: dict[str, Stored],
+def read_scaling(metadata: dict, name: str, tensors: dict[str, GGUFTensor],
                  plain: ModelConfig) -> dict:
-    """What a config.json says of scaled rotary positions. Raises ValueError naming a scaling that
-    is not supported."""
+    """The rope_parameters of a config.json that scale rotary positions, {} without a scaling. plain
+    is the config without it. Raises ValueError naming a scaling that is not supported."""
     kind = metadata.get(f"{name}.rope.scaling.type", "linear")
     if kind not in ("none", "linear"):
         raise ValueError(f"{name}.rope.scaling.type {kind!r} is not supported; known: none, linear")
     factor = (metadata.get(f"{name}.rope.scaling.factor")
-              or metadata.get(f"{name}.rope.scale_linear") or 1.0)  # the older key
+              or metadata.get(f"{name}.rope.scale_linear") or 1.0)  # an older key
     linear = kind == "linear" and factor != 1
     if "rope_freqs.weight" not in tensors:
         return {"rope_type": "linear", "factor": factor} if linear else {}
-    divisors = dequantize(tensors["rope_freqs.weight"]).double()
+    divisors = to_float32(tensors["rope_freqs.weight"]).double()
     if linear or divisors.shape != (plain.head_dim // 2,):
         raise ValueError(f"tensor rope_freqs.weight of shape {tuple(divisors.shape)}, with "
                          f"{name}.rope.scaling.factor {factor}, is not supported; llama3's has "
                          f"shape ({plain.head_dim // 2},) and no factor beside it")
     original = metadata.get(f"{name}.rope.scaling.original_context_length")
-    return find_llama3(divisors, plain, [original] if original else ORIGINALS)
+    return infer_llama3(divisors, plain, [original] if original else ORIGINALS)
 
 
-def find_llama3(divisors: Tensor, plain: ModelConfig, originals: list[int]) -> dict:
-    """The llama3 scaling that gives these divisors (D / 2,) of the frequencies: a GGUF file has
-    them alone. Raises ValueError when none does."""
+def infer_llama3(divisors: Tensor, plain: ModelConfig, originals: list[int]) -> dict:
+    """The llama3 scaling that divides the frequencies by these divisors (D / 2,): a GGUF file
+    stores the divisors and not the scaling. Raises ValueError when there is none."""
     if bool((divisors == 1).all()):
         return {}
     frequencies = rope_frequencies(plain)
@@ -197,10 +206,11 @@ def find_llama3(divisors: Tensor, plain: ModelConfig, originals: list[int]) -> d
 # ------------------------------------------------------------------------------ tensors
 
 
-def find_blocks(config: ModelConfig, tensors: dict[str, Stored],
+def read_blocks(config: ModelConfig, tensors: dict[str, GGUFTensor],
                 interleaved: bool) -> dict[str, list[Encoded]]:
-    """Our tensors, each as what it stacks. interleaved is for q and k as llama.cpp's own
-    architecture rotates them. Raises ValueError naming a missing, extra or misshapen tensor."""
+    """Our tensors by name, each as the blocks that it stacks. With `interleaved`, q and k have
+    llama.cpp's order of rows (split_halves). Raises ValueError naming a tensor that is missing,
+    misshapen, extra, or of an unknown type."""
     heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads} if interleaved else {}
     parts = {name: {gguf_name(part): shape for part, shape in each.items()}
              for name, each in hf_parts(config).items()}
@@ -211,55 +221,60 @@ def find_blocks(config: ModelConfig, tensors: dict[str, Stored],
         check_type(name, tensors[name])
         layer = name.split(".")[-2]
         tensors[name] = tensors[name]._replace(interleaved_heads=heads.get(layer, 0))
-    return {name: [encoded(part, tensors[part]) for part in each] for name, each in parts.items()}
+    return {name: [as_block(part, tensors[part]) for part in each] for name, each in parts.items()}
 
 
-def check_type(name: str, tensor: Stored) -> None:
-    """Raises ValueError naming a tensor of a type that cannot be dequantized."""
+def check_type(name: str, tensor: GGUFTensor) -> None:
+    """Raises ValueError naming a tensor whose type cannot be dequantized."""
     try:
-        dequantize(tensor._replace(rows=tensor.rows[:1]))
+        to_float32(tensor._replace(rows=tensor.rows[:1]))
     except NotImplementedError as error:
         raise ValueError(f"tensor {name}: {error}") from None
 
 
-def encoded(name: str, tensor: Stored) -> Encoded:
+def as_block(name: str, tensor: GGUFTensor) -> Encoded:
+    """A tensor as a block of a Checkpoint. Matrices in Q4_0 are int4 already."""
     kind = INT4_OF_Q4_0 if tensor.kind.name == "Q4_0" and len(tensor.shape) > 1 else None
-    return Encoded(kind, partial(decode, name, tensor, kind))
+    return Encoded(kind, partial(decode_rows, name, tensor, kind))
 
 
 def gguf_name(hf_name: str) -> str:
+    """The name in a GGUF file of a tensor of Hugging Face's."""
     for theirs, name in NAMES.items():
         hf_name = hf_name.replace(theirs, name)
     return hf_name
 
 
-def split_halves(tensor: Stored) -> Stored:
-    """Rows in Hugging Face's order, where the two halves of a head are rotated against each other;
-    llama.cpp rotates neighbours, and its converter moves the rows so."""
+def split_halves(tensor: GGUFTensor) -> GGUFTensor:
+    """A tensor with its rows in Hugging Face's order, which rotates the first half of a head
+    against the second. llama.cpp rotates neighbours, so its converter interleaves the two halves'
+    rows."""
     if not tensor.interleaved_heads:
         return tensor
     order = np.arange(len(tensor.rows)).reshape(tensor.interleaved_heads, -1, 2)
     return tensor._replace(rows=tensor.rows[order.swapaxes(1, 2).ravel()])
 
 
-def dequantize(tensor: Stored) -> Tensor:
-    """The numbers in float32, (rows, columns), or (rows,) of a vector."""
+def to_float32(tensor: GGUFTensor) -> Tensor:
+    """A tensor in float32: (rows, columns), or (rows,) for a vector."""
     weight = gguf_package().quants.dequantize(tensor.rows, tensor.kind)
     return torch.from_numpy(np.require(weight, requirements="W")).reshape(-1, *tensor.shape[1:])
 
 
-def decode(name: str, tensor: Stored, kind: dict | None) -> Iterator[dict[str, Tensor]]:
-    """A tensor's rows as we store them, some at a time: int4 of Q4_0, and floats of other types."""
+def decode_rows(name: str, tensor: GGUFTensor, kind: dict | None) -> Iterator[dict[str, Tensor]]:
+    """A tensor's rows as they are stored here, some at a time: int4 if that is the kind, else
+    float32."""
     tensor = split_halves(tensor)
     for first in range(0, len(tensor.rows), ROWS):
         piece = tensor._replace(rows=tensor.rows[first:first + ROWS])
-        yield regroup_q4_0(name, piece) if kind else {"weight": dequantize(piece)}
+        yield int4_of_q4_0(name, piece) if kind else {"weight": to_float32(piece)}
 
 
-def regroup_q4_0(name: str, tensor: Stored) -> dict[str, Tensor]:
-    """Our int4, of groups of 32, from blocks of Q4_0: a float16 scale, then 16 bytes whose low four
-    bits are columns 0 to 15 and whose high four bits are columns 16 to 31, all of them less 8."""
-    blocks = torch.from_numpy(tensor.rows.reshape(len(tensor.rows), -1, 18).copy())  # K / 32 a row
+def int4_of_q4_0(name: str, tensor: GGUFTensor) -> dict[str, Tensor]:
+    """int4 in groups of 32 from blocks of Q4_0. A block is a float16 scale, then 16 bytes: their
+    low four bits are columns 0 to 15, their high four bits columns 16 to 31, with a zero of 8."""
+    # (N, K / 32, 18) bytes
+    blocks = torch.from_numpy(tensor.rows.reshape(len(tensor.rows), -1, 18).copy())
     scale = blocks[..., :2].contiguous().view(torch.float16)[..., 0].float()
     if not scale.isfinite().all():
         raise ValueError(f"tensor {name} has NaN or infinite scales")
@@ -273,39 +288,41 @@ def regroup_q4_0(name: str, tensor: Stored) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def open_gguf(source: Path) -> Iterator[Checkpoint]:
-    """What a GGUF file holds, as the folder that it can be converted to: its tokenizer's files lie
-    in a temporary folder as long as this is open. Raises ValueError naming the file, and in it the
-    key or the tensor, also where its damage is found only when a tensor is read."""
+    """What a GGUF file holds. Its tokenizer's files are in a temporary folder while this is open.
+    Raises ValueError naming the file, and in it the key or the tensor, also for damage that shows
+    only when a tensor is decoded inside the `with`."""
     with tempfile.TemporaryDirectory() as made:
         try:
-            yield read_checkpoint(source, Path(made))
+            yield make_checkpoint(source, Path(made))
         except (ValueError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
-            raise ValueError(f"{source}: {error}") from error  # of a damaged file come all of these
+            # A damaged file raises all of these.
+            raise ValueError(f"{source}: {error}") from error
 
 
-def read_checkpoint(source: Path, made: Path) -> Checkpoint:
-    """A Checkpoint whose tokenizer is written to the folder `made`."""
+def make_checkpoint(source: Path, folder: Path) -> Checkpoint:
+    """A file as a Checkpoint, after writing its tokenizer's files to `folder`."""
     metadata, tensors = read_gguf(source)
     raw, config = read_settings(metadata, tensors)
-    blocks = find_blocks(config, tensors, interleaved=raw["model_type"] == "llama")
+    blocks = read_blocks(config, tensors, interleaved=raw["model_type"] == "llama")
     try:
-        write_tokenizer(made, metadata)
-    except OSError as error:  # the system's temporary files may lie on another, fuller disk
-        raise OSError(f"{made}: cannot be written: {error}") from None
-    Tokenizer(made)
-    # Vectors are in float32 whatever the file.
+        write_tokenizer(folder, metadata)
+    except OSError as error:  # temporary files may be on another disk, which is full
+        raise OSError(f"{folder}: cannot be written: {error}") from None
+    Tokenizer(folder)  # raises ValueError for what it cannot read
+    # Vectors are in float32 in every file, so the matrices' type counts.
     kinds = Counter(t.kind.name for t in tensors.values() if len(t.shape) > 1)
     bulk = kinds.most_common(1)[0][0]
     raw["dtype"] = {"F32": "float32", "F16": "float16"}.get(bulk, "bfloat16")
     raw["gpt_stream"] = {"format": 1, "source": f"{source.name}, {bulk}"}
-    return Checkpoint(made, raw, config, None, blocks)
+    return Checkpoint(folder, raw, config, None, blocks)
 
 
 def convert_gguf(source: Path, out: Path, dtype: torch.dtype | None = None,
                  quantization: dict | None = None, show=None) -> None:
-    """Write the GGUF file at `source` to the new folder `out`, whole or not at all. dtype None is
-    the file's own, bf16 of a quantized one. Raises ValueError naming the file, and in it the key or
-    the tensor."""
+    """Write the GGUF file at `source` as a folder of ours, whole or not at all.
+
+    dtype None is the file's own, or bf16 if it is quantized. quantization None is floating point.
+    Raises ValueError naming the file, and in it the key or the tensor."""
     with open_gguf(source) as checkpoint:
         dtype = dtype or getattr(torch, checkpoint.raw["dtype"])
         write_converted(checkpoint, out, dtype, quantization, show)

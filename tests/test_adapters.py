@@ -1,4 +1,4 @@
-"""LoRA adapters: merged logits equal peft's, in float32."""
+"""LoRA adapters: logits with them merged in equal peft's, in float32."""
 
 import json
 import shutil
@@ -93,21 +93,21 @@ def test_they_are_merged_before_quantizing(mode, made, tmp_path):
     shutil.copy(TINY / "tokenizer.model", tmp_path / "merged")
     ours = logits(made / "base", made / "all", quantize=mode)
     expected = logits(tmp_path / "merged", quantize=mode)
-    # A last bit of the sum may be on the other side of a step: a few weights move by one.
+    # The last bit of a sum may round a few weights to the next level.
     assert (ours - expected).abs().mean() < 1e-3 * (ours - logits(made / "base")).abs().mean()
 
 
 def test_in_bf16_the_sum_is_rounded_once(made):
     model, _ = load(made / "base", device="cpu", dtype=torch.bfloat16, adapters=[made / "all"])
     theirs = merged(made, "all").state_dict()
-    ours = model.layers[1].feed_forward.down.weight.to_dense()  # which is laid out anew
+    ours = model.layers[1].feed_forward.down.weight.to_dense()  # back in rows
     assert ours.dtype == torch.bfloat16
     expected = theirs["model.layers.1.mlp.down_proj.weight"]
     assert (ours.float() - expected).abs().max() <= 2 ** -8 * expected.abs().max()
 
 
 def test_fingerprints_tell_adapters_apart(made, tmp_path):
-    """Of the adapter "keys" no first row of a weight changes."""
+    """The adapter "keys" changes no first row of a weight."""
     changed = shutil.copytree(made / "keys", tmp_path / "changed")
     tensors = load_file(changed / "adapter_model.safetensors")
     tensors["base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"][-1, -1] += 0.1

@@ -1,4 +1,4 @@
-"""What a converted folder holds. That its logits are right is in test_model.py."""
+"""What a converted folder holds. test_model.py checks its logits."""
 
 import json
 import os
@@ -136,6 +136,21 @@ def test_old_files_extra_tables_and_tied_copies_are_no_obstacle(hf_folder, tmp_p
     assert "output.weight" not in weights_of(tmp_path / "out")
 
 
+def test_a_damaged_pickle_is_named(tmp_path):
+    """It asks for a memo that was never stored, which the unpickler answers with a KeyError."""
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.ones(3), "b": torch.ones(2)}, path)
+    assert open_file(path)["b"].tolist() == [1, 1]
+    whole = path.read_bytes()
+    assert b"h\x02" in whole  # BINGET 2
+    path.write_bytes(whole.replace(b"h\x02", b"h\xc8"))
+    with pytest.raises(ValueError, match="pytorch_model.bin: damaged or not a weights file"):
+        open_file(path)
+    torch.save([torch.ones(3)], path)
+    with pytest.raises(ValueError, match="pytorch_model.bin: .* other things than tensors"):
+        open_file(path)
+
+
 @pytest.mark.slow
 def test_loading_maps_the_file_instead_of_copying_it(tmp_path):
     """Resident anonymous memory stays far below the size of the weights."""
@@ -151,7 +166,7 @@ def test_loading_maps_the_file_instead_of_copying_it(tmp_path):
     script = ("import sys; from generate import load\n"
               "anonymous = lambda: next(int(line.split()[1]) for line in open('/proc/self/status')"
               " if line.startswith('RssAnon'))\n"
-              "load('checkpoints/tiny', device='cpu')\n"  # brings in the libraries
+              "load('checkpoints/tiny', device='cpu')\n"  # imports the libraries
               "before = anonymous(); model, _ = load(sys.argv[1], device='cpu')\n"
               "model.embed.weight.sum(); print(anonymous() - before)")
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=TINY.parent.parent,
@@ -161,7 +176,7 @@ def test_loading_maps_the_file_instead_of_copying_it(tmp_path):
 
 
 def test_on_a_cpu_bf16_weights_are_laid_out_for_its_library_and_others_stay():
-    """A library of the CPU's reads bf16 in rows half as fast; `to_dense` gives the rows back."""
+    """The CPU's library reads its own layout of bf16 faster. `to_dense` gives the rows back."""
     rows, _ = load(TINY, device="cpu", dtype=torch.float32)
     packed, _ = load(TINY, device="cpu", dtype=torch.bfloat16)
     assert not any(module.packed for module in rows.modules() if hasattr(module, "packed"))
@@ -172,7 +187,7 @@ def test_on_a_cpu_bf16_weights_are_laid_out_for_its_library_and_others_stay():
 
 
 def test_loading_opens_every_file_once_and_builds_one_empty_model(hf_folder, monkeypatch):
-    """Whatever a folder holds is read into one value, which everything else is made of."""
+    """A folder is read into one Checkpoint, which the model is made of."""
     opened, built = [], []
     monkeypatch.setattr("formats.folder.open_file",
                         lambda path, read=open_file: opened.append(path.name) or read(path))

@@ -1,4 +1,4 @@
-"""formats/files.py: what is written is whole, or not there."""
+"""formats/files.py: files and folders are written whole or not at all."""
 
 import errno
 import os
@@ -48,7 +48,7 @@ def test_a_folder_is_there_at_once_with_the_permissions_of_the_umask(tmp_path, u
 
 
 def test_a_file_keeps_the_permissions_that_it_was_made_with(tmp_path, umask):
-    """A session holds a conversation, which is its writer's alone."""
+    """A session holds a conversation, which others must not read."""
     with written_whole(tmp_path / "it.session") as partial:
         partial.touch(0o600)
     assert permissions(tmp_path / "it.session") == 0o600

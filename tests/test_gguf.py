@@ -89,7 +89,7 @@ def tokenizer_keys(bpe, pre, **more):
 
 
 def interleave(rows, n_heads):
-    """q's or k's rows as llama.cpp's converter leaves them: the halves of each head in turns."""
+    """q's or k's rows in llama.cpp's order: the two halves of each head interleaved."""
     D = len(rows) // n_heads
     return rows[[h * D + half * D // 2 + i
                  for h in range(n_heads) for i in range(D // 2) for half in (0, 1)]]
@@ -139,7 +139,7 @@ def small_model(family, **changes):
 
 @pytest.fixture
 def small(bpe):
-    """(metadata, tensors) of a small llama to change, which converts as it is."""
+    """(metadata, tensors) of a small Llama that can be converted, for tests to change."""
     return file_of(small_model("Llama"), "llama", bpe)
 
 
@@ -171,11 +171,11 @@ MODELS = {  # family, its config, architecture and keys of the file
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_equal_transformers(name, bpe, tmp_path):
-    """The model that the file was made of, and where transformers reads the file itself, that."""
+    """The original model's, and those of the file as transformers reads it, where it does."""
     family, changes, arch, keys = MODELS[name]
     theirs = small_model(family, **changes)
     metadata, tensors = file_of(theirs, arch, bpe)
-    if name == "llama3-scaled":  # as what plain frequencies are divided by
+    if name == "llama3-scaled":  # as divisors of the plain frequencies
         plain = 50000.0 ** -(np.arange(0, 16, 2) / 16)
         tensors["rope_freqs.weight"] = (plain / theirs.model.rotary_emb.inv_freq.numpy()
                                         ).astype(np.float32)
@@ -195,7 +195,7 @@ def test_logits_equal_transformers(name, bpe, tmp_path):
 
 
 def test_llama_3_1s_own_scaling_is_found_again(bpe, tmp_path):
-    """Its divisors as its config.json gives them, with and without the original context."""
+    """From the divisors that its config.json implies, with and without the original context."""
     scaling = {**LLAMA3, "rope_theta": 500000.0, "original_max_position_embeddings": 8192}
     theirs = small_model("Llama", head_dim=128, rope_parameters=scaling)
     metadata, tensors = file_of(theirs, "llama", bpe)
@@ -219,7 +219,7 @@ RANDOM = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ2_XXS", "IQ2_XS", "IQ2_S", 
 
 
 def in_type(rows, name):
-    """(bytes, Kind): the rows quantized, or if gguf cannot, random bytes, none NaN or infinite."""
+    """(bytes, Kind): quantized rows, or random bytes without NaN if gguf cannot quantize to it."""
     kind = Kind[name]
     if name in MADE:
         return gguf.quants.quantize(rows, kind), kind
@@ -229,7 +229,7 @@ def in_type(rows, name):
 
 
 def read_by_gguf(path):
-    """name -> the float32 numbers, q's and k's rows put back in order."""
+    """name -> the float32 tensor, with q's and k's rows in Hugging Face's order."""
     tensors = {}
     for tensor in gguf.GGUFReader(path).tensors:
         rows = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
@@ -241,7 +241,7 @@ def read_by_gguf(path):
 
 
 def stacked(theirs, layer):
-    """Our tensors of a layer from the file's."""
+    """Our tensors of a layer, stacked from the file's."""
     at = f"blk.{layer}."
     return {f"layers.{layer}.{ours}.weight": torch.cat([theirs[f"{at}{n}.weight"] for n in names])
             for ours, names in {"attention.qkv": ("attn_q", "attn_k", "attn_v"),
@@ -255,7 +255,7 @@ def matrices(tensors):
 
 
 def test_every_type_is_read_to_the_bit(bpe, tmp_path, monkeypatch):
-    """Each matrix of a model in another type, a few rows at a time."""
+    """Each matrix of a model has another type and is read a few rows at a time."""
     monkeypatch.setattr("formats.gguf.ROWS", 7)
     metadata, tensors = file_of(small_model("Llama", hidden_size=256, intermediate_size=256,
                                          head_dim=64, num_hidden_layers=4), "llama", bpe)
@@ -308,7 +308,7 @@ def test_a_file_is_a_checkpoint_s_name_and_is_converted_once(small, tmp_path, mo
 
 
 def test_q4_0_becomes_int4_without_a_change(small, tmp_path):
-    """All that is Q4_0 has the very numbers of the file, beside a k and an up of other types."""
+    """Matrices in Q4_0 keep the file's numbers, also where k and up have other types."""
     metadata, tensors = small
     for name in matrices(tensors):
         other = {"blk.1.attn_k.weight": "Q8_0", "blk.1.ffn_up.weight": "Q4_1"}.get(name, "Q4_0")
@@ -329,7 +329,7 @@ def test_q4_0_becomes_int4_without_a_change(small, tmp_path):
             assert torch.equal(got[exact], rows[exact]), name
             again = quantize.dequantize(quantize.quantize_int4(rows, 32))
             assert torch.equal(got[~exact], again[~exact]), name
-            assert not torch.equal(again, rows)  # quantizing anew would not do
+            assert not torch.equal(again, rows)  # quantizing the floats again would not give these
     assert ours["embed.weight"].dtype == torch.int8
     model, _ = load(tmp_path / "out", device="cpu")
     plain, _ = load_plain(file, tmp_path)
@@ -358,7 +358,7 @@ def test_other_types_are_quantized_as_quantize_does(small, tmp_path, quantizatio
 
 
 def published(bpe, pre):
-    """The tokenizer as the models' own tokenizer.json describe it."""
+    """The tokenizer that the models' own tokenizer.json describe."""
     tokens, types, merges = bpe
     vocabulary = {t: i for i, t in enumerate(tokens) if types[i] != 5}
     tok = tokenizers.Tokenizer(models.BPE(vocabulary, [tuple(m.split()) for m in merges],
@@ -399,8 +399,8 @@ def test_ids_equal_the_published_tokenizer(small, bpe, tmp_path, pre):
 
 
 def test_the_default_cuts_are_llama_cpps(small, bpe, tmp_path):
-    """Four expressions, each on what the one before it left, with another regular expression
-    engine; a file without the key is a default one."""
+    """Four expressions in turn, by another engine for regular expressions. A file without the key
+    has the default."""
     metadata, tensors = small
     del metadata["tokenizer.ggml.pre"]
     convert_gguf(write(tmp_path / "a.gguf", metadata, tensors), tmp_path / "out")
@@ -572,7 +572,7 @@ def test_a_file_cut_anywhere_is_refused(small, tmp_path):
 
 
 def test_damage_never_ends_in_a_traceback(small, tmp_path):
-    """Random bytes in the metadata and the list of tensors: converted or refused, in one line."""
+    """A file with random bytes in its head is converted, or refused in one line."""
     file, rng = write(tmp_path / "a.gguf", *small), random.Random(0)
     whole, start = file.read_bytes(), gguf.GGUFReader(file).data_offset
     sizes = [at for at in range(start) if whole[at:at + 5] in (b"gener", b"llama", b"token")]

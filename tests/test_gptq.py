@@ -1,5 +1,5 @@
-"""GPTQ: the solver against its formulas in float64, the layers against the model itself, the file
-against what it stands for, and what is refused."""
+"""GPTQ: the solver against its formulas in float64, the layers' inputs against whole models, the
+file against its dequantized weights, and what is refused."""
 
 import json
 import logging
@@ -30,8 +30,8 @@ def nibbles_of(parts):
 
 
 def random_problem(N=16, K=192, tokens=600, seed=0):
-    """A weight, and what two versions of the layers before it made of a text: inputs that depend on
-    each other, some of them large."""
+    """A weight, and the inputs that two versions of the layers before it give it. The inputs depend
+    on each other, and some are large."""
     g = torch.Generator().manual_seed(seed)
     weight, mix = torch.randn(N, K, generator=g), torch.randn(K, K, generator=g)
     seen = (torch.randn(tokens, K, generator=g) @ mix + 9 * torch.randn(tokens, 1, generator=g)
@@ -45,8 +45,8 @@ def sums(seen, exact):
 
 
 def slow_gptq(weight, seen, exact, g):
-    """Optimal Brain Quantization in a fixed order, in float64: for every column the inverse of what
-    is left of the Hessian is computed anew. -> nibbles, scale, zero, and the weight aimed at."""
+    """Optimal Brain Quantization in a fixed order, in float64: every column inverts the rest of the
+    Hessian. Returns nibbles, scale, zero, the target weight and the Hessian."""
     hessian = seen.t() @ seen
     hessian += DAMPENING * hessian.diagonal().mean() * torch.eye(len(hessian))
     aim = weight.double() @ (
@@ -94,7 +94,7 @@ def test_outputs_are_nearer_than_those_of_rounding_to_nearest(g):
         quantize_gptq(weight, *sums(seen, seen), g), quantize_int4(weight, g)))
     wanted = seen @ weight.t().double()
     assert (seen @ ours.t() - wanted).norm() < 0.6 * (seen @ nearest.t() - wanted).norm()
-    wanted = exact @ weight.t().double()  # of the original layer, which reads something else
+    wanted = exact @ weight.t().double()  # the original layer's outputs, from its own inputs
     drifted = dequantize(quantize_gptq(weight, *sums(seen, exact), g)).double()
     assert (seen @ drifted.t() - wanted).norm() < (seen @ ours.t() - wanted).norm()
 
@@ -102,7 +102,7 @@ def test_outputs_are_nearer_than_those_of_rounding_to_nearest(g):
 @pytest.mark.parametrize("diagonal", [torch.full((256,), 3.0), torch.zeros(256),
                                       torch.arange(256.0) % 7])
 def test_inputs_that_do_not_depend_on_each_other_are_rounded_to_nearest(diagonal):
-    """All alike, never raised by the text, or some of them never."""
+    """All equally large, all zero, or some of them zero."""
     weight, _, _ = random_problem(K=256)
     ours = quantize_gptq(weight, diagonal.diag(), torch.zeros(256, 256), 64)
     nearest = quantize_int4(weight, 64)
@@ -150,7 +150,7 @@ def stands_for(model, file):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """The folder that the command writes, and the arguments of every call of the solver."""
+    """The folder that the command writes, and the arguments of each call of the solver."""
     out, calls, solve = tmp_path_factory.mktemp("gptq") / "out", {}, gptq.quantize_gptq
 
     def spy(weight, hessian, drift, group_size, name):
@@ -187,7 +187,7 @@ def test_a_written_folder_is_in_our_format_and_runs_as_what_it_stands_for(writte
 
 @pytest.mark.parametrize("layer", [0, 1, 4])
 def test_a_layer_is_calibrated_on_what_the_quantized_ones_before_it_say(written, layer):
-    """Sums over the inputs that whole models, the original and the quantized, give the layer."""
+    """The sums equal those of the layer's inputs in whole models, original and quantized."""
     out, calls = written
     plain, tokenizer = load(TINY, device="cpu", dtype=torch.float32)
     file = load_file(out / "model.safetensors")
@@ -210,7 +210,7 @@ def test_a_layer_is_calibrated_on_what_the_quantized_ones_before_it_say(written,
 
 @pytest.mark.slow
 def test_it_beats_rounding_to_nearest_on_another_text(tmp_path):
-    """In nats between the original's predictions and those of the quantized models."""
+    """By the divergence, in nats, from the original's predictions."""
     text = read_text(str(TEXT))
     (tmp_path / "half.txt").write_text(text[:len(text) // 2])
     gptq_checkpoint(TINY, str(tmp_path / "half.txt"), tmp_path / "q", 16, 128, 128, "cpu")
@@ -280,7 +280,7 @@ def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_a_folder_of_hugging_face_gives_the_same(tmp_path, monkeypatch):
-    """Whose q/k/v and gate/up are apart, and whose output is a weight of its own."""
+    """Its q/k/v and gate/up are apart, and its output projection is not tied."""
     from convert_hf import convert
     from helpers import hf_model
     source = tmp_path / "hf"

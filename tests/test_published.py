@@ -1,7 +1,7 @@
-"""GPTQ, AWQ and compressed-tensors folders: every weight to the bit as others read it, then logits.
+"""GPTQ, AWQ and compressed-tensors folders: weights equal other tools' to the bit, then logits.
 
-The folders in tests/published were written by AutoGPTQ and auto-round, and hold what these tools
-read back from them (tests/published/export.py); compressed-tensors is here itself."""
+AutoGPTQ and auto-round wrote the folders in tests/published, with the weights that they read back
+(tests/published/export.py). compressed-tensors is installed and runs here."""
 
 import json
 import lzma
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import tp_worker
 from convert_hf import convert
-from formats.checkpoint import float_tensors, stored_tensors
+from formats.checkpoint import stored_tensors, to_float
 from formats.config import hf_parts
 from formats.folder import open_checkpoint
 from generate import generate, load, make_cache
@@ -106,7 +106,7 @@ def weights_of(folder):
     """Every weight in floating point, by Hugging Face's names."""
     checkpoint = open_checkpoint(folder)
     parts = hf_parts(checkpoint.config)
-    return {part: block for name, blocks in float_tensors(checkpoint)
+    return {part: to_float(block) for name, blocks in checkpoint.blocks.items()
             for part, block in zip(parts[name], blocks)}
 
 
@@ -131,7 +131,7 @@ def check_logits(model, folder, read):
 
 
 def check_tokens(model, eager):
-    """One after the other, as the decode step reads weights."""
+    """Greedy tokens are equal, which a decode step computes one by one."""
     said = [list(generate(m, make_cache(m, 4, 40), list(range(5, 40)), 30)) for m in (model, eager)]
     assert said[0] == said[1]
 
@@ -149,7 +149,7 @@ def test_exported_folders(name, tmp_path):
     model, _ = load(folder, device="cpu", dtype=torch.float32)
     check_logits(model, folder, read)
     stored = stored_tensors(open_checkpoint(folder))
-    assert all(block.is_contiguous() for _, blocks in stored for block in blocks)  # CUDA asks it
+    assert all(block.is_contiguous() for _, blocks in stored for block in blocks)  # CUDA needs it
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -183,7 +183,7 @@ def test_converted_they_keep_every_integer(name, tmp_path):
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_asked_for_it_is_quantized_anew(mode, tmp_path):
-    """And equals quantizing what the tool reads."""
+    """Loading and converting both equal quantizing the weights that the tool reads."""
     folder, read = in_place(tmp_path, "gptq-act-order"), dequantized("gptq-act-order")
     plain_model(folder, read).save_pretrained(tmp_path / "plain")
     shutil.copy(TINY / "tokenizer.model", tmp_path / "plain")
@@ -222,7 +222,7 @@ def test_compiled_equals_eager(name, tmp_path):
 
 
 def of_one_layer(folder, qweight, qzeros, **quantization_config):
-    """gptq-channel with q_proj's words and scales of one: q_proj's weight as it is read."""
+    """q_proj's weight in gptq-channel with these words and scales of one."""
     path, layer = folder / "model.safetensors", "model.layers.0.self_attn.q_proj."
     tensors = load_file(path)
     for name, word in (("qweight", qweight), ("qzeros", qzeros)):
@@ -235,8 +235,8 @@ def of_one_layer(folder, qweight, qzeros, **quantization_config):
 
 
 def test_zeros_of_gptq_in_its_three_spellings(tmp_path):
-    """A nibble of 15 is a zero of 16, as AutoGPTQ and auto-round read it; GPTQModel takes one off
-    whole words instead, with borrows, so that its zero of 0 comes back; v2 takes nothing off."""
+    """AutoGPTQ and auto-round store a zero of 16 as the nibble 15. GPTQModel subtracts ones from
+    whole words, with borrows, so that a zero of 0 survives. v2 subtracts nothing."""
     folder, count = in_place(tmp_path, "gptq-channel"), torch.arange(64) % 8
     eight = 0x76543210  # inputs of 0 to 7, over and over
     weight = of_one_layer(folder, eight, -1)
@@ -253,7 +253,7 @@ def test_zeros_of_gptq_in_its_three_spellings(tmp_path):
 
 
 def test_compressed_tensors_in_activation_order(tmp_path):
-    """Older versions of it stored each input's group; its unpacking, and the formula."""
+    """Its older versions stored each input's group. The expected weight is the formula's."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
     compress(tmp_path / "it", SCHEMES["pack-4-32"])
     path, layer = tmp_path / "it" / "model.safetensors", "model.layers.1.mlp.down_proj."
@@ -266,7 +266,7 @@ def test_compressed_tensors_in_activation_order(tmp_path):
 
 
 def test_older_folders(tmp_path):
-    """Settings in a file of their own, biases of zeros, no g_idx; AutoAWQ's older names."""
+    """GPTQ with a separate file of settings, biases of zeros and no g_idx; AWQ with older names."""
     folder, name = in_place(tmp_path, "gptq-channel"), "model.layers.0.self_attn.k_proj."
     raw, tensors = (json.loads((folder / "config.json").read_text()),
                     load_file(folder / "model.safetensors"))
@@ -284,7 +284,7 @@ def test_older_folders(tmp_path):
 
 
 def test_layers_with_settings_of_their_own(tmp_path):
-    """GPTQModel's "dynamic": a layer's kind follows from its tensors, among those listed."""
+    """GPTQModel's "dynamic" lists several schemes; a layer's tensors show which is its own."""
     folder = in_place(tmp_path, "gptq-8bit")
     tensors, name = load_file(folder / "model.safetensors"), "model.layers.0.mlp.down_proj."
     four = load_file(EXPORTED / "gptq-channel" / "model.safetensors")
@@ -301,7 +301,7 @@ def test_layers_with_settings_of_their_own(tmp_path):
 
 
 def with_settings(name, **changes):
-    """The quantization_config of an exported folder, changed; one name for all its groups."""
+    """The quantization_config of an exported folder with these changes."""
     raw = json.loads((EXPORTED / name / "config.json").read_text())["quantization_config"]
     return {**raw, **changes}
 
@@ -425,7 +425,7 @@ def test_groups_that_fit_no_kernel_are_refused_with_what_would_do(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_say_what_one_says(tmp_path):
-    """Layers that lie apart, int8 with zeros, and what cannot be shared, refused by name."""
+    """With parts that are stored apart and int8 with zeros. What cannot be sharded is named."""
     scheme = SCHEMES["mixed"]
     compress(tmp_path / "mixed", scheme)
     for name in ("gptq-8bit-channel", "gptq-act-order"):
@@ -445,7 +445,7 @@ def test_two_processes_say_what_one_says(tmp_path):
 
 
 def test_integers_of_the_kind_that_is_asked_for_stay_what_they_are(tmp_path):
-    """Quantizing them anew would choose other scales."""
+    """Quantizing them again would choose other scales."""
     folder = in_place(tmp_path, "gptq-auto-round")
     kept, asked = tmp_path / "kept", tmp_path / "asked"
     convert(folder, kept)
@@ -456,4 +456,4 @@ def test_integers_of_the_kind_that_is_asked_for_stay_what_they_are(tmp_path):
     names = [name for name in stored if name.startswith("layers.0.attention.out.")]
     assert len(names) == 3 and kind == {"mode": "int4", "group_size": kind["group_size"]}
     assert all(torch.equal(stored[name], again[name]) for name in names)
-    assert again["embed.weight"].dtype == torch.int8  # what was in floating point is quantized
+    assert again["embed.weight"].dtype == torch.int8  # floats are quantized

@@ -1,4 +1,4 @@
-"""int8 and int4: the kernels against explicit dequantization, the file, and what is refused."""
+"""int8 and int4: the kernels against explicit dequantization, files, and what is refused."""
 
 import json
 
@@ -24,7 +24,7 @@ def random_weight(N=48, K=256):
 
 
 def linear_of(parts, group_size):
-    """The module for stored parts, ready to run in float32."""
+    """A module with these stored tensors, ready to run in float32."""
     N, K = dequantize(parts).shape
     layer = Int8Linear(K, N, False) if "zero" not in parts else Int4Linear(K, N, False, group_size)
     layer.load_state_dict(parts)
@@ -77,8 +77,8 @@ def test_kernels_equal_explicit_dequantization(mode, group_size, tokens):
 
 @pytest.mark.parametrize("mode, group_size", KINDS)
 def test_a_quantized_folder_equals_quantizing_at_load(mode, group_size, tmp_path):
-    """And both are the plain model with the weights that the file stands for, in fp32: bf16 rounds
-    otherwise on other CPUs."""
+    """Both equal the plain model with the file's dequantized weights, in fp32: bf16 rounds
+    differently on other CPUs."""
     out = tmp_path / "any-name"
     convert(TINY, out, None, asked_quantization(mode, group_size))
     stored, _ = load(out, device="cpu", dtype=torch.float32)

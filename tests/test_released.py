@@ -29,13 +29,13 @@ def smollm2():
 
 @pytest.fixture(scope="module")
 def text():
-    """Prose that stays as it is: said by the embedded model once, with --seed 0."""
+    """A fixed text, which the embedded model wrote with --seed 0."""
     return (Path(__file__).parent / "text.txt").read_text()
 
 
 @pytest.fixture(scope="module")
 def theirs():
-    """The tokenizer's file in transformers' hands, cut into words as SmolLM2's authors do."""
+    """The tokenizer's file as transformers' tokenizer, with its authors' pre-tokenizer."""
     pre = tokenizers.pre_tokenizers
     tokenizer = tokenizers.Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
     tokenizer.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True),
@@ -85,7 +85,7 @@ def test_a_typed_end_of_turn_is_its_characters(smollm2, theirs):
 
 
 def test_logits_equal_transformers(smollm2, text):
-    """The same weights, taken apart as Hugging Face names them, through 600 tokens."""
+    """The same weights under Hugging Face's names, over 600 tokens."""
     model, tokenizer = smollm2
     config = model.config
     other = transformers.LlamaForCausalLM(transformers.LlamaConfig(
@@ -115,12 +115,12 @@ def test_logits_equal_transformers(smollm2, text):
 
 
 def test_without_sinks_perplexity_collapses_once_the_window_slides(smollm2, text):
-    """The paper's result, which a small model of one's own cannot show."""
+    """The paper's result, which needs a trained model."""
     model, tokenizer = smollm2
     ids = torch.tensor(tokenizer.encode(text)[:800])
     window, stream = (measure(model, ids, mode, 4, 124) for mode in ("window", "stream"))
     again = measure(model, ids, "recompute", 4, 124, every=50)
-    assert torch.allclose(window[:124], stream[:124], atol=1e-3)  # nothing slid away yet
+    assert torch.allclose(window[:124], stream[:124], atol=1e-3)  # nothing is evicted yet
     assert window[200:].mean() > stream[200:].mean() + 0.3  # nats
     assert abs(stream[49::50].mean() - again.mean()) < 0.2
 
@@ -130,11 +130,11 @@ def test_it_answers_and_stops_by_itself():
                            "--json", "--max-new-tokens", 60, stdin=f"{ASK}\n")
     record = json.loads(out)
     assert status == 0 and "Paris" in record["text"] and record["finish_reason"] == "eos"
-    assert record["prompt_tokens"] > 30  # the system turn of its template included
+    assert record["prompt_tokens"] > 30  # with the system turn of its template
 
 
 def test_a_question_is_answered_from_far_beyond_the_window(smollm2, text):
-    """The stream is as able after twelve windows of other text as at its beginning."""
+    """After twelve windows of other text, a question is still answered."""
     model, tokenizer = smollm2
     cache, ids = make_cache(model, 4, 124), tokenizer.encode(text)[:1600]
     for part in torch.tensor(ids)[None].split(128, dim=1):

@@ -1,8 +1,8 @@
-"""What earlier versions wrote loads afterwards, bit for bit.
+"""Files of earlier versions load to the same bits.
 
-tests/written was made by commit c6a0d63 of 2026-11-21 from a small random Qwen2 of transformers'
-(source): as converted, as quantized, and a session of the int4 one in float32 after 70 tokens. The
-tokenizer that belongs to them is the embedded model's.
+Commit c6a0d63 of 2026-11-21 wrote tests/written: a small random Qwen2 of transformers (source),
+converted, quantized, and a session of the int4 one in float32 after 70 tokens. Their tokenizer is
+the embedded model's.
 """
 
 import json
@@ -35,7 +35,7 @@ def folder(tmp_path):
 def test_an_old_folder_is_the_same_model_to_the_bit(folder, name):
     model, _ = load(folder / name, device="cpu")
     stored = load_file(folder / name / "model.safetensors")
-    if name == "int4":  # whose kernel wants another layout
+    if name == "int4":  # its kernel needs another layout
         names = [key for key in stored if "zero" not in key and f"{key[:-6]}zero" not in stored
                  and not (key.endswith("scale") and key.startswith("layers"))]
     else:
@@ -69,7 +69,7 @@ def test_converting_writes_the_same_bytes_as_then(folder, tmp_path):
 
 @pytest.mark.parametrize("mode", ["int4", "int8"])
 def test_quantizing_says_the_same_of_itself_as_then(folder, tmp_path, mode):
-    """The numbers may differ in a last bit between machines; their layout and config do not."""
+    """Scales may differ in the last bit between machines. Layout and config may not."""
     status, _, err = run("quantize", "--checkpoint", folder / "source", "--quantize", mode,
                          "--out", tmp_path / "out")
     assert status == 0, err

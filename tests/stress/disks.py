@@ -1,4 +1,4 @@
-"""A full disk: one line that names the file, status 2, nothing half-written, the older one whole.
+"""A full disk: one line that names the file, status 2, nothing half-written, the older file whole.
 
     python tests/stress/disks.py --sizes 20
     python tests/stress/disks.py --only gptq --limit
@@ -39,22 +39,23 @@ PRINTING = {"generate": ["generate", *TINY, *SHORT], "chat": ["chat", *TOLD],
 
 
 def fill(program: str, made: Path, sizes: int, rng: random.Random, limit: bool) -> Counter:
-    """What a program said, and how often; raises AssertionError where it ended otherwise."""
+    """Each last line of a program, and how often it came. Raises AssertionError for another ending.
+    """
     before, after, _ = undisturbed(program, made)
     used = sum(-(-len(content) // PAGE) for content in before.values())
     need = sum(-(-len(content) // PAGE) for content in after.values())
     lines = Counter()
     for at in range(sizes):
-        # On every second disk, only the last of its files find no place.
+        # On every second disk only the last files do not fit.
         room = rng.randrange(1, need) if at % 2 else need - rng.randrange(1, min(4, need))
-        # A file that was refused may be the largest, or one of those that are temporary.
+        # The file that is refused may be the largest one or a temporary one.
         most = PAGE if at % 2 else rng.randrange(PAGE, max(map(len, after.values())))
         most = most if limit else resource.RLIM_INFINITY
         with workplace(program, made, None if limit else (used + room) * PAGE) as folder:
             status, said = start(program, made, folder, prepare=partial(
                 resource.setrlimit, resource.RLIMIT_FSIZE, (most, most)))
             assert how_it_ended(status, said, PROGRAMS[program][0]) == "refused", (room, most, said)
-            assert program == "download" or held(folder) == before, room  # its files come singly
+            assert program == "download" or held(folder) == before, room  # one by one
             assert not left(folder), (room, most, left(folder))
             line = said.splitlines()[-1]
             assert NAMING.get(program, str(folder)) in line, line
@@ -63,7 +64,7 @@ def fill(program: str, made: Path, sizes: int, rng: random.Random, limit: bool) 
 
 
 def print_to_a_full_disk(program: str, made: Path) -> str:
-    """What a program says that cannot print."""
+    """The last line of a program that cannot print."""
     name, *argv = [str(a).format(made=made) for a in PRINTING[program]]
     with tempfile.TemporaryDirectory() as folder:
         status, said = in_a_fork(Path(folder), name, argv, prepare=lambda: os.dup2(
@@ -73,7 +74,7 @@ def print_to_a_full_disk(program: str, made: Path) -> str:
 
 
 def main():
-    from cli import number, plain_parser  # which fuzz has made reachable
+    from cli import number, plain_parser  # fuzz has set sys.path
     parser = plain_parser(__doc__)
     parser.add_argument("--sizes", type=number(int, 1), default=20, metavar="N",
                         help="disks for each program")
@@ -82,7 +83,7 @@ def main():
     parser.add_argument("--only", choices=PROGRAMS, help="fill this one's disk; default: all")
     parser.add_argument("--limit", action="store_true", help="limit the size of files instead")
     args = parser.parse_args()
-    apart = ["unshare", "--user", "--map-root-user", "--mount"]  # what it mounts, it alone sees
+    apart = ["unshare", "--user", "--map-root-user", "--mount"]  # with mounts of its own
     if not args.limit and "DISKS_APART" not in os.environ:
         args.limit = not shutil.which(apart[0]) or subprocess.run(
             [*apart, "true"], stderr=subprocess.DEVNULL).returncode != 0

@@ -1,4 +1,4 @@
-"""A stream of a million tokens: what it costs to be old.
+"""A stream of a million tokens: its memory, its logits and its speed.
 
     python tests/stress/endless.py --tokens 1000000 --compile
     python tests/stress/endless.py --tokens 20000 --window 28        # a short one
@@ -35,7 +35,7 @@ STEPS = 100  # in a turn
 
 
 def resident() -> int:
-    """Bytes of memory that this process has at the moment; elsewhere than on Linux, at most."""
+    """Bytes of memory in use by this process; off Linux, the most so far."""
     if os.path.exists("/proc/self/statm"):
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
@@ -43,8 +43,8 @@ def resident() -> int:
 
 
 def talk(model, cache, prompt_ids: list[int], tokens: int):
-    """Let the model go on for so many tokens. Returns its first n_sink ids, its latest n_layers x
-    W, and the bytes that memory grew by since the ring was full twice."""
+    """Generate this many tokens. Returns the first n_sink ids, the latest n_layers x W, and the
+    bytes by which memory grew after the ring had been full twice."""
     ids = list(prompt_ids)
     latest = deque(ids, maxlen=model.config.n_layers * cache.window)
     warm, every, grown, base = 2 * (cache.n_sink + cache.ring), max(1, tokens // 20), 0, 0
@@ -63,10 +63,10 @@ def talk(model, cache, prompt_ids: list[int], tokens: int):
 
 @torch.no_grad()
 def off_by(model, cache, sinks: list[int], latest: list[int]) -> float:
-    """The largest difference of the logits after the latest token to the oracle's."""
+    """The largest difference between the latest token's logits and the oracle's."""
     cache.rollback(1)
     logits = model(torch.tensor([latest[-1:]]), cache)[0, -1]
-    plain, _ = load(TINY, "cpu", torch.float32)  # with its weights as they are stored
+    plain, _ = load(TINY, "cpu", torch.float32)  # in eager mode, with its weights in rows
     oracle = Stream(plain, cache.n_sink, cache.window)
     for token_id in sinks + latest:
         expected = oracle.feed(token_id)
@@ -75,7 +75,8 @@ def off_by(model, cache, sinks: list[int], latest: list[int]) -> float:
 
 @torch.no_grad()
 def old_over_young(model, old, turns: int) -> float:
-    """A step's time on an old cache over that on one that has been full once, median of turns."""
+    """A step's time on an old cache over that on one that has just become full; the median of
+    turns."""
     young = make_cache(model, old.n_sink, old.window)
     token = torch.zeros(1, 1, dtype=torch.int64)
     while int(young.length) < young.n_sink + young.ring:

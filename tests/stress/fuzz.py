@@ -1,4 +1,4 @@
-"""Damaged checkpoints, adapters and sessions: what a program makes of them.
+"""Damaged checkpoints, adapters and sessions: a program ends with its output or with one line.
 
     python tests/stress/fuzz.py --cases 1000 --seed 7
     python tests/stress/fuzz.py --only session --keep path/to/last-case
@@ -31,7 +31,7 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
-os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive a fork
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # whose threads would not survive a fork
 STRESS = Path(__file__).parent
 sys.path[:0] = [str(STRESS.parent.parent), str(STRESS.parent), str(STRESS)]
 
@@ -42,7 +42,7 @@ from tqdm import tqdm  # noqa: E402
 from cli import plain_parser  # noqa: E402
 from formats import hub  # noqa: E402
 
-tqdm.set_lock(threading.RLock())  # its own one is shared by forks, and one may be killed with it
+tqdm.set_lock(threading.RLock())  # forks would share its own, and a killed one keep it
 SECONDS, GROWTH = 20, 2 << 30
 WAITED = 120  # seconds by the clock, on a busy machine
 INTEGERS = (0, 1, -1, 2, 7, 127, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1)
@@ -52,7 +52,7 @@ INTEGERS = (0, 1, -1, 2, 7, 127, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40,
 
 
 def odd_value(rng: random.Random, old):
-    """Something else in the place of a JSON value."""
+    """Another value in place of a JSON value."""
     values = [None, True, False, "", "x", "\0", "\ud800", "{{", [], {}, [[]], [None], {"": 0}, 0.5,
               -0.0, 1e-320, 1e308, float("nan"), float("inf"), "a" * 100_000, "../../etc/passwd",
               -(2**63), 2**64, 10**30, 10**400, Deep(rng.choice((50, 100_000))), *INTEGERS]
@@ -64,7 +64,7 @@ def odd_value(rng: random.Random, old):
 
 
 class Deep(list):
-    """Lists in lists, which json cannot write."""
+    """Lists in lists, nested too deeply for json to write."""
 
     def __init__(self, depth: int):
         self.depth = depth
@@ -87,7 +87,7 @@ def write_json(content) -> str:
 
 
 def change_json(rng: random.Random, content):
-    """The same JSON with a value replaced, or a key gone, renamed or new, at any depth."""
+    """The same JSON with a value replaced, or a key removed, renamed or added, at any depth."""
     sites = []  # (container, key)
 
     def walk(value, depth):
@@ -140,7 +140,7 @@ def change_bytes(rng: random.Random, data: bytes) -> bytes:
 
 
 def change_safetensors(rng: random.Random, data: bytes) -> bytes:
-    """A changed header of the right length, or odd numbers in the place of some stored ones."""
+    """A changed header of the right length, or odd numbers in place of some stored ones."""
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8:8 + size])
     if rng.random() < 0.75:
@@ -164,7 +164,7 @@ def change_safetensors(rng: random.Random, data: bytes) -> bytes:
 def change_file(rng: random.Random, path: Path) -> None:
     data = path.read_bytes()
     if rng.random() < 0.7:
-        # Changed before, it may be no JSON any more, or have another shape.
+        # An earlier change may have made it no JSON, or given it another shape.
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError,
                                  RecursionError):
             if path.suffix == ".json":
@@ -177,7 +177,7 @@ def change_file(rng: random.Random, path: Path) -> None:
 
 
 def change_folder(rng: random.Random, folder: Path) -> str:
-    """One change to one of its files; what was changed."""
+    """Change one of its files. Returns the file's name."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     if not files:
         return "nothing"
@@ -199,7 +199,8 @@ def change_folder(rng: random.Random, folder: Path) -> str:
 
 def run_case(kind: str, made: Path, seed: str, changed: bool = True,
              keep: Path | None = None) -> tuple[str, str]:
-    """(how it ended, what it said) of a case: "output", "refused", or else what is wrong."""
+    """(how a case ended, what it said). It ended with "output" or "refused"; anything else is
+    wrong."""
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary) / "case"
@@ -295,7 +296,7 @@ def fuzz(n_cases: int, seed: int, only: str | None = None, keep: Path | None = N
     with tempfile.TemporaryDirectory() as temporary:
         made = Path(temporary)
         make_kinds(made)
-        gc.freeze()  # what is shared with the children stays so
+        gc.freeze()  # the collector would copy pages shared with the children
         kinds = [kind for kind in KINDS if only in (None, kind)]
         cases = [(kind, "unchanged") for kind in kinds]
         cases += [(kinds[i % len(kinds)], f"{seed}-{i}") for i in range(n_cases)]

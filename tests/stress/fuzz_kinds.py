@@ -206,7 +206,7 @@ def gguf_bytes(writer, source: Path) -> None:
 
 
 def make_compressed(folder: Path, source: Path, packed: bool) -> None:
-    """As compressed-tensors writes it: any integers are weights."""
+    """A folder as compressed-tensors writes it, with random integers."""
     weights, raw = {}, {**config_of("mistral"), "tie_word_embeddings": False}
     for name, tensor in hf_weights(config_from_hf(raw)).items():
         if "_proj" not in name:
@@ -247,7 +247,7 @@ def make_adapter(folder: Path) -> None:
 
 
 def make_session(made: Path) -> None:
-    """What chat.py says in SESSION, saved."""
+    """A session that chat.py saved."""
     from helpers import run
     (made / "session").mkdir()
     status, _, said = run("chat", "--checkpoint", made / "ours", "--prompts", made / "turns.jsonl",

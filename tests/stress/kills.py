@@ -1,4 +1,4 @@
-"""kill -9 while something is written: what was there is whole, what comes is whole or absent.
+"""kill -9 during a write: the older file stays whole, and the new one is whole or absent.
 
     python tests/stress/kills.py --kills 50 --seed 7
     python tests/stress/kills.py --only gptq
@@ -55,14 +55,13 @@ TARGETS = ("out/*", "it.session", "plot.png", "checkpoints/smollm2-135m-instruct
 
 
 def held(folder: Path) -> dict[str, bytes]:
-    """What is at the target, a folder or a file."""
+    """The contents of the target, a folder or a file."""
     paths = [path for target in TARGETS for path in folder.glob(f"disk/{target}")]
     return {path.name: path.read_bytes() for path in paths if path.exists()}
 
 
 def left(folder: Path) -> list[Path]:
-    """What is there beside the target, but for locks, and for the Hub's cache, which is cleaned by
-    its library."""
+    """What is beside the target, except locks and the Hub's cache, which its library cleans."""
     whole = {"disk", "stdout", "stderr", "cache", "checkpoints", "smollm2-135m-instruct",
              *(target.partition("/")[0] for target in TARGETS)}
     paths = [*folder.iterdir(), *folder.glob("disk/*"), *folder.glob("disk/checkpoints/*")]
@@ -108,7 +107,7 @@ def start(program: str, made: Path, folder: Path, seconds: float | None = None,
 
 
 def undisturbed(program: str, made: Path) -> tuple[dict, dict, float]:
-    """What is held before a run and after it, and the seconds that it takes."""
+    """The target's contents before and after a run, and the seconds that it takes."""
     with workplace(program, made) as folder:
         before, began = held(folder), time.perf_counter()
         status, said = start(program, made, folder)
@@ -119,28 +118,30 @@ def undisturbed(program: str, made: Path) -> tuple[dict, dict, float]:
 
 def kill(program: str, by: int, made: Path, kills: int, rng: random.Random, before: dict,
          after: dict, took: float) -> Counter:
-    """How often the target was afterwards as before, or as after; raises AssertionError."""
+    """How often a killed run left the target as before, or as after. Raises AssertionError for
+    anything in between."""
     counts = Counter(before=0, after=0)
     for _ in range(kills):
         with workplace(program, made) as folder:
             status, said = start(program, made, folder, rng.uniform(0, took), by)
             ended = os.waitstatus_to_exitcode(status)
             assert ended in (0, -by, 128 + by) and "Traceback" not in said, (ended, said)
-            counts[look(program, by, made, folder, before, after)] += 1
+            counts[check_what_is_left(program, by, made, folder, before, after)] += 1
     return counts
 
 
-def look(program: str, by: int, made: Path, folder: Path, before: dict, after: dict) -> str:
-    """What a killed run left, "before" or "after", once it is known to be whole and the next run
-    to be well."""
+def check_what_is_left(program: str, by: int, made: Path, folder: Path, before: dict,
+                       after: dict) -> str:
+    """What a killed run left, "before" or "after". Raises AssertionError if it is not whole, or if
+    the next run fails."""
     now, beside = held(folder), left(folder)
     assert by == signal.SIGKILL or not beside, f"{program}: {beside} left"
-    if program == "download":  # whose files come one by one: is what is there taken for whole?
+    if program == "download":  # part of its files must not pass for the model
         status, said = start(program, made, folder, prepare=lose_the_network)
         end = how_it_ended(status, said, "formats.hub")
         assert end == "output" and now == after or end == "refused", said
         now = now if end == "output" else before
-    saved = program == "chat" and by == signal.SIGTERM and now != before  # cut off, and kept
+    saved = program == "chat" and by == signal.SIGTERM and now != before  # what was answered so far
     assert saved or now in (before, after), f"{program}: {sorted(now)}, half-written"
     if now == before or program in ("chat", "download", "smollm2"):
         status, said = start(program, made, folder)
@@ -155,7 +156,7 @@ def lose_the_network() -> None:
 
 
 def open_sources(made: Path) -> None:
-    """A Hub with a model, and an index of packages with what stands for SmolLM2."""
+    """Start a Hub with a model, and an index of packages with a stand-in for SmolLM2."""
     server, weights = Hub(), (made / "gguf-llama" / "model.gguf").read_bytes()
     server.repos["org/model"] = {"main": {
         path.name: path.read_bytes() for path in (made / "llama").iterdir()}}
@@ -171,7 +172,7 @@ def open_sources(made: Path) -> None:
 
 
 def cache_of(who: int) -> dict[str, tuple]:
-    """A cache of 1 MB that is filled with a number, as session.save_session takes it."""
+    """A cache of 1 MB that is filled with one number, in the form that save_session takes."""
     model = random_model(dim=8)
     model.fingerprint = "it"
     cache = KVCache(model.config, 1, 4, 4000, 64, torch.float32)
@@ -182,9 +183,9 @@ def cache_of(who: int) -> dict[str, tuple]:
     return {"model": (model, cache)}
 
 
-def share(saves: int, folder: Path) -> Counter:
-    """Two processes save into one file; how often each one's session was loaded meanwhile. Raises
-    AssertionError for one that is neither's."""
+def save_from_two_processes(saves: int, folder: Path) -> Counter:
+    """Two processes save into one file. Returns how often each one's session was loaded meanwhile.
+    Raises AssertionError for a session that is neither's."""
     path, loaded, pids = folder / "it.session", Counter(), []
     save_session(path, cache_of(0), who=0)
     for who in range(2):
@@ -212,7 +213,7 @@ def share(saves: int, folder: Path) -> Counter:
 
 
 def main():
-    from cli import plain_parser  # which fuzz has made reachable
+    from cli import plain_parser  # fuzz has set sys.path
     parser = plain_parser(__doc__)
     parser.add_argument("--kills", type=int, default=50, metavar="N",
                         help="how often each program is killed by each signal")
@@ -231,7 +232,8 @@ def main():
                 counts = kill(program, by, made, args.kills, random.Random(args.seed), *alone)
                 print(json.dumps({"program": program, "by": by.name, **counts}), flush=True)
         (made / "shared").mkdir()
-        print(json.dumps({"sessions loaded": share(20 * args.kills, made / "shared")}))
+        loaded = save_from_two_processes(20 * args.kills, made / "shared")
+        print(json.dumps({"sessions loaded": loaded}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Kills a replica while clients hold conversations, and says what they notice.
+"""Kills a replica while clients hold conversations, and prints what they notice.
 
     python tests/stress/ray_replicas.py                                   # the embedded model
     python tests/stress/ray_replicas.py --checkpoint smollm2 --json
@@ -45,7 +45,7 @@ def pids(deployment: str) -> list[int]:
         try:
             if path.read_bytes().startswith(title):
                 found.append(int(path.parent.name))
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has ended meanwhile
             continue
     return sorted(found)
 
@@ -137,7 +137,7 @@ async def third(talks: list[Conversation], turns: int, during=None) -> dict:
 
     async def one(talk: Conversation) -> None:
         for _ in range(turns):
-            await asyncio.sleep(talk.random.uniform(0, 0.5))  # or rows would stay with clients
+            await asyncio.sleep(talk.random.uniform(0, 0.5))  # so that rows change clients
             await talk.turn(figures)
 
     async def interrupt() -> None:
