@@ -61,7 +61,7 @@ class Hooks:
     restore_prefix: Callable[[KVCache], None] | None = None  # copies the prefix to a staging row
     n_shared: int = 0  # the first of the ids, which other prompts begin with, too
     save_shared: Callable[[KVCache], None] | None = None  # is given a staging row that holds those
-    owner: object = None  # not used here
+    owner: object = None  # whose prompt it is: a server's own object, which batch.py never reads
 
 
 @dataclass
@@ -103,8 +103,9 @@ class Stream:
     logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
 
     def cancel(self) -> None:
-        """End the stream early. It has no more tokens if this is called when one of its own was
-        just yielded, and otherwise one more. A stream that is still prefilled has none."""
+        """End the stream early: in yield_tokens, or while its prompt is prefilled in fill_rows. It
+        has no more tokens if this is called when one of its own was just yielded, and otherwise
+        one more. A stream that is still prefilled has none."""
         self.new_tokens_left = 0
 
 
@@ -115,7 +116,7 @@ class Prefill:
     cache: KVCache  # the staging row
     streams: list[Stream]  # those without a row
     chunks: Iterator[Tensor | None]
-    prompt_tokens_left: int  # at least so many are not in the staging row yet
+    prompt_tokens_left: int  # at least so many are to be prefilled: a chunk counts as max_chunk
     logits: Tensor | None = None  # (1, 1, V) after the last token
 
 

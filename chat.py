@@ -52,7 +52,7 @@ from kv_cache import KVCache
 from model import Transformer
 from sample import Sampling
 from speculate import Speculation
-from terminal import ending, hold_interrupt, say, show, user_errors
+from terminal import hold_interrupt, received_signals, say, show, user_errors
 from tokenizer import Tokenizer
 from tp import broadcast_text, n_ranks, rank
 
@@ -110,7 +110,7 @@ class Conversation:
     stop_ids: Collection[int] | None = None  # None: the EOS ids
 
     def caches(self) -> dict[str, tuple[Transformer, KVCache]]:
-        """The caches by name, each with its model, as session.save_session takes them."""
+        """The caches by name, each with its model, as formats.session.save_session takes them."""
         caches = {"model": (self.model, self.cache)}
         if self.speculation and self.speculation.draft:
             caches["draft"] = self.speculation.draft, self.speculation.cache
@@ -226,7 +226,7 @@ def converse(talk: Conversation, turns: Iterable[tuple[str, bool]], is_typed: bo
                     show((json.dumps(record) if as_json else "") + "\n")
                     say(f"turn {n}: {figures(record)}")
                     records.append(record)
-            if ending:
+            if received_signals:
                 break
     return records
 

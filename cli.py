@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from linear import GROUP_SIZES, MODES
 from sample import Sampling
 
 EMBEDDED = Path(__file__).parent / "checkpoints" / "tiny"
@@ -92,8 +93,8 @@ def make_parser(doc: str, checkpoint: str | Path = EMBEDDED) -> argparse.Argumen
         help="latest tokens seen; default: what the sinks leave of the trained context")
     add("--dtype", choices=DTYPES, help="type of the numbers; default: the checkpoint's own")
     add("--device", metavar="D", help="cpu, cuda or cuda:N; default: the GPU if there is one")
-    add("--quantize", choices=["int8", "int4"], help="quantize the weights")
-    add("--group-size", type=int, choices=[32, 64, 128], default=32,
+    add("--quantize", choices=MODES, help="quantize the weights")
+    add("--group-size", type=int, choices=GROUP_SIZES, default=32,
         help="columns of a weight that share an int4 scale")
     return parser
 

@@ -23,16 +23,16 @@ from terminal import progress, user_errors, wrote
 
 
 def convert(source: Path, out: Path, dtype: torch.dtype | None = None,
-            quantization: dict | None = None, show=None) -> None:
+            quantization: dict | None = None, advance=None) -> None:
     """Write the folder or .gguf file at `source` as a folder of ours, whole or not at all.
 
     dtype None keeps the checkpoint's own. quantization None keeps the stored one, or floating point
     for a .gguf file; quantize.asked_quantization makes others. Raises ValueError naming the file,
     the tensor or the size."""
     if source.suffix.lower() == ".gguf" and not source.is_dir():
-        convert_gguf(source, out, dtype, quantization, show)
+        convert_gguf(source, out, dtype, quantization, advance)
     else:
-        write_converted(open_checkpoint(source), out, dtype, quantization, show)
+        write_converted(open_checkpoint(source), out, dtype, quantization, advance)
 
 
 def main():
@@ -51,8 +51,8 @@ def main():
         if source.suffix.lower() != ".gguf":
             source, _ = find(args.name)
         quantization = asked_quantization(args.quantize, args.group_size)
-        with progress("converting", "tensors") as show:
-            convert(source, args.out, DTYPES.get(args.dtype), quantization, show)
+        with progress("converting", "tensors") as advance:
+            convert(source, args.out, DTYPES.get(args.dtype), quantization, advance)
         wrote(args.out)
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cli import load_arguments, make_parser, number
-from formats.files import check_target, written_whole
+from formats.files import atomic_write, check_target
 from generate import default_window, make_cache
 from kv_cache import KVCache
 from load import load
@@ -133,7 +133,7 @@ def plot_curves(path: str, curves: dict[str, Tensor], marks: dict[str, int], eve
     axes.set(xlabel="tokens", ylabel=f"perplexity of the latest {SMOOTH} tokens", yscale="log")
     axes.legend()
     figure.tight_layout()
-    with written_whole(Path(path)) as partial:
+    with atomic_write(Path(path)) as partial:
         figure.savefig(partial, dpi=110, format=Path(path).suffix[1:])
 
 
@@ -162,7 +162,7 @@ def main():
                            device=model.norm.weight.device)
         if len(ids) < 2:
             raise ValueError(f"{args.text}: no text in it")
-        curves = {}
+        curves, marks = {}, {"trained context,": model.config.max_seq_len}
         for mode in args.mode:
             for n_sink in args.sink:
                 start = time.perf_counter()
@@ -172,6 +172,7 @@ def main():
                     raise ValueError(f"--every {args.every}: {mode} has fewer tokens than that")
                 name = f"{mode}, {n_sink} sinks" if mode == "stream" else mode
                 curves[name] = nats
+                marks[f"{name} slides from"] = n_sink + window
                 record = dict(mode=mode, sink=n_sink, window=window, tokens=len(nats),
                               nats=nats.mean().item(), perplexity=nats.mean().exp().item(),
                               seconds=time.perf_counter() - start)
@@ -180,8 +181,7 @@ def main():
                 if mode != "stream":
                     break  # the number of sinks changes only the stream
         if args.plot:
-            plot_curves(args.plot, curves, {"the window slides from": n_sink + window,
-                                     "trained context,": model.config.max_seq_len}, args.every)
+            plot_curves(args.plot, curves, marks, args.every)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from load import load, weight_bytes
 from model import ModelConfig, Transformer
 from sample import Sampling, either_sampling
 from speculate import Speculation, load_draft, speculate
-from terminal import ending, hold_interrupt, say, show, user_errors
+from terminal import hold_interrupt, received_signals, say, show, user_errors
 from tokenizer import GeneratedText, Tokenizer
 from tp import broadcast_ids
 
@@ -181,12 +181,12 @@ def generate(model: Transformer, cache: KVCache, prompt_ids: list[int], max_new_
     if sampling.temperature and sampling.seed is None:
         sampling = replace(sampling, seed=new_seed())
     return prefill_and_continue(model, cache, prompt_ids, max_new_tokens, stop_ids, sampling,
-                             speculation)
+                                speculation)
 
 
 def prefill_and_continue(model: Transformer, cache: KVCache, prompt_ids: list[int],
-                      max_new_tokens: int, stop_ids: Container[int], sampling: Sampling,
-                      speculation: Speculation | None) -> Iterator[int]:
+                         max_new_tokens: int, stop_ids: Container[int], sampling: Sampling,
+                         speculation: Speculation | None) -> Iterator[int]:
     """Prefill the prompt and yield what follows it."""
     logits = prefill(model, cache, prompt_ids, speculation)
     yield from continue_from(model, cache, logits, prompt_ids, max_new_tokens, stop_ids, sampling,
@@ -286,7 +286,7 @@ class Transcript:
         return self.said.stopped
 
     def record(self, model: Transformer, caches: Sequence[KVCache], length: int,
-            stop_ids: Container[int], seed: int) -> dict:
+               stop_ids: Container[int], seed: int) -> dict:
         """Show the text that was held back, and return what --json prints. length is the stream's
         in the first of the caches, which are those that served it."""
         self.emit(self.said.flush())
@@ -328,12 +328,13 @@ def answer(model: Transformer, tokenizer: Tokenizer, prompt: Prefilled, max_new_
                 transcript.interrupted = True
                 break
     record = transcript.record(model, [prompt.cache], int(prompt.cache.length), stop_ids,
-                            sampling.seed)
+                               sampling.seed)
     if speculation:
         # The first token is yielded with the others of the first round, so the rate counts from
         # the end of the prefill.
         took = transcript.last - transcript.prefilled
-        record["decode_tok_s"] = (record["new_tokens"] - 1) / took or None
+        rate = (record["new_tokens"] - 1) / took
+        record["decode_tok_s"] = rate or None
         record.update({name: n - before[name] for name, n in speculation.figures().items()})
     return record
 
@@ -341,25 +342,25 @@ def answer(model: Transformer, tokenizer: Tokenizer, prompt: Prefilled, max_new_
 # ------------------------------------------------------------------------------ command line
 
 
-def open_model(checkpoint: str, **how) -> tuple[Transformer, Tokenizer]:
-    """Load a checkpoint and say so; `how` is what load.load takes."""
+def open_model(checkpoint: str, **load_options) -> tuple[Transformer, Tokenizer]:
+    """Load a checkpoint and say so; load_options are what load.load takes."""
     say(f"loading {checkpoint}")
-    return load(checkpoint, **how)
+    return load(checkpoint, **load_options)
 
 
 def open_speculation(model: Transformer, cache: KVCache, tokenizer: Tokenizer, *,
                      draft: str | None = None, lookup: bool = False, size: int | None = None,
-                     **how) -> Speculation | None:
+                     **load_options) -> Speculation | None:
     """Speculation with a draft or by lookup, or None where neither is wanted. size is the number of
-    proposals a round (None: as many as pay); `how` is what load.load takes. Raises ValueError where
-    size or draft do not fit the model."""
+    proposals a round (None: as many as pay); load_options are what load.load takes. Raises
+    ValueError where size or draft do not fit the model."""
     if not (draft or lookup):
         return None
     if size and size >= cache.max_chunk:
         raise ValueError(f"--speculate {size} is too many; at most {cache.max_chunk - 1}")
     if lookup:
         return Speculation(fixed=size)
-    draft_model = load_draft(draft, model, tokenizer, **how)
+    draft_model = load_draft(draft, model, tokenizer, **load_options)
     return Speculation(draft_model, make_cache(draft_model), size)
 
 
@@ -406,7 +407,7 @@ def main():
             record = {**which, **record, "compile_s": compile_s}
             show((json.dumps(record) if args.json else "") + "\n")
             say(f"{figures(record)}, compiled in {compile_s:.1f} s, seed {seed}")
-            if ending or record["finish_reason"] == "interrupt":
+            if received_signals or record["finish_reason"] == "interrupt":
                 break
 
 

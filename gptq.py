@@ -31,7 +31,7 @@ from formats.checkpoint import check_not_ours_quantized, stack
 from formats.config import block_layers
 from formats.folder import check_out, open_checkpoint, our_config, write_checkpoint
 from formats.hub import find
-from linear import pack_nibbles
+from linear import GROUP_SIZES, pack_nibbles
 from load import check_device
 from model import Block, ModelConfig, Step, rope, rope_frequencies
 from quantize import (
@@ -78,10 +78,12 @@ def quantize_gptq(weight: Tensor, hessian: Tensor, drift: Tensor, group_size: in
     nibbles, scale, zero = round_columns(weight, factor, group_size)
     levels = nibbles - zero.repeat_interleave(group_size, 1) / 16
     scale = refit(weight, levels, hessian, scale)
-    back, groups = order.argsort(), order[::group_size].div(group_size, rounding_mode="floor")
-    nibbles, groups = nibbles[:, back].to(torch.uint8), groups.argsort()
-    return {"weight": pack_nibbles(nibbles), "scale": scale[:, groups],
-            "zero": zero[:, groups].to(torch.uint8)}
+    # Back in the original order: the columns one by one, the scales and zeros group by group.
+    nibbles = nibbles[:, order.argsort()].to(torch.uint8)
+    group_order = order[::group_size].div(group_size, rounding_mode="floor")
+    back = group_order.argsort()
+    return {"weight": pack_nibbles(nibbles), "scale": scale[:, back],
+            "zero": zero[:, back].to(torch.uint8)}
 
 
 def by_importance(diagonal: Tensor, group_size: int) -> Tensor:
@@ -217,7 +219,7 @@ def quantize_layer(block: Block, prefix: str, sums: dict[str, list[Tensor]],
 @torch.no_grad()
 def calibrated_tensors(blocks: dict[str, list[Tensor]], config: ModelConfig, group_size: int,
                        sequences: Tensor, device: torch.device,
-                       show=None) -> Iterator[tuple[str, Tensor]]:
+                       advance=None) -> Iterator[tuple[str, Tensor]]:
     """Yield all stored tensors, calibrated on sequences (N, L) int64. blocks are a float
     Checkpoint's.
 
@@ -242,8 +244,8 @@ def calibrated_tensors(blocks: dict[str, list[Tensor]], config: ModelConfig, gro
         yield from ((name, tensor) for name, tensor in weights.items() if tensor.ndim == 1)
         for x in batches(seen):
             x.copy_(block(x, at, None, None))
-        if show:
-            show(layer + 1, config.n_layers)
+        if advance:
+            advance(layer + 1, config.n_layers)
     yield "norm.weight", stack(blocks["norm.weight"])
     if "output.weight" in blocks:  # unless it is tied
         output = stack(blocks["output.weight"]).to(device)
@@ -264,7 +266,7 @@ def make_block(config: ModelConfig, weights: dict[str, Tensor], prefix: str) -> 
 
 def gptq_checkpoint(source: Path, text: str, out: Path, n_sequences: int = 128,
                     length: int | None = None, group_size: int = 32, device: str | None = None,
-                    show=None) -> None:
+                    advance=None) -> None:
     """Write the checkpoint at `source` in int4 as a folder of ours, whole or not at all, calibrated
     on a text file. length None is LENGTH, or the trained context if that is shorter. Raises
     ValueError naming the file, the tensor or the size."""
@@ -281,7 +283,7 @@ def gptq_checkpoint(source: Path, text: str, out: Path, n_sequences: int = 128,
 
     check_out(out)
     sequences = sequences_of(text, Tokenizer(source), n_sequences, length or min(LENGTH, longest))
-    weights = calibrated_tensors(checkpoint.blocks, config, group_size, sequences, device, show)
+    weights = calibrated_tensors(checkpoint.blocks, config, group_size, sequences, device, advance)
     write_checkpoint(out, source, our_config(checkpoint, quantization),
                      ((name, tensor.cpu()) for name, tensor in weights), len(shapes))
 
@@ -296,7 +298,7 @@ def main():
         help="pieces of the text to calibrate on, at most")
     add("--length", type=number(int, 2), metavar="L",
         help=f"tokens of each; default: {LENGTH}, or the trained context when that is less")
-    add("--group-size", type=int, choices=[32, 64, 128], default=32,
+    add("--group-size", type=int, choices=GROUP_SIZES, default=32,
         help="columns of a weight that share an int4 scale")
     add("--device", metavar="D", help="cpu, cuda or cuda:N; default: the GPU if there is one")
     with user_errors(parser):
@@ -304,9 +306,9 @@ def main():
         if tp.n_ranks() > 1:
             raise ValueError("gptq.py works without torchrun; what it writes, torchrun can run")
         source, _ = find(args.checkpoint)
-        with progress("quantizing", "layers") as show:
+        with progress("quantizing", "layers") as advance:
             gptq_checkpoint(source, args.text, args.out, args.sequences, args.length,
-                            args.group_size, args.device, show)
+                            args.group_size, args.device, advance)
         wrote(args.out)
 
 

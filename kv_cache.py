@@ -13,9 +13,12 @@ the query is rotated twice, at p for the recent keys and at min(p, S + W - 1) fo
 Storage is S sink slots followed by a ring of R = W + C - 1, C the most tokens that one call writes:
 position p lives in slot p if p < S, else in S + (p - S) mod R. Thanks to the extra C - 1 slots, the
 first query of a chunk still sees its whole window after the chunk's last key was written. They also
-make `rollback` possible. Which position a ring slot holds follows from the row's length alone.
-Beside K, V and the lengths, the cache keeps each row's high-water mark, the most tokens that the
-row has ever held: it limits how deep a rollback may be.
+make `rollback` possible. A token is evicted when it is W behind the latest one: no query sees it
+any more (`visible`), and R - W tokens later the ring writes over it.
+
+Which position a ring slot holds follows from the row's length alone. Beside K, V and the lengths,
+the cache keeps each row's high-water mark, the most tokens that the row has ever held: it limits
+how deep a rollback may be.
 """
 
 from __future__ import annotations

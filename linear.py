@@ -96,7 +96,7 @@ def matvec(x: Tensor, weight: Tensor) -> Tensor:
     pieces = next(n for n in range(min(2, K), K + 1) if K % n == 0 and K // n <= 4096)
     # In memory, or inductor would fuse what computes x and compute it again for every row of W.
     x = materialize(x.reshape(-1).float())  # (K,)
-    n_parts = max(1, 4 // weight.itemsize)  # measured: four of int8, two of bf16
+    n_parts = max(1, 4 // weight.itemsize)  # four of int8, two of bf16: the fastest where measured
     sums = [(part.float() * x).view(-1, pieces, K // pieces).sum(-1)
             for part in weight.chunk(n_parts)]  # (N / n_parts, pieces) each
     return torch.cat(sums).sum(-1)[None, None]
@@ -159,14 +159,14 @@ class Int8Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(N)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        few = x.numel() // x.shape[-1] <= 16  # tokens; for more, it is faster to unpack W first
+        few = x.numel() // x.shape[-1] <= 16  # tokens; for more, it is faster to dequantize W first
         if is_single_token(x):
             y = (matvec(x, self.weight) * self.scale).type_as(x)
         elif few and not x.is_cuda:
             y = torch.ops.gpt_stream.int8_matmul(x.flatten(0, -2).contiguous(), self.weight,
                                                  self.scale.type_as(x))
             y = y.unflatten(0, x.shape[:-1])
-        else:  # 1024 unpacked rows at a time stay in a CPU's caches until they are used
+        else:  # 1024 dequantized rows at a time stay in a CPU's caches until they are used
             parts = [self.weight] if x.is_cuda else self.weight.split(1024)
             y = torch.cat([linear(x, part.float().type_as(x)) for part in parts], dim=-1)
             y = (y * self.scale).type_as(x)
@@ -196,10 +196,10 @@ class GroupedInt8Linear(nn.Module):
         else:  # 1024 rows at a time, as in Int8Linear
             size = len(self.weight) if x.is_cuda else 1024
             parts = zip(*(t.split(size) for t in (self.weight, self.scale, self.zero)))
-            y = torch.cat([linear(x, self.unpack(*part).type_as(x)) for part in parts], dim=-1)
+            y = torch.cat([linear(x, self.dequantize(*part).type_as(x)) for part in parts], dim=-1)
         return y if self.bias is None else y + self.bias
 
-    def unpack(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    def dequantize(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Rows of W in float32, for these rows of the three tensors."""
         groups = weight.float().unflatten(1, (scale.shape[1], -1))
         return ((groups - zero[..., None]) * scale[..., None]).flatten(1)

@@ -104,7 +104,7 @@ def store_shard(name: str, layer: Layer | None, blocks: list[Tensor], config: Mo
     """This rank's shard, of n, of one tensor, quantized to this kind if there is one."""
     if n == 1:
         return store(name, stack(blocks).to(device), kind)
-    if kind and layer.sharded == "columns":  # a row's scale needs the whole row
+    if kind and layer.sharded == "inputs":  # a row's scale needs the whole row
         parts = store(name, stack(blocks).to(device), kind)
         return {part: tp.shard(part, layer, [tensor], config, n) for part, tensor in parts.items()}
     return store(name, tp.shard(name, layer, blocks, config, n).to(device), kind)
@@ -155,12 +155,12 @@ def fingerprint(settings: tuple, weights: dict[str, Tensor]) -> str:
     """A hash that tells models apart, fine-tunes too: sha256 of the settings and of the first row
     of every weight, since reading all of a memory-mapped file would be slow. Scales are left out
     because a GPU and a CPU may round their last bit differently when they quantize."""
-    known = hashlib.sha256(repr(settings).encode())
+    digest = hashlib.sha256(repr(settings).encode())
     for name, tensor in sorted(weights.items()):
         if not name.endswith(".scale"):
             row = tensor.reshape(-1, tensor.shape[-1])[0].contiguous().cpu()
-            known.update(name.encode() + row.view(torch.uint8).numpy().tobytes())
-    return known.hexdigest()[:16]
+            digest.update(name.encode() + row.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------ ready to run
@@ -187,9 +187,12 @@ def pack(model: Transformer, compile: bool) -> None:
     model.tie()
     for module in model.modules():
         if isinstance(module, Linear):
-            large = module.weight.nbytes >= PACKED_BYTES
             shared = module.weight is model.embed.weight  # packing it would need a copy
-            if large and not shared if compile else module.weight.dtype == torch.bfloat16:
+            if compile:
+                wanted = module.weight.nbytes >= PACKED_BYTES and not shared
+            else:
+                wanted = module.weight.dtype == torch.bfloat16
+            if wanted:
                 module.pack()
 
 

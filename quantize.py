@@ -184,8 +184,8 @@ def asked_quantization(mode: str | None, group_size: int) -> dict | None:
 
 
 def main():
-    """The older name of convert_hf.py --quantize. This file comes before those that read
-    checkpoints, so only its command imports them."""
+    """The same as convert_hf.py --quantize. This file comes before those that read checkpoints, so
+    only its command imports them."""
     from cli import plain_parser
     from convert_hf import convert
     from formats.hub import find
@@ -204,8 +204,8 @@ def main():
             raise ValueError(f"{args.checkpoint}: use convert_hf.py --quantize {args.mode}")
         source, _ = find(args.checkpoint)
         quantization = asked_quantization(args.mode, args.group_size)
-        with progress("quantizing", "tensors") as show:
-            convert(source, args.out, None, quantization, show)
+        with progress("quantizing", "tensors") as advance:
+            convert(source, args.out, None, quantization, advance)
         wrote(args.out)
 
 

@@ -45,6 +45,7 @@ class Sampling:
             check_range(name, value, low, high)
         if self.top_k != int(self.top_k):
             raise ValueError(f"top_k {self.top_k} must be a whole number")
+        object.__setattr__(self, "top_k", int(self.top_k))
 
     @property
     def penalizes(self) -> bool:
@@ -75,8 +76,9 @@ def either_sampling(sampling: Sampling | None, loose: dict[str, float | None]) -
 def check_range(name: str, value: float, low: float, high: float) -> None:
     """Raises ValueError unless a setting is a finite number from low to high."""
     if not max(low, -1e308) <= value <= min(high, 1e308):
-        raise ValueError(f"{name} {value} must be a finite number of at least {low}"
-                         + f" and at most {high}" * (high < math.inf))
+        bounds = [f"at least {low}"] * (low > -math.inf) + [f"at most {high}"] * (high < math.inf)
+        of = " of " * bool(bounds)
+        raise ValueError(f"{name} {value} must be a finite number{of}{' and '.join(bounds)}")
 
 
 # ------------------------------------------------------------------------------ distributions

@@ -159,7 +159,8 @@ def rollback_both(cache: KVCache, speculation: Speculation, n: int) -> None:
 
 
 def speculate_one_round(model: Transformer, cache: KVCache, token: Tensor, speculation: Speculation,
-              sampling: Sampling, generator: torch.Generator) -> tuple[list[int], Tensor]:
+                        sampling: Sampling,
+                        generator: torch.Generator) -> tuple[list[int], Tensor]:
     """Propose and verify once. Returns the ids that the round wrote to the cache, `token` (1, 1)
     and the accepted proposals, and the token (1, 1) that follows them."""
     size, token_id = speculation.size, token.item()

@@ -28,9 +28,9 @@ from formats.files import name_leftovers
 from threads import adapt_threads, keep_threads
 
 # The signals that have asked the program to end, in the order in which they came.
-ending: list[int] = []
+received_signals: list[int] = []
 # The signals that it ends by (see ending_signals), while it is in end_on_signals.
-heeded: list[int] = []
+handled_signals: list[int] = []
 
 
 @contextlib.contextmanager
@@ -54,8 +54,8 @@ def user_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
             sys.exit(status)
         finally:
             keep_threads()
-            ending.clear()
-            heeded.clear()
+            received_signals.clear()
+            handled_signals.clear()
 
 
 @contextlib.contextmanager
@@ -65,15 +65,15 @@ def finish(parser: argparse.ArgumentParser) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not ending:
+        if not received_signals:
             raise
         # Raised while saving during shutdown, or by C code that wrapped our SystemExit.
         fail(parser, error_line(error))
     finally:
         sys.stdout.flush()  # here, so that a failure is reported here and not by Python at its exit
     tp.barrier()
-    if ending:
-        sys.exit(128 + ending[0])
+    if received_signals:
+        sys.exit(128 + received_signals[0])
 
 
 def report(parser: argparse.ArgumentParser, error: BaseException) -> int | None:
@@ -295,32 +295,32 @@ def end_on_signals() -> contextlib.ExitStack:
     half-written. The second does nothing, since the program may be cleaning up. The third ends
     the process at once. In hold_interrupt, all of them are only collected."""
     def end(signal_number, frame):
-        ending.append(signal_number)
-        if len(ending) == 1:
+        received_signals.append(signal_number)
+        if len(received_signals) == 1:
             sys.exit(128 + signal_number)
-        if len(ending) > 2:
+        if len(received_signals) > 2:
             os._exit(128 + signal_number)
 
-    heeded[:] = ending_signals()
-    return on_signals(heeded, end)
+    handled_signals[:] = ending_signals()
+    return on_signals(handled_signals, end)
 
 
 @contextlib.contextmanager
 def hold_interrupt():
     """Collect signals in the list that this yields, instead of raising them: after half a step, the
-    cache's length and its slots would not agree. A second Ctrl-C raises KeyboardInterrupt. The
-    signals that end the program are collected in `ending` too, and the list begins with those that
-    came before."""
-    caught = list(ending)
+    cache's length and its slots would not agree. A second Ctrl-C raises KeyboardInterrupt. Signals
+    that end the program are collected in `received_signals` too, and the list begins with those
+    that came before."""
+    caught = list(received_signals)
 
     def note(signal_number, frame):
         if signal_number != signal.SIGINT:
-            ending.append(signal_number)
+            received_signals.append(signal_number)
         elif caught:
             raise KeyboardInterrupt
         caught.append(signal_number)
 
-    with on_signals([signal.SIGINT, *heeded], note):
+    with on_signals([signal.SIGINT, *handled_signals], note):
         yield caught
 
 

@@ -3,9 +3,11 @@
     torchrun --nproc-per-node 2 generate.py --compile
 
 Every process (a "rank") holds a shard of every layer: some heads of the attention, with their part
-of the cache, and some columns of the feed-forward. Two all-reduces are the only traffic of a layer.
-The output projection is sharded by vocabulary and its logits are gathered. Every rank holds the
-whole embedding: a step reads one row of it, and a shard would cost another all-reduce.
+of the cache, and some hidden units of the feed-forward. Of both, the first product is sharded by
+its outputs and the second by its inputs (Megatron's column- and row-parallel layers), so that one
+all-reduce after each second product is all the traffic of a layer. The output projection is sharded
+by vocabulary and its logits are gathered. Every rank holds the whole embedding: a step reads one
+row of it, and a shard would cost another all-reduce.
 
 NCCL carries the tensors of GPUs, gloo those of CPUs. torchrun starts the processes, on one machine
 or on several; this file reads only the environment variables that it sets.
@@ -241,12 +243,12 @@ def shard(tensor: str, layer, blocks: list[Tensor], config, n: int) -> Tensor:
     if layer is None or layer.is_table:
         return blocks[0]
     if part == "order":
-        if layer.sharded == "columns":
+        if layer.sharded == "inputs":
             raise ValueError(f"{owner} is stored in activation order, in which its groups cannot "
                              f"be shared by {n} processes; one can run it")
         return blocks[0]
-    if layer.sharded == "columns":
-        return shard_columns(blocks[0], part, n)
+    if layer.sharded == "inputs":
+        return shard_inputs(blocks[0], part, n)
     # Of each of the stacked parts, this rank holds one shard of several: (which, of how many).
     places = [(rank(), n)] * len(layer.parts)
     if layer.sharded == "heads":
@@ -262,7 +264,7 @@ def shard(tensor: str, layer, blocks: list[Tensor], config, n: int) -> Tensor:
     return mine[0] if len(mine) == 1 else torch.cat(mine)
 
 
-def shard_columns(whole: Tensor, part: str, n: int) -> Tensor:
+def shard_inputs(whole: Tensor, part: str, n: int) -> Tensor:
     """This rank's part of a tensor of a layer of which ranks share the inputs: its outputs are
     added up, so that one rank alone adds the bias."""
     if part == "bias":

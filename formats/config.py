@@ -126,7 +126,7 @@ class Layer(NamedTuple):
     parts: dict[str, int]  # Hugging Face's layers that it stacks, and the rows of each
     columns: int
     bias: bool = False
-    sharded: str = "rows"  # what ranks split (tp.shard): heads, rows of each part, or columns
+    sharded: str = "outputs"  # what ranks split (tp.shard): heads, outputs of each part, or inputs
     int4: bool = True  # whether int4 applies to it; if not, it is int8 in an int4 model
     is_table: bool = False  # an embedding, which every rank holds whole
     tied_to: str | None = None  # the layer whose weight it shares; files store that one only
@@ -141,11 +141,11 @@ def block_layers(config: ModelConfig) -> dict[str, Layer]:
             {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv},
             columns=dim, bias=config.qkv_bias, sharded="heads"),
         "attention.out": Layer(
-            {"self_attn.o_proj": dim}, columns=q, bias=config.out_bias, sharded="columns"),
+            {"self_attn.o_proj": dim}, columns=q, bias=config.out_bias, sharded="inputs"),
         "feed_forward.gate_up": Layer(
             {"mlp.gate_proj": ffn, "mlp.up_proj": ffn}, columns=dim, bias=config.ffn_bias),
         "feed_forward.down": Layer(
-            {"mlp.down_proj": dim}, columns=ffn, bias=config.ffn_bias, sharded="columns"),
+            {"mlp.down_proj": dim}, columns=ffn, bias=config.ffn_bias, sharded="inputs"),
     }
 
 
@@ -173,8 +173,8 @@ def block_norms(config: ModelConfig) -> dict[str, tuple[str, int]]:
 
 
 def hf_parts(config: ModelConfig) -> dict[str, dict[str, tuple[int, ...]]]:
-    """For each tensor of ours that a file stores: the Hugging Face tensors that it stacks, in
-    order, and the shape of each."""
+    """The mapping of tensor names: for each tensor of ours that a file stores, the Hugging Face
+    tensors that it stacks, in order, and the shape of each."""
     layers = model_layers(config)
     parts = layer_parts("embed", layers["embed"])
     for i in range(config.n_layers):

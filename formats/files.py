@@ -37,7 +37,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Write a file or a folder whole or not at all. This yields a name beside `path`: the caller
     makes the file or the folder there, and it then takes the place of `path`, a folder with the
     permissions that the umask gives. After an exception nothing of it is left. Raises OSError,
@@ -72,7 +72,7 @@ def naming(path: Path, line: str) -> str:
 
 
 def name_leftovers(path: Path) -> None:
-    """Log which partial files and folders killed runs left beside `path` (written_whole)."""
+    """Log which partial files and folders killed runs left beside `path` (atomic_write)."""
     for left in path.parent.glob(glob.escape(path.name) + ".partial-*"):
         log.info("%s is left of a run that was killed, or is being written now; if not, remove it",
                  left)
@@ -90,7 +90,7 @@ def check_target(path: str | Path) -> Path:
     return path
 
 
-def once(folder: Path, make: Callable[[Path], None]) -> Path:
+def make_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """The folder. If it is not there, make(path) makes it first, at the path it is given, whole or
     not at all. Of several processes one makes it, and the others wait. What make leaves beside
     that path, under a longer name, is removed. Raises ValueError, in one line that names the
@@ -105,11 +105,11 @@ def once(folder: Path, make: Callable[[Path], None]) -> Path:
 
     try:
         folder.parent.mkdir(exist_ok=True)
-        with only_one(folder.with_name(f".{folder.name}.lock")):
+        with file_lock(folder.with_name(f".{folder.name}.lock")):
             remove_leftovers()  # of a run that was killed
             if not folder.is_dir():
                 try:
-                    with written_whole(folder) as partial:
+                    with atomic_write(folder) as partial:
                         make(partial)
                 finally:
                     remove_leftovers()  # again: the pip of a killed run may have gone on
@@ -120,7 +120,7 @@ def once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 
 @contextlib.contextmanager
-def only_one(path: Path) -> Iterator[None]:
+def file_lock(path: Path) -> Iterator[None]:
     """A lock on the file `path`, which is made for it: one process at a time is in this context.
     The system frees the lock when that process dies."""
     try:
@@ -142,7 +142,7 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def package(module: str, name: str | Path):
+def import_optional(module: str, name: str | Path):
     """Import an optional package, which `name` needs. Raises ValueError with the command that
     installs it."""
     try:

@@ -27,7 +27,7 @@ from formats.checkpoint import (
     stored_tensors,
 )
 from formats.config import check_tensors, config_from_hf, eos_ids, hf_parts
-from formats.files import read_json, write_json, written_whole
+from formats.files import atomic_write, read_json, write_json
 from formats.published import read_published
 from model import ModelConfig
 from quantize import empty_model, stored_shapes
@@ -182,16 +182,16 @@ def our_config(checkpoint: Checkpoint, quantization: dict | None,
 
 
 def write_converted(checkpoint: Checkpoint, out: Path, dtype: torch.dtype | None = None,
-                    quantization: dict | None = None, show=None) -> None:
+                    quantization: dict | None = None, advance=None) -> None:
     """Write a checkpoint as a folder of ours, whole or not at all.
 
-    dtype None keeps the stored one, and quantization None the stored kinds. show(count, total) is
-    called after each tensor. Raises ValueError naming the tensor or the size."""
+    dtype None keeps the stored one, and quantization None the stored kinds. advance(count, total)
+    is called after each tensor. Raises ValueError naming the tensor or the size."""
     check_not_ours_quantized(checkpoint)
     stored = quantization or checkpoint.quantization
     shapes = stored_shapes(empty_model(checkpoint.config, stored))  # raises for a wrong group size
     write_checkpoint(out, checkpoint.folder, our_config(checkpoint, stored, dtype),
-                     converted_tensors(checkpoint, dtype, quantization), len(shapes), show)
+                     converted_tensors(checkpoint, dtype, quantization), len(shapes), advance)
 
 
 def converted_tensors(checkpoint: Checkpoint, dtype: torch.dtype | None,
@@ -213,15 +213,15 @@ def in_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def write_checkpoint(out: Path, source: Path, raw: dict, weights: Iterable[tuple[str, Tensor]],
-                     total: int, show=None) -> None:
+                     total: int, advance=None) -> None:
     """Write a folder of ours, whole or not at all: raw as config.json, `total` weights, and copies
     of the tokenizer's files in `source`. Raises ValueError when `out` is not an empty or new
     folder."""
     check_out(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(out) as partial:
+    with atomic_write(out) as partial:
         partial.mkdir(0o700)
-        write_weights(partial, weights, total, show)
+        write_weights(partial, weights, total, advance)
         write_json(partial / "config.json", raw)
         for name in COPIED:
             if (source / name).exists():
@@ -235,10 +235,10 @@ def check_out(out: Path) -> None:
 
 
 def write_weights(folder: Path, weights: Iterable[tuple[str, Tensor]], total: int,
-                  show=None) -> None:
+                  advance=None) -> None:
     """Write weights as one safetensors file, or as several and their index."""
     files = {}  # file name -> its tensors' names
-    for tensors in file_contents(weights, total, show):
+    for tensors in file_contents(weights, total, advance):
         file = f"model-{len(files) + 1:05}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         files[file] = list(tensors)
@@ -250,7 +250,7 @@ def write_weights(folder: Path, weights: Iterable[tuple[str, Tensor]], total: in
 
 
 def file_contents(weights: Iterable[tuple[str, Tensor]], total: int,
-                  show=None) -> Iterator[dict[str, Tensor]]:
+                  advance=None) -> Iterator[dict[str, Tensor]]:
     """The tensors of one file after another. It yields one dict again and again and clears it in
     between, so that one file's tensors are in memory at a time."""
     tensors = {}
@@ -259,7 +259,7 @@ def file_contents(weights: Iterable[tuple[str, Tensor]], total: int,
         if sum(t.nbytes for t in tensors.values()) >= FILE_BYTES:
             yield tensors
             tensors.clear()
-        if show:
-            show(count, total)
+        if advance:
+            advance(count, total)
     if tensors:
         yield tensors

@@ -88,8 +88,9 @@ def read_gguf(path: Path) -> tuple[dict, dict[str, GGUFTensor]]:
         metadata = {name: field.contents() for name, field in reader.fields.items()}
         shapes = [tuple(tensor.shape.tolist()[::-1]) for tensor in reader.tensors]
         return metadata, {
-            tensor.name: GGUFTensor(tensor.tensor_type, shape,
-                                np.asarray(tensor.data).reshape(shape[0], -1).view(np.uint8))
+            tensor.name: GGUFTensor(
+                tensor.tensor_type, shape,
+                np.asarray(tensor.data).reshape(shape[0], -1).view(np.uint8))
             for tensor, shape in zip(reader.tensors, shapes)}
     except OSError:  # missing or not readable
         raise
@@ -318,11 +319,11 @@ def make_checkpoint(source: Path, folder: Path) -> Checkpoint:
 
 
 def convert_gguf(source: Path, out: Path, dtype: torch.dtype | None = None,
-                 quantization: dict | None = None, show=None) -> None:
+                 quantization: dict | None = None, advance=None) -> None:
     """Write the GGUF file at `source` as a folder of ours, whole or not at all.
 
     dtype None is the file's own, or bf16 if it is quantized. quantization None is floating point.
     Raises ValueError naming the file, and in it the key or the tensor."""
     with open_gguf(source) as checkpoint:
         dtype = dtype or getattr(torch, checkpoint.raw["dtype"])
-        write_converted(checkpoint, out, dtype, quantization, show)
+        write_converted(checkpoint, out, dtype, quantization, advance)

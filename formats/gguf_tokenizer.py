@@ -21,8 +21,8 @@ LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
           r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN2 = LLAMA3.replace("{1,3}", "")
 SPLITS = {"default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
-        "gpt-2": (GPT2,), "smollm": (r"\p{N}", GPT2), "llama-bpe": (LLAMA3,),
-        "llama-v3": (LLAMA3,), "llama3": (LLAMA3,), "qwen2": (QWEN2,)}
+          "gpt-2": (GPT2,), "smollm": (r"\p{N}", GPT2), "llama-bpe": (LLAMA3,),
+          "llama-v3": (LLAMA3,), "llama3": (LLAMA3,), "qwen2": (QWEN2,)}
 
 
 def write_tokenizer(folder: Path, metadata: dict) -> None:

@@ -33,7 +33,7 @@ from pathlib import Path
 import tp
 from cli import plain_parser
 from formats.adapters import ADAPTER
-from formats.files import first_line, once, package
+from formats.files import first_line, import_optional, make_once
 from formats.folder import COPIED, open_tensors
 from formats.gguf import convert_gguf
 from terminal import progress, show, unheld_signals, user_errors
@@ -100,7 +100,7 @@ def checkpoint_folder(name: str | Path, quantize: str | None, group_size: int,
     if text.lower().endswith(".gguf"):
         return converted_gguf(path, quantize, group_size)
     if text == "smollm2":
-        return once(CHECKPOINTS / "smollm2-135m-instruct", make_smollm2), quantize
+        return make_once(CHECKPOINTS / "smollm2-135m-instruct", make_smollm2), quantize
     check_not_a_path(name, "checkpoint")
     if HUB_NAME.fullmatch(text):
         return hub_folder(text, fetch), quantize
@@ -135,13 +135,13 @@ def converted_gguf(path: Path, quantize: str | None, group_size: int) -> tuple[P
         log.info("converting %s (%.0f MB) to %s, once", path, stat.st_size / 1e6, folder)
         convert_gguf_with_progress(path, out, {"mode": "int4", "group_size": 32} if exact else None)
 
-    return once(folder, make), None if exact else quantize
+    return make_once(folder, make), None if exact else quantize
 
 
 def convert_gguf_with_progress(source: Path, out: Path, quantization: dict | None = None) -> None:
     """Write a .gguf file as a folder of ours, with a progress bar."""
-    with progress(f"converting {source.name}", "tensors") as show:
-        convert_gguf(source, out, quantization=quantization, show=show)
+    with progress(f"converting {source.name}", "tensors") as advance:
+        convert_gguf(source, out, quantization=quantization, advance=advance)
 
 
 # ------------------------------------------------------------------------------ smollm2
@@ -203,7 +203,7 @@ def published_weights(wheel: Path) -> bytes:
 def hub_folder(name: str, fetch: bool, only: tuple[str, ...] = ()) -> Path:
     """The folder of org/model[@revision] in the Hub's cache. With `fetch`, it is brought up to date
     first. `only` names the files of an adapter. Raises ValueError naming it and what to do."""
-    library = package("huggingface_hub", name)
+    library = import_optional("huggingface_hub", name)
     if fetch:
         log.info("asking the Hugging Face Hub for %s", name)
     repo, revision = HUB_NAME.fullmatch(name).groups()

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from formats.files import check_target, written_whole
+from formats.files import atomic_write, check_target
 from kv_cache import KVCache
 
 log = logging.getLogger("gpt_stream")
@@ -33,7 +33,7 @@ def save_session(path: str | Path, caches: dict[str, tuple], **facts) -> None:
         facts[name] = {**cache_settings(model, cache), "length": cache.length.tolist(),
                        "overhang": cache.overhang}
         tensors.update(filled_slots(name, cache, facts[name]["length"]))
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial,
                   metadata={SESSION: json.dumps(facts)})
 

@@ -46,7 +46,7 @@ def make_server_parser() -> argparse.ArgumentParser:
     add("--sink", type=number(int, 0), metavar="S", help="first tokens, never evicted; default 4")
     add("--pin-system", metavar="TEXT", help="a system turn that is never evicted")
     add("--keep-gb", type=number(float, 0), default=2.0, metavar="G",
-        help="GB of memory for conversations that may go on")
+        help="GiB of memory for conversations that may go on")
     add("--compile", action="store_true", help="compile the model for this machine first")
     add("--compile-prefill", action="store_true",
         help="compile how prompts are read, too: worth it for long ones")

@@ -112,8 +112,9 @@ async def converse(url: str, prompts: list[str], content: dict) -> None:
         messages.append({"role": "assistant", "content": answer["text"]})
 
 
-def first_token_s(one: dict) -> float:
-    return one["times"][0] - one["began"]
+def first_token_s(one: dict) -> float | None:
+    """None for an answer without text."""
+    return one["times"][0] - one["began"] if one["times"] else None
 
 
 def quantile(values: list[float], q: float) -> float | None:

@@ -2,6 +2,7 @@
 
 A key is a chain of hashes over the model, the client, and every message's role and content. So a
 request that begins with a conversation of the same client finds it, and no other request does.
+(--keep-gb and the metrics call these conversations kept.)
 """
 
 from __future__ import annotations

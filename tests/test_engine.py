@@ -12,6 +12,7 @@ from generate import load, make_cache, prefill  # noqa: E402
 from helpers import TINY, random_model  # noqa: E402
 from kv_cache import KVCache  # noqa: E402
 from server.engine import Engine  # noqa: E402
+from server.metrics import Metrics  # noqa: E402
 from server.prefix_cache import (  # noqa: E402
     CachedPrefix,
     PrefixCache,
@@ -145,6 +146,21 @@ def test_when_the_model_fails_everyone_is_told_and_it_goes_on(engine, monkeypatc
         assert caught.value.status == 500 and "prompt" not in str(caught.value)
         assert run(one, "Hello")["choices"] == before
     assert len(calls) > 20
+
+
+def test_an_end_is_no_token_to_the_histograms(engine):
+    """Of N tokens one is the first, and N - 1 come after another."""
+    async def watched(one):
+        metrics, body = Metrics(one), {"model": "m", "prompt": "Hello", "max_tokens": 9}
+        jobs = one.make_jobs(parse_request(json.dumps(body).encode(), False, "m", 500), "")
+        async for _ in metrics.watch(one.submit(jobs), jobs):
+            pass
+        return metrics.text().decode(), sum(job.new_tokens for job in jobs)
+
+    text, n = asyncio.run(watched(engine()))
+    assert n > 2
+    for name, count in (("first", 1), ("next", n - 1)):
+        assert f"gpt_stream_{name}_token_seconds_count {float(count)}" in text
 
 
 # ------------------------------------------------------------------------------ what is kept

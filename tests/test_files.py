@@ -6,7 +6,7 @@ import os
 import pytest
 import safetensors
 
-from formats.files import once, written_whole
+from formats.files import atomic_write, make_once
 
 
 def make_folder(path, *names):
@@ -30,7 +30,7 @@ def umask():
 def test_a_file_takes_the_place_of_an_older_one(tmp_path):
     path = tmp_path / "a[1].txt"
     path.write_text("older")
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("newer")
         assert partial.parent == tmp_path and partial.name.startswith("a[1].txt.partial-")
         assert path.read_text() == "older"
@@ -38,7 +38,7 @@ def test_a_file_takes_the_place_of_an_older_one(tmp_path):
 
 
 def test_a_folder_is_there_at_once_with_the_permissions_of_the_umask(tmp_path, umask):
-    with written_whole(tmp_path / "out") as partial:
+    with atomic_write(tmp_path / "out") as partial:
         make_folder(partial, "a", "b")
         assert os.listdir(tmp_path) == [partial.name]
     assert os.listdir(tmp_path) == ["out"]
@@ -49,7 +49,7 @@ def test_a_folder_is_there_at_once_with_the_permissions_of_the_umask(tmp_path, u
 
 def test_a_file_keeps_the_permissions_that_it_was_made_with(tmp_path, umask):
     """A session holds a conversation, which others must not read."""
-    with written_whole(tmp_path / "it.session") as partial:
+    with atomic_write(tmp_path / "it.session") as partial:
         partial.touch(0o600)
     assert permissions(tmp_path / "it.session") == 0o600
 
@@ -59,7 +59,7 @@ def test_a_file_keeps_the_permissions_that_it_was_made_with(tmp_path, umask):
 @pytest.mark.parametrize("make", [make_folder, lambda path: path.touch(), lambda path: None])
 def test_an_exception_leaves_nothing_and_goes_on(tmp_path, error, make):
     (tmp_path / "out").write_text("older")
-    with pytest.raises(type(error)) as caught, written_whole(tmp_path / "out") as partial:
+    with pytest.raises(type(error)) as caught, atomic_write(tmp_path / "out") as partial:
         make(partial)
         raise error
     assert caught.value is error
@@ -69,7 +69,7 @@ def test_an_exception_leaves_nothing_and_goes_on(tmp_path, error, make):
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"),
                                    safetensors.SafetensorError("No space left\non the disk")])
 def test_a_full_disk_is_one_line_that_names_the_path(tmp_path, error):
-    with pytest.raises(OSError) as caught, written_whole(tmp_path / "out"):
+    with pytest.raises(OSError) as caught, atomic_write(tmp_path / "out"):
         raise error
     said = str(caught.value)
     assert said.startswith(f"{tmp_path / 'out'}: cannot be written: ") and "No space left" in said
@@ -77,8 +77,8 @@ def test_a_full_disk_is_one_line_that_names_the_path(tmp_path, error):
 
 
 def test_a_path_is_named_once_and_never_by_its_partial_name(tmp_path):
-    with (pytest.raises(OSError) as caught, written_whole(tmp_path / "out") as outer,
-          written_whole(outer) as inner):
+    with (pytest.raises(OSError) as caught, atomic_write(tmp_path / "out") as outer,
+          atomic_write(outer) as inner):
         raise OSError(errno.ENOSPC, "No space left", str(inner / "config.json"))
     assert str(caught.value) == (f"{tmp_path / 'out'}: cannot be written: [Errno {errno.ENOSPC}] "
                                  f"No space left: '{tmp_path / 'out' / 'config.json'}'")
@@ -93,7 +93,7 @@ def test_a_folder_is_made_once(tmp_path):
         made.append(path)
 
     for _ in range(2):
-        assert once(tmp_path / "out", make) == tmp_path / "out"
+        assert make_once(tmp_path / "out", make) == tmp_path / "out"
     assert len(made) == 1 and sorted(os.listdir(tmp_path)) == [".out.lock", "out"]
 
 
@@ -103,7 +103,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
         raise OSError(errno.ENOSPC, "No space left")
 
     with pytest.raises(ValueError) as caught:
-        once(tmp_path / "out", make)
+        make_once(tmp_path / "out", make)
     assert str(caught.value) == (f"{tmp_path / 'out'}: cannot be written: [Errno {errno.ENOSPC}] "
                                  "No space left")
     assert os.listdir(tmp_path) == [".out.lock"]

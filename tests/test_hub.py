@@ -91,13 +91,13 @@ def test_what_is_nothing_of_these_lists_the_forms(name, no_network):
 # ------------------------------------------------------------------------------ .gguf
 
 
-def stand_in(source, out, dtype=None, quantization=None, show=None):
+def stand_in(source, out, dtype=None, quantization=None, advance=None):
     """In place of convert_gguf: it writes a folder that shows its arguments."""
     out.mkdir()
     (out / "config.json").write_bytes(source.read_bytes())
-    show(1, 2)
+    advance(1, 2)
     (out / "quantization").write_text(json.dumps(quantization))
-    show(2, 2)
+    advance(2, 2)
 
 
 @pytest.fixture

@@ -26,7 +26,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from eval import read_text
-from model import ModelConfig, Transformer
+from formats.config import config_from_hf
+from model import Transformer
 
 CONTEXT = 256
 
@@ -154,7 +155,7 @@ def main():
     valid_text = read_text(args.valid)
     valid_ids = torch.tensor(tokenizer.encode(valid_text), dtype=torch.int16)
     config = hf_config(args, tokenizer)
-    model = Transformer(ModelConfig.from_hf(config)).to(args.device)
+    model = Transformer(config_from_hf(config)).to(args.device)
     initialize(model)
     size = sum(p.numel() for p in model.parameters())
     print(f"{size:,} parameters, {len(ids):,} training tokens, {len(valid_ids):,} for validation")
