@@ -164,6 +164,7 @@ def test_a_draft_stays_as_it_is(made):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("generate.load", spy)
+        patch.setattr("speculate.load", spy)
         status, _, err = run("generate", "--checkpoint", made / "base", "--draft", made / "base",
                              "--adapter", made / "two", "--max-new-tokens", 3, "--device", "cpu",
                              "--prompt", "A", "--json")
