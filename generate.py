@@ -394,8 +394,10 @@ def main():
         speculation = open_speculation(model, cache, tokenizer, **speculating)
         compile_s, how = get_ready(model, cache, sampling_of(args), speculation, **compiling)
         say(text)
-        prompt = timed_prefill(model, cache, tokenizer.encode(text), speculation)
-        kept = copy.deepcopy(prompt) if args.samples > 1 else None
+        with hold_interrupt() as interrupted:
+            prompt = timed_prefill(model, cache, tokenizer.encode(text), speculation)
+            kept = copy.deepcopy(prompt) if args.samples > 1 else None
+        prompt.interrupted = prompt.interrupted or bool(interrupted)
         for index in range(args.samples):
             if index:
                 prompt = kept.copy_into(cache)

@@ -273,7 +273,7 @@ def gptq_checkpoint(source: Path, text: str, out: Path, n_sequences: int = 128,
     device = check_device(device)
     checkpoint = open_checkpoint(source)
     config, quantization = checkpoint.config, asked_quantization("int4", group_size)
-    if "quantization_config" in checkpoint.raw:
+    if checkpoint.raw.get("quantization_config"):
         raise ValueError(f"{source}: others have quantized it already; quantize the original")
     check_not_ours_quantized(checkpoint)
     shapes = stored_shapes(empty_model(config, quantization))  # raises for a wrong group size

@@ -197,9 +197,13 @@ def pack(model: Transformer, compile: bool) -> None:
 
 
 def weight_bytes(model: Transformer) -> int:
-    """The bytes of this process's weights. A tensor that two modules share counts once."""
-    tensors = model.state_dict(keep_vars=True).values()
-    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
+    """The bytes of this process's weights. A tied layer's weight counts once, unless it is laid out
+    anew."""
+    layers = model_layers(model.config)
+    tied = [name for name, layer in layers.items()
+            if layer.tied_to and not getattr(model.get_submodule(name), "packed", False)]
+    return sum(tensor.nbytes for name, tensor in model.state_dict(keep_vars=True).items()
+               if layer_name(name, layers) not in tied)
 
 
 def check_device(name: str | None) -> torch.device:

@@ -326,12 +326,11 @@ def hold_interrupt():
 
 @contextlib.contextmanager
 def unheld_signals() -> Iterator[None]:
-    """A context in which SIGTERM and SIGHUP end the process at once, for a download by the Hub's
-    library: an exception would wait until its threads have fetched their files. The library's
-    cache stays whole when it is killed."""
-    kinds = (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP"))
-    before = {kind: signal.signal(kind, signal.SIG_DFL) for kind in kinds
-              if kind and callable(signal.getsignal(kind))
+    """A context in which the signals that a program handles end it at once, for a download by the
+    Hub's library: an exception would wait until its threads have fetched their files. The library's
+    cache stays whole when it is killed. Signals of a caller that is no program of ours stay."""
+    before = {kind: signal.signal(kind, signal.SIG_DFL) for kind in handled_signals
+              if callable(signal.getsignal(kind))
               and threading.current_thread() is threading.main_thread()}  # only it may set signals
     try:
         yield

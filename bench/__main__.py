@@ -36,6 +36,7 @@ from bench.streams import bench_streams
 from bench.turns import bench_turns
 from cli import make_parser, number
 from terminal import user_errors
+from threads import keep_threads
 
 
 def check(args) -> None:
@@ -106,6 +107,7 @@ def main():
     with user_errors(parser):
         args = parser.parse_args()
         check(args)
+        keep_threads()  # every figure is of the same number, and --busy says where it adapts
         if args.gpu:
             bench_gpu(args)
             return

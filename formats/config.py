@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import Tensor
+
 from formats.files import read_json
 from model import ModelConfig
 
@@ -205,6 +207,14 @@ def layer_name(tensor: str, layers: dict[str, Layer]) -> str | None:
     if owner not in layers:
         owner, _, _ = owner.rpartition(".")
     return owner if owner in layers else None
+
+
+def check_floats(found: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
+    """check_tensors of weights in floating point. Raises ValueError also naming one of integers."""
+    check_tensors({name: tensor.shape for name, tensor in found.items()}, expected)
+    for name in expected:
+        if not found[name].is_floating_point():
+            raise ValueError(f"tensor {name} holds {found[name].dtype}, no floats")
 
 
 def check_tensors(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]],

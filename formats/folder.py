@@ -26,7 +26,7 @@ from formats.checkpoint import (
     stack,
     stored_tensors,
 )
-from formats.config import check_tensors, config_from_hf, eos_ids, hf_parts
+from formats.config import check_floats, check_tensors, config_from_hf, eos_ids, hf_parts
 from formats.files import atomic_write, read_json, write_json
 from formats.published import read_published
 from model import ModelConfig
@@ -48,7 +48,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     check_layers(folder, config, tensors)
     try:
         if "gpt_stream" in raw:
-            quantization = raw["gpt_stream"].get("quantization")
+            quantization = (raw["gpt_stream"] or {}).get("quantization")
             blocks = our_blocks(tensors, config, quantization)
         elif raw.get("quantization_config"):
             quantization, blocks = read_published(raw, tensors, config)
@@ -73,10 +73,7 @@ def hf_blocks(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, list
     misshapen, extra, or not in floating point."""
     parts = hf_parts(config)
     expected = {part: shape for each in parts.values() for part, shape in each.items()}
-    check_tensors({name: tensor.shape for name, tensor in tensors.items()}, expected)
-    for part in expected:
-        if not tensors[part].is_floating_point():
-            raise ValueError(f"tensor {part} holds {tensors[part].dtype}, no floats")
+    check_floats(tensors, expected)
     return {name: [tensors[part] for part in each] for name, each in parts.items()}
 
 
@@ -171,7 +168,8 @@ def our_config(checkpoint: Checkpoint, quantization: dict | None,
                dtype: torch.dtype | None = None) -> dict:
     """The config.json of a folder of ours with this checkpoint's weights, for this quantization and
     dtype. dtype None keeps the one that is written there."""
-    raw = {**checkpoint.raw, "gpt_stream": {**checkpoint.raw.get("gpt_stream", {}), "format": 1}}
+    ours = checkpoint.raw.get("gpt_stream") or {}
+    raw = {**checkpoint.raw, "gpt_stream": {**ours, "format": 1}}
     if quantization:
         raw["gpt_stream"]["quantization"] = quantization
     raw.pop("quantization_config", None)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from formats.checkpoint import Encoded
-from formats.config import check_tensors, hf_parts, model_layers
+from formats.config import check_floats, hf_parts, model_layers
 from linear import GROUP_SIZES, pack_nibbles
 from model import ModelConfig
 
@@ -188,10 +188,11 @@ def scheme_error(tensors: dict[str, Tensor], prefix: str, N: int, K: int,
     return None
 
 
-def read_layer(tensors: dict[str, Tensor], prefix: str, N: int, K: int,
+def read_layer(tensors: dict[str, Tensor], weight: str, shape: tuple[int, int],
                schemes: list[Scheme]) -> PublishedLayer | None:
-    """The quantized layer of N outputs and K inputs whose tensors' names begin with prefix. None if
-    it is in floating point. Raises ValueError naming a tensor that fits none of the schemes."""
+    """The quantized layer whose weight has this name and the shape (outputs, inputs). None if it is
+    in floating point. Raises ValueError naming a tensor that fits none of the schemes."""
+    prefix, (N, K) = weight.removesuffix("weight"), shape
     plain = tensors.get(prefix + "weight")
     if plain is not None and plain.is_floating_point():
         return None
@@ -289,8 +290,11 @@ def read_integers(tensors: dict[str, Tensor], layer: PublishedLayer) -> Tensor:
     return integers if layer.order is None else integers[:, layer.order]
 
 
-def decode_layer(tensors: dict[str, Tensor], layer: PublishedLayer) -> Iterator[dict[str, Tensor]]:
-    """Yield once the tensors that a layer is stored as here (quantize.py)."""
+def decode_layer(tensors: dict[str, Tensor], weight: str, shape: tuple[int, int],
+                 schemes: list[Scheme]) -> Iterator[dict[str, Tensor]]:
+    """Yield once the tensors that a layer is stored as here (quantize.py). The arguments are those
+    of read_layer."""
+    layer = read_layer(tensors, weight, shape, schemes)
     kind, integers = layer.kind, read_integers(tensors, layer)
     if kind == {"mode": "int8"}:
         yield {"weight": (integers ^ 128).view(torch.int8), "scale": layer.scale[:, 0]}
@@ -323,15 +327,16 @@ def read_published(raw: dict, tensors: dict[str, Tensor], config: ModelConfig
         if layer is None or layer.is_table:  # a norm, a bias or the embedding
             blocks[name] = [tensors.get(part) for part in parts]
             continue
-        found = {part: read_layer(tensors, part.removesuffix("weight"), *shape, schemes)
-                 for part, shape in parts.items()}
-        blocks[name] = [Encoded(one.kind, partial(decode_layer, tensors, one)) if one
-                        else tensors[part] for part, one in found.items()]
+        found = {part: read_layer(tensors, part, shape, schemes) for part, shape in parts.items()}
+        # Scales and zeros are read again when a layer is decoded, so that only one's are in memory.
+        blocks[name] = [
+            Encoded(one.kind, partial(decode_layer, tensors, part, parts[part], schemes)) if one
+            else tensors[part] for part, one in found.items()]
         if any(found.values()):
             kinds[name.removesuffix(".weight")] = common_kind(list(found.values()))
-        integers |= {part: one for part, one in found.items() if one}
+        integers |= {part: one.kind for part, one in found.items() if one}
     check_others(tensors, integers, config)
-    sizes = [one.kind["group_size"] for one in integers.values() if "group_size" in one.kind]
+    sizes = [kind["group_size"] for kind in integers.values() if "group_size" in kind]
     quantization = {"mode": raw["quantization_config"]["quant_method"], "layers": kinds,
                     **({"group_size": max(sizes)} if sizes else {})}
     return quantization, blocks
@@ -347,11 +352,11 @@ def common_kind(layers: list[PublishedLayer | None]) -> dict | list[dict | None]
     return kinds[0] if same else kinds
 
 
-def check_others(tensors: dict[str, Tensor], integers: dict[str, PublishedLayer],
+def check_others(tensors: dict[str, Tensor], integers: dict[str, dict],
                  config: ModelConfig) -> None:
     """Check all tensors but those of quantized layers. Raises ValueError naming one that is
-    missing, misshapen or extra. integers are the quantized layers, by the names of their weights.
-    """
+    missing, misshapen, extra or no float. integers are the kinds of the quantized layers, by the
+    names of their weights."""
     expected = {part: shape for parts in hf_parts(config).values()
                 for part, shape in parts.items() if part not in integers}
     others = dict(tensors)
@@ -362,4 +367,4 @@ def check_others(tensors: dict[str, Tensor], integers: dict[str, PublishedLayer]
         bias = layer + "bias"
         if bias not in expected and bias in others and not others[bias].any():
             del others[bias]  # old tools gave every layer a bias of zeros
-    check_tensors({name: tensor.shape for name, tensor in others.items()}, expected)
+    check_floats(others, expected)

@@ -195,3 +195,13 @@ def test_loading_opens_every_file_once_and_builds_one_empty_model(hf_folder, mon
                         lambda *args, make=empty_model: built.append(args) or make(*args))
     load(hf_folder, device="cpu", quantize="int8")
     assert sorted(opened) == ["a.safetensors", "b.safetensors"] and len(built) == 1
+
+
+@pytest.mark.parametrize("key", ["gpt_stream", "quantization_config"])
+def test_null_in_a_config_is_as_if_the_key_were_missing(tmp_path, key):
+    shutil.copytree(TINY, tmp_path / "it")
+    config = json.loads((tmp_path / "it" / "config.json").read_text())
+    (tmp_path / "it" / "config.json").write_text(json.dumps({**config, key: None}))
+    model, _ = load(tmp_path / "it", device="cpu")
+    assert model.fingerprint == load(TINY, device="cpu")[0].fingerprint
+    convert(tmp_path / "it", tmp_path / "out")

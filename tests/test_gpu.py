@@ -185,7 +185,7 @@ def test_a_decode_step_never_waits_for_the_device(compiled, monkeypatch):
             row.begin(0, Sampling(0.9, 20, 0.95, seed=1), [1, 2])  # which waits for nothing, too
             with pytest.raises(RuntimeError, match="synchroniz"):
                 token.item()
-            assert len(list(decode(compiled, cache, token, 30, True, draw))) == 30
+            assert len(list(decode(compiled, cache, token, 30, (), draw))) == 30
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -21,6 +21,7 @@ from convert_hf import convert
 from formats.checkpoint import stored_tensors, to_float
 from formats.config import hf_parts
 from formats.folder import open_checkpoint
+from formats.published import PublishedLayer
 from generate import generate, load, make_cache
 from helpers import TINY, hf_model, run
 from test_errors import refused
@@ -457,3 +458,26 @@ def test_integers_of_the_kind_that_is_asked_for_stay_what_they_are(tmp_path):
     assert len(names) == 3 and kind == {"mode": "int4", "group_size": kind["group_size"]}
     assert all(torch.equal(stored[name], again[name]) for name in names)
     assert again["embed.weight"].dtype == torch.int8  # floats are quantized
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_integers_where_floats_belong_are_refused_by_name(tmp_path, name):
+    folder = in_place(tmp_path, "gptq-128")
+    stored = load_file(folder / "model.safetensors")
+    save_file({**stored, name: stored[name].int()}, folder / "model.safetensors")
+    for quantize in (None, "int8"):
+        with pytest.raises(ValueError, match=f"tensor {name} holds torch.int32, no floats"):
+            load(folder, device="cpu", quantize=quantize)
+
+
+def test_of_all_layers_no_scales_stay_in_memory(tmp_path):
+    """They are read when a layer is: a model of many layers would hold gigabytes of them."""
+    folder = in_place(tmp_path, "gptq-128")
+    names = set(load_file(folder / "model.safetensors"))
+    encoded = [block for blocks in open_checkpoint(folder).blocks.values() for block in blocks
+               if not isinstance(block, torch.Tensor)]
+    assert encoded
+    for block in encoded:  # what decodes it knows the file's own tensors, memory-mapped, alone
+        tensors, *others = block.decode.args
+        assert set(tensors) == names
+        assert not any(isinstance(other, (torch.Tensor, PublishedLayer)) for other in others)

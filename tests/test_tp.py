@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import tp
 import tp_worker
 from convert_hf import convert
+from generate import load
 from helpers import TINY, random_model, run
 from model import ModelConfig
 from quantize import asked_quantization
@@ -80,6 +81,10 @@ def test_a_rank_holds_its_share_of_weights_and_cache(one, ranks):
     weights, cache = (found["wide bytes"] / one["wide bytes"]).tolist()
     assert cache == 1 / 2  # two key-value heads, each held twice by four ranks
     assert 1 / n < weights < 1 / n + 0.2  # the embedding and such copies are what is above
+    if n == 2:  # a rank's part of a tied output is a view of its whole embedding
+        embed = load(TINY, device="cpu", dtype=torch.float32)[0].embed.weight.nbytes
+        whole, own = (it["tied bytes"][0].item() for it in (one, found))
+        assert embed + (whole - embed) / 2 <= own < embed + (whole - embed) / 2 + 20_000  # norms
 
 
 def test_a_token_costs_two_sums_a_layer_a_gather_and_a_broadcast(ranks):
