@@ -184,8 +184,9 @@ def draw_in_order(likely: list[float], sampling: Sampling, u: float) -> int:
     mass, last = list(accumulate(weights)), len(weights) - 1  # last: the index of the last one kept
     if sampling.top_p < 1:
         last = bisect_left(mass, sampling.top_p * mass[-1])
-    by_min_p = bisect_right(weights, -sampling.min_p, key=neg) - 1
-    last = max(0, min(last, by_min_p))
+    # The weights fall from 1, so those that min-p keeps come first.
+    n_kept = bisect_right(weights, -sampling.min_p, key=neg)
+    last = max(0, min(last, n_kept - 1))
     return bisect_right(mass, u * mass[last], hi=last)
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cli import load_arguments, make_parser, number
-from formats.files import atomic_write, check_target
+from formats.files import atomic_write, check_target, import_optional
 from generate import default_window, make_cache
 from kv_cache import KVCache
 from load import load
@@ -102,11 +102,7 @@ def measure(model: Transformer, ids: Tensor, mode: str, n_sink: int, window: int
 def check_plot(path: str) -> None:
     """Raises ValueError without matplotlib, and for a name that does not end in a picture's kind.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot needs the package matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
+    import_optional("matplotlib", "--plot").use("Agg")
     from matplotlib.backend_bases import FigureCanvasBase
     kinds = FigureCanvasBase.get_supported_filetypes()
     if check_target(path).suffix[1:].lower() not in kinds:

@@ -175,18 +175,20 @@ def sequences_of(path: str, tokenizer: Tokenizer, count: int, length: int) -> Te
     return torch.cat([torch.tensor(bos).long().expand(count, len(bos)), pieces[chosen]], dim=1)
 
 
-def input_sums(block: Block, linears: list[str], seen: Tensor, exact: Tensor,
+def input_sums(block: Block, linears: list[str], quantized_states: Tensor, float_states: Tensor,
                at: Step) -> dict[str, list[Tensor]]:
-    """Two sums for each of these linears of a block: [x^T x, (y - x)^T x], each (K, K) float32,
-    where x are its inputs when the block reads `seen`, and y those when it reads `exact`. Both are
-    (N, L, dim). The block's outputs replace `exact`, in place."""
+    """Two sums for each of these linears of a block: [x^T x, (y - x)^T x], each (K, K) float32.
+
+    x are its inputs when the block reads quantized_states, the hidden states (N, L, dim) after the
+    quantized layers before it; y are those when it reads float_states, after the original ones. The
+    block's outputs replace float_states, in place."""
     sums, hooks = {}, []
     for name in linears:
         linear = block.get_submodule(name)
         K = linear.in_features
-        sums[name] = [seen.new_zeros(K, K), seen.new_zeros(K, K)]
+        sums[name] = [quantized_states.new_zeros(K, K), quantized_states.new_zeros(K, K)]
         hooks.append(linear.register_forward_pre_hook(partial(add_inputs, sums[name])))
-    for x, y in zip(batches(seen), batches(exact)):
+    for x, y in zip(batches(quantized_states), batches(float_states)):
         y.copy_(block(torch.cat([x, y]), at, None, None)[len(x):])
     for hook in hooks:
         hook.remove()
@@ -229,8 +231,9 @@ def calibrated_tensors(blocks: dict[str, list[Tensor]], config: ModelConfig, gro
     embedding = store("embed.weight", table, {"mode": "int8"})
     yield from embedding.items()
     sequences = sequences.to(device)
-    seen = embedding["embed.weight"][sequences] * embedding["embed.scale"][sequences][..., None]
-    exact = table[sequences].float()  # (N, L, dim), as seen is
+    scale = embedding["embed.scale"][sequences][..., None]
+    quantized_states = embedding["embed.weight"][sequences] * scale  # (N, L, dim)
+    float_states = table[sequences].float()  # the same
     del table, embedding
     positions = torch.arange(sequences.shape[1], device=device)[None]
     at = Step(rope(positions, rope_frequencies(config, device)))
@@ -239,10 +242,10 @@ def calibrated_tensors(blocks: dict[str, list[Tensor]], config: ModelConfig, gro
         weights = {name: stack(parts).to(device) for name, parts in blocks.items()
                    if name.startswith(prefix)}
         block = make_block(config, weights, prefix)
-        sums = input_sums(block, list(block_layers(config)), seen, exact, at)
+        sums = input_sums(block, list(block_layers(config)), quantized_states, float_states, at)
         yield from quantize_layer(block, prefix, sums, group_size)
         yield from ((name, tensor) for name, tensor in weights.items() if tensor.ndim == 1)
-        for x in batches(seen):
+        for x in batches(quantized_states):
             x.copy_(block(x, at, None, None))
         if advance:
             advance(layer + 1, config.n_layers)

@@ -15,7 +15,7 @@ from pathlib import Path
 import sentencepiece
 
 from chat_template import ESCAPE, VICUNA_TEMPLATE, ChatTemplate, any_of, unescape, unescaped_pieces
-from formats.files import read_json
+from formats.files import import_optional, read_json
 from formats.tokenizer_config import read_specials, read_template, token_text
 
 # sentencepiece puts a space in front of a text. Text that goes on must not get it, and only the
@@ -73,10 +73,7 @@ class Tokenizer:
         self.eos_id = sp.eos_id() if sp.eos_id() >= 0 else None
 
     def _open_tokenizers(self, path: Path) -> None:
-        try:
-            import tokenizers
-        except ImportError:
-            raise ValueError(f"{path} needs tokenizers: pip install tokenizers") from None
+        tokenizers = import_optional("tokenizers", path)
         try:
             self.tokenizers = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more specific

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from formats.checkpoint import Checkpoint, Encoded
 from formats.config import check_tensors, config_from_hf, hf_parts
+from formats.files import import_optional
 from formats.folder import write_converted
 from formats.gguf_tokenizer import write_tokenizer
 from linear import pack_nibbles
@@ -61,18 +62,9 @@ class GGUFTensor(NamedTuple):
     interleaved_heads: int = 0  # heads with llama.cpp's order of rows (split_halves); 0: none
 
 
-def gguf_package():
-    """The package `gguf`. Raises ValueError with the command that installs it."""
-    try:
-        import gguf
-    except ImportError:
-        raise ValueError("reading a GGUF file needs gguf: pip install gguf") from None
-    return gguf
-
-
 def read_gguf(path: Path) -> tuple[dict, dict[str, GGUFTensor]]:
     """A file's metadata and its tensors by name. Raises ValueError for a damaged file."""
-    gguf = gguf_package()
+    gguf = import_optional("gguf", "reading a GGUF file")
 
     class Reader(gguf.GGUFReader):
         def _get(self, offset, dtype, count=1, *order, **named):
@@ -258,7 +250,8 @@ def split_halves(tensor: GGUFTensor) -> GGUFTensor:
 
 def to_float32(tensor: GGUFTensor) -> Tensor:
     """A tensor in float32: (rows, columns), or (rows,) for a vector."""
-    weight = gguf_package().quants.dequantize(tensor.rows, tensor.kind)
+    gguf = import_optional("gguf", "reading a GGUF file")
+    weight = gguf.quants.dequantize(tensor.rows, tensor.kind)
     return torch.from_numpy(np.require(weight, requirements="W")).reshape(-1, *tensor.shape[1:])
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
-from formats.files import write_json
+from formats.files import import_optional, write_json
 
 # The numbers of token types, in GGUF and in sentencepiece.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -82,11 +82,8 @@ def write_bpe(path: Path, metadata: dict, tokens: list[str], types: list[int],
               bos: int | None) -> None:
     """Write byte-level BPE as the tokenizer.json of the package `tokenizers`. bos is the id that it
     puts first, if any. Raises ValueError naming what is not supported."""
-    try:
-        import tokenizers
-        from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
-    except ImportError:
-        raise ValueError("its tokenizer needs tokenizers: pip install tokenizers") from None
+    tokenizers = import_optional("tokenizers", "its tokenizer")
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
     if (pre := metadata.get("tokenizer.ggml.pre", "default")) not in SPLITS:
         raise ValueError(f"tokenizer.ggml.pre {pre!r} is not supported; known: {', '.join(SPLITS)}")
     vocabulary = {token: i for i, token in enumerate(tokens) if types[i] != UNUSED}

@@ -171,13 +171,13 @@ def serve_beside(app, sock: socket.socket, engine: Engine, grace: float) -> thre
     for kind in (signal.SIGINT, *ending_signals()):
         signal.signal(kind, lambda kind, frame: signals.put(kind))
 
-    def run() -> None:
+    def serve_then_stop_engine() -> None:
         try:
             asyncio.run(serve(app, sock, engine, grace, signals))
         finally:
             engine.stop()
 
-    thread = threading.Thread(target=run, name="http")
+    thread = threading.Thread(target=serve_then_stop_engine, name="http")
     thread.start()
     return thread
 
