@@ -84,10 +84,11 @@ class Speculation:
                      self.proposed)
 
 
-def load_draft(checkpoint: str, model: Transformer, tokenizer: Tokenizer, **how) -> Transformer:
-    """A draft for a model, whole on every rank, loaded as `load` is told. Raises ValueError naming
-    one with another tokenizer."""
-    draft, its_tokenizer = load(checkpoint, parallel=False, **how)
+def load_draft(checkpoint: str, model: Transformer, tokenizer: Tokenizer,
+               **load_options) -> Transformer:
+    """A draft for a model, whole on every rank; load_options are what load.load takes. Raises
+    ValueError naming one with another tokenizer."""
+    draft, its_tokenizer = load(checkpoint, parallel=False, **load_options)
     text = "Does it read \u00e9t\u00e9, 12:30 and\n two lines alike?"
     if (draft.config.vocab_size != model.config.vocab_size
             or its_tokenizer.encode(text) != tokenizer.encode(text)):
