@@ -29,12 +29,12 @@ from cli import (
     sampling_of,
     speculation_arguments,
 )
-from draw import RowSampler, new_seed, sample
+from draw import RowSampler, check_drawn, new_seed, sample
 from kv_cache import KVCache
 from load import load, weight_bytes
 from model import ModelConfig, Transformer
 from sample import Sampling, either_sampling
-from speculate import Speculation, load_draft, speculate
+from speculate import Speculation, known_ids, load_draft, speculate
 from terminal import hold_interrupt, received_signals, say, show, user_errors
 from tokenizer import GeneratedText, Tokenizer
 from tp import broadcast_ids
@@ -79,7 +79,7 @@ def prefill(model: Transformer, cache: KVCache, prompt_ids: list[int],
             *read, last = speculation.unread + prompt_ids
             speculation.unread = [last]
             if read:
-                prefill(speculation.draft, speculation.cache, read)
+                prefill(speculation.draft, speculation.cache, known_ids(speculation.draft, read))
     return logits
 
 
@@ -140,12 +140,12 @@ def decode(model: Transformer, cache: KVCache, token: Tensor, max_new_tokens: in
 
     A token that is yielded is in the cache, or queued for it: the host reads it while a GPU
     computes the next step. So the caller may stop at any token, and the cache holds just those that
-    were yielded."""
+    were yielded. Raises ValueError where no token can be drawn."""
     for _ in range(max_new_tokens):
         read = copy_to_host(token)
         following = draw(model(token, cache))
         [token_id] = read()
-        yield token_id
+        yield check_drawn(token_id)
         if token_id in stop_ids:
             return
         token = following
@@ -392,7 +392,8 @@ def main():
         model, tokenizer = open_model(args.checkpoint, **compiling, **load_arguments(args))
         cache = make_cache(model, args.sink, args.window)
         speculation = open_speculation(model, cache, tokenizer, **speculating)
-        compile_s, how = get_ready(model, cache, sampling_of(args), speculation, **compiling)
+        compile_s, how = get_ready(model, cache, sampling_of(args, model.suggested),
+                                   speculation, **compiling)
         say(text)
         with hold_interrupt() as interrupted:
             prompt = timed_prefill(model, cache, tokenizer.encode(text), speculation)

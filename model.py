@@ -187,6 +187,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.fingerprint = "random"  # load.fingerprint: says in saved sessions which model it is
+        self.suggested = {}  # settings of sample.Sampling for this model, which programs heed
         self.compiled = None  # load.compile_model: `step` as graphs of this model alone
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -254,7 +255,8 @@ class Transformer(nn.Module):
                       mask=materialize(cache.mask(positions, in_use).repeat_interleave(groups, 1)),
                       n_sink=cache.n_sink, window=cache.window)
             cache.length.add_(tokens.shape[1])  # in place: += would make it an output of the graph
-        x = self.embed(tokens).type_as(self.norm.weight)  # (B, T, dim)
+        # draw.UNDRAWN is read as token 0: whoever reads the ids drops what follows.
+        x = self.embed(tokens.clamp(min=0)).type_as(self.norm.weight)  # (B, T, dim)
         for layer, block in enumerate(self.layers):
             k, v = (None, None) if cache is None else (cache.k[layer], cache.v[layer])
             x = block(x, at, k, v)

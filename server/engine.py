@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator
 
 from batch import LONG_PROMPT, Batch, Hooks, Prompt, Stream, generate_batch
+from draw import NOT_FINITE
 from generate import LARGE_CHUNK, check_ids
 from kv_cache import KVCache
 from model import Transformer
@@ -32,6 +33,7 @@ from server.protocol import MAX_PROMPT, ApiError, Request
 from tokenizer import GeneratedText, Tokenizer
 
 log = logging.getLogger("gpt_stream")
+LEAST_LOGPROB = -9999.0
 
 
 class Engine:
@@ -282,8 +284,14 @@ class Engine:
 
     def on_end(self, stream: Stream) -> None:
         """Cache the conversation, and only then send the last event: the client may go on at once.
-        A stream that was cancelled before its first token has no answer."""
+        A stream that was cancelled before its first token has no answer. One that failed ends its
+        request with an error, and nothing of it is cached."""
         answer = self.answers.pop(stream, None)
+        if stream.failed:
+            if not stream.prompt.hooks.owner.cancelled:
+                log.error("an answer broke off: %s", NOT_FINITE)
+                stream.prompt.hooks.owner.post(ApiError(500, f"{NOT_FINITE.capitalize()}."))
+            return
         if answer is None:
             return
         job, rest = answer.job, answer.flush()
@@ -307,8 +315,10 @@ class Engine:
             self.prefix_cache.add(key, prefix, job.parent_key)
 
     def token(self, token_id: int, logprob: float, likeliest: dict[int, float]) -> Token:
-        return Token(self.token_text(token_id), logprob,
-                     [(self.token_text(i), value) for i, value in likeliest.items()])
+        """A token with its log-probabilities. JSON has no -inf, and OpenAI's is LEAST_LOGPROB."""
+        return Token(self.token_text(token_id), max(logprob, LEAST_LOGPROB),
+                     [(self.token_text(i), max(value, LEAST_LOGPROB))
+                      for i, value in likeliest.items()])
 
     def token_text(self, token_id: int) -> str:
         """A token's text; special ones have a name."""
