@@ -276,7 +276,8 @@ def main():
             n_sink = len(tokenizer.system_turn(args.pin_system))
         cache = make_cache(model, n_sink, args.window)
         speculation = open_speculation(model, cache, tokenizer, **speculating)
-        compile_s, how = get_ready(model, cache, sampling_of(args), speculation, **compiling)
+        compile_s, how = get_ready(model, cache, sampling_of(args, model.suggested),
+                                   speculation, **compiling)
         talk = Conversation(model, tokenizer, cache, speculation, args.pin_system,
                             max_new_tokens=args.max_new_tokens, stop=stop,
                             stop_ids=() if args.ignore_eos else None)

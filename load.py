@@ -18,8 +18,21 @@ from torch import Tensor
 
 import tp
 from formats.adapters import Lora, adapter_hash, merge_adapters, read_adapter
-from formats.checkpoint import Checkpoint, check_not_ours_quantized, stack, stored_tensors
-from formats.config import Layer, hf_parts, layer_name, model_layers
+from formats.checkpoint import (
+    Checkpoint,
+    check_not_ours_quantized,
+    stack,
+    stored_tensors,
+    untied,
+)
+from formats.config import (
+    FLOATS,
+    Layer,
+    hf_parts,
+    layer_name,
+    model_layers,
+    suggested_sampling,
+)
 from formats.folder import in_dtype, open_checkpoint
 from formats.hub import find, find_adapter
 from kv_cache import KVCache
@@ -55,9 +68,13 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
         if adapters and source.quantization:
             raise ValueError(f"{folder}: is stored quantized; an adapter needs the original, which "
                              "--quantize quantizes after merging")
-        lora = [read_adapter(path, source.config) for path in adapter_folders]
+        lora = [read_adapter(path, source) for path in adapter_folders]
+        if source.config.tied_embeddings and any("lm_head.weight" in one for one in lora):
+            source = untied(source)  # LoRA of the output projection leaves the embedding as it is
         tokenizer = Tokenizer(folder)
+        suggested = suggested_sampling(folder / "generation_config.json")
         model = build_model(source, asked, lora, dtype, device, tp.n_ranks() if parallel else 1)
+        model.suggested = suggested
         if compile:
             compile_model(model, compile_prefill)
         elif device.type == "cpu":
@@ -73,7 +90,7 @@ def build_model(source: Checkpoint, asked: dict | None, lora: list[Lora], dtype:
     group = (quantization or {}).get("group_size")
     model = empty_model(config if n == 1 else tp.shard_config(config, n, group), quantization)
     weights = read_weights(source, asked, lora, dtype, n, device)
-    dtype = dtype or default_dtype(weights)
+    dtype = dtype or default_dtype(weights, source.raw)
     check_int4(weights, dtype, device)
     for name, tensor in weights.items():
         weights[name] = in_dtype(name, tensor, dtype)
@@ -132,15 +149,21 @@ def has_int4(weights: dict[str, Tensor]) -> bool:
                for name, tensor in weights.items())
 
 
-def default_dtype(weights: dict[str, Tensor]) -> torch.dtype:
-    """The dtype that a model computes in unless one is given. In mixed-dtype files it is the
-    embedding's, or the final norm's if the embedding is quantized. For int4 fp16 becomes bf16, the
-    only one that a GPU's kernel has."""
+def default_dtype(weights: dict[str, Tensor], raw: dict) -> torch.dtype:
+    """The dtype that a model computes in unless one is given. As in transformers 5 it is the one
+    that config.json (raw) names, as dtype or under the older name torch_dtype; else that of the
+    embedding, or of the final norm if the embedding is quantized. float64 becomes float32. For
+    int4 fp16 becomes bf16, the only one that a GPU's kernel has."""
     embed = weights["embed.weight"]
     dtype = (embed if embed.is_floating_point() else weights["norm.weight"]).dtype
+    named = raw.get("dtype") or raw.get("torch_dtype")
+    dtype = {str(known).removeprefix("torch."): known for known in FLOATS}.get(str(named), dtype)
     if dtype == torch.float16 and has_int4(weights):
         log.info("the checkpoint is in fp16; int4 computes in bf16 (--dtype says otherwise)")
         return torch.bfloat16
+    if dtype == torch.float64:
+        log.info("the checkpoint is in float64; this computes in fp32")
+        return torch.float32
     return dtype
 
 

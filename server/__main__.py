@@ -23,7 +23,7 @@ from pathlib import Path
 
 import uvicorn
 
-from cli import check_text, load_arguments, make_parser, number
+from cli import check_text, load_arguments, make_parser, number, say_suggested
 from load import load
 from server.app import Settings, make_app
 from server.engine import Engine
@@ -130,6 +130,7 @@ def make_engine(checkpoint: str, batch_size: int, n_sink: int | None, window: in
     """Load the model, and run every graph once. A pinned system turn fills the sinks."""
     say(f"loading {checkpoint}")
     model, tokenizer = load(checkpoint, compile=compile, **load_options)
+    say_suggested(model.suggested)
     if pin_system is not None:
         n_sink = len(tokenizer.system_turn(check_text("--pin-system", pin_system)))
     engine = Engine(model, tokenizer, batch_size, n_sink, window, cache_bytes, max_queue,

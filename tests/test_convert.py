@@ -132,6 +132,8 @@ def test_old_files_extra_tables_and_tied_copies_are_no_obstacle(hf_folder, tmp_p
     content["weight_map"][next(iter(extra))] = "c.safetensors"
     index.write_text(json.dumps(content))
     (hf_folder / "config.json").write_text(json.dumps({**LLAMA, "tie_word_embeddings": True}))
+    copy = {"lm_head.weight": weights_of(hf_folder)["model.embed_tokens.weight"].clone()}
+    save_file({**load_file(hf_folder / "a.safetensors"), **copy}, hf_folder / "a.safetensors")
     convert(hf_folder, tmp_path / "out")
     assert "output.weight" not in weights_of(tmp_path / "out")
 

@@ -194,6 +194,26 @@ def test_logits_equal_transformers(name, bpe, tmp_path):
         assert (model(tokens) - read(tokens).logits).abs().max() < 1e-4
 
 
+def test_what_a_file_suggests_for_sampling_is_kept(bpe, tmp_path):
+    """Under the keys that llama.cpp's converter makes of a generation_config.json."""
+    metadata, tensors = file_of(small_model("Llama"), "llama", bpe)
+    keys = {"temp": 0.5, "top_k": 20, "top_p": 0.75, "penalty_repeat": 1.0}
+    write(tmp_path / "a.gguf", {**metadata, **{f"general.sampling.{key}": value
+                                               for key, value in keys.items()}}, tensors)
+    convert_gguf(tmp_path / "a.gguf", tmp_path / "out")
+    model, _ = load(tmp_path / "out", device="cpu")
+    assert model.suggested == {"temperature": 0.5, "top_k": 20, "top_p": 0.75}
+
+
+def test_more_tokens_than_rows_are_refused(bpe, tmp_path):
+    metadata, tensors = file_of(small_model("Llama"), "llama", bpe)
+    for name in ("token_embd.weight", "output.weight"):
+        tensors[name] = tensors[name][:500]
+    write(tmp_path / "a.gguf", metadata, tensors)
+    with pytest.raises(ValueError, match="tokenizer.ggml.tokens are 512; .* rows for 500"):
+        convert_gguf(tmp_path / "a.gguf", tmp_path / "out")
+
+
 def test_llama_3_1s_own_scaling_is_found_again(bpe, tmp_path):
     """From the divisors that its config.json implies, with and without the original context."""
     scaling = {**LLAMA3, "rope_theta": 500000.0, "original_max_position_embeddings": 8192}
