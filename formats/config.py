@@ -39,8 +39,6 @@ OPTIONAL = {"num_key_value_heads": COUNT, "head_dim": COUNT, "sliding_window": (
 ROPE = {"rope_theta": POSITIVE, "factor": POSITIVE, "low_freq_factor": POSITIVE,
         "high_freq_factor": POSITIVE, "original_max_position_embeddings": POSITIVE,
         "partial_rotary_factor": (float, 1, 1)}
-
-
 # Of a generation_config.json, what is read besides the EOS ids; and values that say nothing.
 SUGGESTED = {"temperature": (float, 0, 1e9), "top_k": (int, 0, 2**40), "top_p": (float, 0, 1),
              "min_p": (float, 0, 1), "repetition_penalty": (float, 1e-3, 1e9)}

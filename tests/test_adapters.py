@@ -32,6 +32,9 @@ KINDS = {
                      rank_pattern={"k_proj": 2, "layers.1.mlp.up_proj": 6, r".*\.0\.mlp.*": 3},
                      alpha_pattern={"^model.layers.0.self_attn.q_proj": 1, r".*own_proj": 64,
                                     "up_proj": 5}),
+    "all patterns": dict(r=4, lora_alpha=8, use_rslora=True, target_modules=[*ALL, "lm_head"],
+                         rank_pattern={"lm_head": 9, "q_proj": 2}, alpha_pattern={
+                             "lm_head": 1, "layers.0.self_attn.q_proj": 32, "q_proj": 3}),
     "keys": dict(r=2, lora_alpha=64, target_modules=["k_proj"]),
 }
 
@@ -77,7 +80,7 @@ def logits(checkpoint, *adapters, **options):
 
 
 @pytest.mark.parametrize("names", [["two"], ["all"], ["rslora"], ["patterns"], ["two", "all"],
-                                   ["keys", "patterns", "rslora"]])
+                                   ["all patterns"], ["keys", "patterns", "rslora"]])
 def test_merged_logits_equal_peft_s(names, made, tmp_path):
     expected = merged(made, *names)(TOKENS).logits
     ours = logits(made / "base", *[made / name for name in names])

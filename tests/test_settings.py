@@ -342,3 +342,26 @@ def test_a_server_s_requests_count_more_than_what_its_model_suggests():
     assert asked(temperature=1.0, top_k=None) == Sampling(1.0, 20, 0.9)
     assert asked(top_k=-1, top_p=1, presence_penalty=0.5) == Sampling(0.6, presence_penalty=0.5)
     assert asked({}) == Sampling(1.0) and asked({"temperature": 0.0}) == Sampling()
+
+
+def test_a_server_draws_as_its_model_suggests(suggesting):
+    pytest.importorskip("fastapi")
+    from starlette.testclient import TestClient
+
+    from server.app import Settings, make_app
+    from server.engine import Engine
+    model, tokenizer = load(suggesting(do_sample=False), device="cpu", dtype=torch.float32)
+    engine = Engine(model, tokenizer, 1, window=60).start()
+    client = TestClient(make_app(engine, Settings("m")), base_url="http://localhost")
+
+    def said(**fields):
+        body = {"model": "m", "prompt": [300, 301], "max_tokens": 20, **fields}
+        return client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+
+    try:
+        greedy = tokenizer.decode(list(generate(model, make_cache(model, 4, 60), [300, 301], 20)))
+        assert said() == said(temperature=None) == said(temperature=0) == greedy
+        assert said(temperature=1.5, seed=1) != greedy
+    finally:
+        engine.stop()
+        assert engine.ended.wait(20)
