@@ -286,15 +286,13 @@ class Engine:
         """Cache the conversation, and only then send the last event: the client may go on at once.
         A stream that was cancelled before its first token has no answer. One that failed ends its
         request with an error, and nothing of it is cached."""
-        answer = self.answers.pop(stream, None)
-        if stream.failed:
-            if not stream.prompt.hooks.owner.cancelled:
-                log.error("an answer broke off: %s", NOT_FINITE)
-                stream.prompt.hooks.owner.post(ApiError(500, f"{NOT_FINITE.capitalize()}."))
+        job, answer = stream.prompt.hooks.owner, self.answers.pop(stream, None)
+        if stream.failed and not job.cancelled:
+            log.error("an answer broke off: %s", NOT_FINITE)
+            job.post(ApiError(500, f"The answer broke off: {NOT_FINITE}."))
+        if stream.failed or answer is None:
             return
-        if answer is None:
-            return
-        job, rest = answer.job, answer.flush()
+        rest = answer.flush()
         if job.key and self.prefix_cache.max_bytes:
             self.cache_answer(answer, self.batch.rows.index(stream))
         if not job.cancelled:
