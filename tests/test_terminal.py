@@ -244,7 +244,7 @@ def ends(prompts, tmp_path_factory):
             tiny=TINY, out=out, prompts=prompts, turns=folder / "turns").split("|")
         script = " | ".join((f"( {sys.executable} {command}; echo $? > {status} )", *into))
         done = subprocess.run(["sh", "-c", script], cwd=ROOT, env=PLAIN, capture_output=True,
-                              text=True, timeout=120)
+                              text=True, timeout=600)
         return int(status.read_text()), done.stdout, done.stderr.splitlines(), out
 
     with ThreadPoolExecutor(2) as pool:
