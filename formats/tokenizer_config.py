@@ -1,6 +1,6 @@
 """What a checkpoint's folder says of its tokenizer, beside the vocabulary.
 
-Its chat template is in chat_template.jinja or tokenizer_config.json. The special tokens of a
+Its chat templates are in one of four places (read_templates). The special tokens of a
 tokenizer.model are in tokenizer_config.json and added_tokens.json. In every function, settings is
 what tokenizer_config.json holds.
 """
@@ -11,27 +11,43 @@ from pathlib import Path
 
 from formats.files import read_json
 
+TEMPLATE_FOLDER = "additional_chat_templates"
 
-def read_template(folder: Path, settings: dict) -> str | None:
-    """A chat template's source, None where the checkpoint has none.
 
-    Raises ValueError naming the file that holds no usable template."""
-    path = folder / "chat_template.jinja"
-    if path.exists():
+def read_templates(folder: Path, settings: dict) -> dict[str, str]:
+    """The chat templates' sources by name, of which one is "default"; empty where the checkpoint
+    has none.
+
+    They may stand in several files. For each name the latest form counts: chat_template.jinja and
+    additional_chat_templates/, then tokenizer_config.json, then chat_template.json. Raises
+    ValueError naming the file that holds no usable template."""
+    path = folder / "chat_template.json"
+    templates = named_templates(path, read_json(path).get("chat_template"))
+    path = folder / "tokenizer_config.json"
+    templates.update(named_templates(path, settings.get("chat_template")))
+    files = {file.stem: file for file in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
+    if (path := folder / "chat_template.jinja").exists():
+        files["default"] = path
+    for name, file in files.items():
         try:
-            return path.read_text(encoding="utf-8")
+            templates[name] = file.read_text(encoding="utf-8")
         except ValueError:
-            raise ValueError(f"{path}: not UTF-8 text") from None
-    template = settings.get("chat_template")
-    if not template:
-        return None
-    if isinstance(template, list):  # several templates, each with a name
-        named = [entry for entry in template if isinstance(entry, dict)]
-        default = [entry for entry in named if entry.get("name") == "default"]
-        template = default[0].get("template") if default else None
-    if not isinstance(template, str):
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: no default chat_template in it")
-    return template
+            raise ValueError(f"{file}: not UTF-8 text") from None
+    if templates and "default" not in templates:
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: no default chat_template in it, nor in "
+                         "chat_template.jinja")
+    return templates
+
+
+def named_templates(path: Path, value: str | list | dict | None) -> dict[str, str]:
+    """The chat templates in a JSON file, by name: one, or several that each have a name."""
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        value = {entry.get("name"): entry.get("template") for entry in value}
+    templates = value if isinstance(value, dict) else {"default": value} if value else {}
+    if not all(isinstance(text, str) for pair in templates.items() for text in pair):
+        raise ValueError(f"{path}: chat_template is {value!r:.80}; it must be a text, or a list of "
+                         '{"name": text, "template": text}')
+    return templates
 
 
 def read_specials(folder: Path, settings: dict) -> tuple[dict[str, int], set[str]]:
