@@ -16,7 +16,12 @@ import sentencepiece
 
 from chat_template import ESCAPE, VICUNA_TEMPLATE, ChatTemplate, any_of, unescape, unescaped_pieces
 from formats.files import import_optional, read_json
-from formats.tokenizer_config import read_specials, read_template, token_text
+from formats.tokenizer_config import (
+    AddedToken,
+    read_added_tokens,
+    read_special_tokens,
+    read_template,
+)
 
 # sentencepiece puts a space in front of a text. Text that goes on must not get it, and only the
 # model's file can switch it off. That file is a protocol buffer, into which appended fields are
@@ -35,25 +40,34 @@ class Tokenizer:
         settings = read_json(folder / "tokenizer_config.json")
         template = read_template(folder, settings)
         self.template = VICUNA_TEMPLATE if template is None else template
-        # specials maps the text of each special token and of each added word to its id. Added words
-        # are shown in answers, special tokens aren't.
-        self.specials, self.added_words = read_specials(folder, settings)
+        self.added: dict[str, AddedToken] = {}  # by text, all that are beside the vocabulary
         self.sentencepiece = self.tokenizers = None  # the library's tokenizer is in one of these
         if (folder / "tokenizer.model").exists():
-            self._open_sentencepiece(folder / "tokenizer.model", settings)
+            self._open_sentencepiece(folder, settings)
         elif (folder / "tokenizer.json").exists():
-            self._open_tokenizers(folder / "tokenizer.json")
+            self._open_tokenizers(folder, settings)
         else:
             raise ValueError(f"{folder}: no tokenizer; it needs tokenizer.model or tokenizer.json")
+        # specials maps the text of each special token and of each added word to its id. Added words
+        # are shown in answers, special tokens aren't.
+        self.specials = {token.text: token.id for token in self.added.values()}
+        self.added_words = {token.text for token in self.added.values() if not token.special}
         self.special_pattern = any_of(self.specials)
+        # The special tokens that have a name, such as bos_token, as a chat template asks for them.
         names = {token_id: text for text, token_id in self.specials.items()}
-        self.bos_token = token_text(settings, "bos_token", names.get(self.bos_id, ""))
-        self.eos_token = token_text(settings, "eos_token", names.get(self.eos_id, ""))
+        named = read_special_tokens(folder, settings)
+        self.special_tokens = {name: token.text for name, token in named.items() if token}
+        for name, token_id in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
+            if name not in named and token_id in names:
+                self.special_tokens[name] = names[token_id]
+        self.bos_token = self.special_tokens.get("bos_token", "")
+        self.eos_token = self.special_tokens.get("eos_token", "")
         self.chat_template = ChatTemplate(
             self.template, set(self.specials) - self.added_words, self.added_words,
             self.bos_token, self.eos_token)
 
-    def _open_sentencepiece(self, path: Path, settings: dict) -> None:
+    def _open_sentencepiece(self, folder: Path, settings: dict) -> None:
+        path = folder / "tokenizer.model"
         proto = path.read_bytes()
         try:
             self.sentencepiece = sentencepiece.SentencePieceProcessor(model_proto=proto)
@@ -62,9 +76,18 @@ class Tokenizer:
         except RuntimeError:
             raise ValueError(f"{path}: not a sentencepiece model") from None
         sp = self.sentencepiece
+        for token in read_added_tokens(folder, settings):
+            if token.id is None:  # in the vocabulary, or the next id that is free
+                token_id = sp.piece_to_id(token.text)
+                if sp.id_to_piece(token_id) != token.text:
+                    token_id = max([sp.get_piece_size() - 1,
+                                    *(other.id for other in self.added.values())]) + 1
+                token = token._replace(id=token_id)
+            self.added[token.text] = token
         for token_id in range(sp.get_piece_size()):
             if sp.is_control(token_id):
-                self.specials.setdefault(sp.id_to_piece(token_id), token_id)
+                text = sp.id_to_piece(token_id)
+                self.added.setdefault(text, AddedToken(text, token_id, special=True))
         # Text after a special token gets a space in front, too. A checkpoint with "legacy": false
         # was trained without this space, except after BOS.
         self.space_after_specials = settings.get("legacy") is not False
@@ -72,15 +95,25 @@ class Tokenizer:
         self.bos_id = sp.bos_id() if adds_bos else None
         self.eos_id = sp.eos_id() if sp.eos_id() >= 0 else None
 
-    def _open_tokenizers(self, path: Path) -> None:
+    def _open_tokenizers(self, folder: Path, settings: dict) -> None:
+        path = folder / "tokenizer.json"
         tokenizers = import_optional("tokenizers", path)
         try:
             self.tokenizers = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises nothing more specific
             raise ValueError(f"{path}: not a tokenizer: {error}") from None
-        added = self.tokenizers.get_added_tokens_decoder()
-        self.specials = {token.content: token_id for token_id, token in added.items()}
-        self.added_words = {token.content for token in added.values() if not token.special}
+        self.tokenizers.no_truncation()
+        self.tokenizers.no_padding()
+        self.tokenizers.add_tokens([
+            tokenizers.AddedToken(token.text, special=token.special, lstrip=token.lstrip,
+                                  rstrip=token.rstrip, single_word=token.single_word,
+                                  normalized=token.normalized)
+            for token in read_added_tokens(folder, settings)
+            if token.id is not None or self.tokenizers.token_to_id(token.text) is None])
+        for token_id, token in self.tokenizers.get_added_tokens_decoder().items():
+            self.added[token.content] = AddedToken(
+                token.content, token_id, token.special, token.single_word, token.lstrip,
+                token.rstrip, token.normalized)
         # The post-processor puts BOS in front of a text, or nothing.
         before_text = library_ids(self.tokenizers, "", post_process=True)
         self.bos_id = before_text[0] if before_text else None
