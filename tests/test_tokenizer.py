@@ -142,7 +142,8 @@ def test_a_sentencepiece_model_without_special_tokens(tmp_path):
 def test_added_tokens_stand_beside_a_sentencepiece_model(tmp_path):
     shutil.copy(TINY / "tokenizer.model", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({
-        "added_tokens_decoder": {"4096": {"content": "<|im_start|>"}}, "add_bos_token": False}))
+        "added_tokens_decoder": {"4096": {"content": "<|im_start|>", "special": True}},
+        "add_bos_token": False}))
     tokenizer = Tokenizer(tmp_path)
     assert tokenizer.encode("<|im_start|>user")[0] == 4096
     assert tokenizer.decode([4096]) == ""
@@ -351,7 +352,8 @@ def test_added_words_that_are_only_whitespace_or_one_character_may_be_typed(tmp_
     """As Gemma's newlines, which its template says, too."""
     shutil.copy(TINY / "tokenizer.model", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {
-        "4096": {"content": word, "special": False}, "4097": {"content": "<|im_end|>"}}}))
+        "4096": {"content": word, "special": False},
+        "4097": {"content": "<|im_end|>", "special": True}}}))
     (tmp_path / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m.content }}" + word + "<|im_end|>" + word + "{% endfor %}")
     tokenizer = Tokenizer(tmp_path)

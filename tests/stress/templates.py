@@ -6,15 +6,16 @@
 Reads every .jinja file below the folder, the chat_template of every .json file, and the templates
 that llama.cpp's tests/test-chat-template.cpp holds as C++ strings. Each renders a number of
 conversations, with and without a generation prompt and with template arguments. A conversation that
-one side refuses must be refused by the other, too. It is also fed turn by turn, as chat.py does;
-templates that write an earlier turn otherwise than the latest one (they drop its reasoning, or put
-the system turn before the last question) can't be equal to the whole then, and are counted.
+one side refuses must be refused by the other, too. What chat.py feeds after an answer is compared
+with the end of the whole, too. It can't be equal for templates whose latest turn depends on those
+before it (they put the system turn before the last question, or number the turns), which are named.
 Prints a JSON object. Exits with 1 where a text differs.
 """
 
 from __future__ import annotations
 
 import collections
+import functools
 import json
 import re
 import sys
@@ -24,7 +25,7 @@ from pathlib import Path
 STRESS = Path(__file__).parent
 sys.path[:0] = [str(STRESS.parent.parent), str(STRESS.parent), str(STRESS)]
 
-from transformers.utils.chat_template_utils import render_jinja_template  # noqa: E402
+from transformers.utils import chat_template_utils  # noqa: E402
 
 from chat_template import ChatTemplate, unescape  # noqa: E402
 from cli import plain_parser  # noqa: E402
@@ -94,17 +95,17 @@ def rendered(render, *args, **kwargs) -> str | None:
 
 
 def theirs(source: str, messages: list[dict], prompt: bool, args: dict) -> str:
-    return render_jinja_template([messages], chat_template=source, add_generation_prompt=prompt,
-                                 **{**TOKENS, **args})[0][0]
+    return chat_template_utils.render_jinja_template(
+        [messages], chat_template=source, add_generation_prompt=prompt,
+        **{**TOKENS, **args})[0][0]
 
 
-def turn_by_turn(template: ChatTemplate, messages: list[dict], args: dict) -> str:
-    """The text of a conversation that ends with a user's turn, as chat.py feeds it."""
-    first = next(n for n, turn in enumerate(messages) if turn["role"] == "assistant")
-    text = "".join(template.conversation(messages[:first], args))
-    for answer, user in zip(messages[first::2], messages[first + 1::2]):
-        text += answer["content"] + template.next_turn(user["content"], args)
-    return unescape(text)
+def next_turn_is_the_wholes(template: ChatTemplate, messages: list[dict], args: dict,
+                            whole: str) -> bool:
+    """Whether the whole conversation's text ends with what is fed after the latest answer."""
+    fed = unescape(template.next_turn(messages[-1]["content"], args))
+    before = whole.removesuffix(fed)
+    return whole.endswith(fed) and before.rstrip().endswith(messages[-2]["content"].rstrip())
 
 
 def compare(name: str, source: str, counts: collections.Counter, verbose: bool) -> None:
@@ -112,27 +113,26 @@ def compare(name: str, source: str, counts: collections.Counter, verbose: bool) 
     template = ChatTemplate({"default": source}, set(MARKS.findall(source)) | {*TOKENS.values()},
                             set(), TOKENS)
     for messages in conversations():
+        has_answer = len(messages) > 2 and messages[-2]["role"] == "assistant"
         for args in ARGS:
             for prompt in (True, False):
                 ours = rendered(template.render, messages, prompt, args)
                 expected = rendered(theirs, source, messages, prompt, args)
-                end = "both refuse" if ours is None and expected is None else (
-                    "equal" if None not in (ours, expected) and unescape(ours) == expected
-                    else "differ")
-                counts[end] += 1
-                if end == "differ":
+                if ours is None and expected is None:
+                    counts["refused by both"] += 1
+                elif ours is None or expected is None or unescape(ours) != expected:
+                    counts["differ"] += 1
                     counts[f"differ: {name}"] += 1
                     if verbose:
                         print(name, messages, prompt, args, ours, expected, sep="\n    ",
                               file=sys.stderr)
-                roles = [turn["role"] for turn in messages if turn["role"] != "system"]
-                if end == "equal" and prompt and roles[:2] == ["user", "assistant"] and (
-                        roles[-1] == "user"):
-                    fed = rendered(turn_by_turn, template, messages, args)
-                    same = fed == expected
-                    counts["turn by turn equal" if same else "turn by turn otherwise"] += 1
-                    if not same:
-                        counts[f"otherwise: {name}"] += 1
+                else:
+                    counts["equal"] += 1
+                    if prompt and has_answer:
+                        same = rendered(next_turn_is_the_wholes, template, messages, args, expected)
+                        counts["next turn equal" if same else "next turn otherwise"] += 1
+                        if not same:
+                            counts[f"otherwise: {name}"] += 1
 
 
 def main():
@@ -140,6 +140,9 @@ def main():
     parser.add_argument("folder", type=Path, help="a checkout, or any folder with templates")
     parser.add_argument("--verbose", action="store_true", help="show the texts that differ")
     args = parser.parse_args()
+    # transformers compiles a template anew at every call.
+    chat_template_utils._compile_jinja_template = functools.cache(
+        chat_template_utils._compile_jinja_template)
     found, counts = templates_below(args.folder), collections.Counter()
     for name, source in found.items():
         compare(name, source, counts, args.verbose)
