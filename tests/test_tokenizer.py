@@ -337,7 +337,7 @@ def test_a_word_that_was_added_stays_a_word_unless_the_template_marks_turns_with
 
 
 def test_a_template_renders_text_and_its_system_turn_comes_first():
-    template = ChatTemplate(CHATML, {"<|im_start|>", "<|im_end|>"}, set(), "", "")
+    template = ChatTemplate({"default": CHATML}, {"<|im_start|>", "<|im_end|>"}, set(), {})
     opening, rest = template.conversation([{"role": "system", "content": "Be a cat. "},
                                            {"role": "user", "content": "Who?"}])
     assert opening == template.system_turn("Be a cat.") \
