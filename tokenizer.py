@@ -33,11 +33,9 @@ from formats.tokenizer_config import (
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 # The ends of a turn that a vocabulary may hold though no file says that they end anything.
 TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>")
-# A character that merges with nothing. A text behind it goes on from it.
-GOING_ON = "\ue003"
 # What may follow a text: its last piece can merge with one of these, or with none. Only the text's
 # last characters decide about that.
-FOLLOWING, SETTLING = string.printable + "\u00e9\u65e5\u0301", 80
+FOLLOWING, SETTLING = string.printable + "\u00e9\u65e5\u0301", 200
 
 
 class Tokenizer:
@@ -71,8 +69,6 @@ class Tokenizer:
                 self.special_tokens[name] = names[token_id]
         self.bos_token = self.special_tokens.get("bos_token", "")
         self.eos_token = self.special_tokens.get("eos_token", "")
-        if self.tokenizers and self.specials:
-            self.space_after_specials = self._puts_space_after(next(iter(self.specials)))
         self.user_defined = user_defined_pieces(self.sentencepiece) if self.sentencepiece else {}
         self.named_ids = {**self.user_defined, **self.specials}
         self.chat_template = self._read_chat_template(folder, settings)
@@ -151,33 +147,8 @@ class Tokenizer:
 
     def _ids_of(self, text: str, start: bool) -> list[int]:
         if self.tokenizers:
-            return self._library_ids(self.tokenizers, text, start)
+            return library_ids(self.tokenizers, text)
         return self._encode_around_specials(text, start, self._encode_plain)
-
-    def _library_ids(self, library, text: str, start: bool) -> list[int]:
-        """The package tokenizers' ids of a text at the start, or of one that goes on, which gets no
-        space in front."""
-        if start or not self._going_on:
-            return library_ids(library, text)
-        return library_ids(library, GOING_ON + text)[len(self._going_on):]
-
-    @functools.cached_property
-    def _going_on(self) -> list[int]:
-        """The ids of GOING_ON where the library puts a space in front of a text, else none."""
-        try:
-            ids = library_ids(self.tokenizers, GOING_ON)
-            after = library_ids(self.tokenizers, GOING_ON + "a")
-        except ValueError:  # the vocabulary has no such character
-            return []
-        adds_space = after[len(ids):] != library_ids(self.tokenizers, "a")
-        return ids if adds_space and after[:len(ids)] == ids else []
-
-    def _puts_space_after(self, special: str) -> bool:
-        """Whether the library puts a space in front of what follows a special token."""
-        if not self._going_on:
-            return False
-        after = library_ids(self.tokenizers, special + "a")
-        return after[1:] == library_ids(self.tokenizers, "a")
 
     def encode_rendered(self, text: str, start: bool = True) -> list[int]:
         """Ids of text that ChatTemplate rendered: the template's own tokens, to the last BOS, and a
@@ -218,18 +189,19 @@ class Tokenizer:
     def _encode_plain(self, part: str, space_in_front: bool) -> list[int]:
         """Ids of text without special tokens: a name in it becomes the ids of its characters."""
         if self.tokenizers:
-            return self._library_ids(self._without_specials, part, space_in_front)
+            return library_ids(self._without_specials, part)
         return (self.sentencepiece if space_in_front else self.inner).encode(part)
 
     def _encode_escaped(self, part: str, space_in_front: bool) -> list[int]:
         """Ids of text without special tokens, in which names are escaped. sentencepiece finds the
         template's own marks in it, where they are pieces of its model."""
         ids = []
-        for piece in filter(None, self._mark_pattern.split(part)):
-            is_mark = piece in self.user_defined
-            encode = self._encode_plain if is_mark else self._encode_without_marks
-            ids += encode(piece, space_in_front)
-            space_in_front = False
+        for piece in self._mark_pattern.split(part):
+            if piece in self.named_ids:
+                ids.append(self.named_ids[piece])
+            else:
+                ids += self._encode_without_marks(piece, space_in_front)
+            space_in_front = space_in_front and not ids
         return ids
 
     def _encode_without_marks(self, text: str, space_in_front: bool) -> list[int]:
@@ -253,6 +225,9 @@ class Tokenizer:
         import tokenizers
         copy = tokenizers.Tokenizer.from_str(self.tokenizers.to_str())
         copy.encode_special_tokens = True  # encodes them as text, despite its name
+        # "first" puts a space in front of a text. Here a text goes on from a special token.
+        if getattr(copy.pre_tokenizer, "prepend_scheme", None) == "first":
+            copy.pre_tokenizer.prepend_scheme = "never"
         return copy
 
     def decode(self, ids: list[int]) -> str:
