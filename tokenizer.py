@@ -1,36 +1,30 @@
 """Text to token ids and back, and generated text as it comes.
 
-sentencepiece reads a checkpoint's `tokenizer.model`. The optional package `tokenizers` reads the
-`tokenizer.json` of a checkpoint that has no `tokenizer.model` (Llama 3, Qwen). chat_template.py
-renders a conversation's turns, which are encoded here.
+A checkpoint's vocabulary is its tokenizer.json, which the optional package `tokenizers` reads
+(formats/tokenizer_json.py), or its tokenizer.model, which sentencepiece reads
+(formats/tokenizer_model.py). chat_template.py renders a conversation's turns, which are encoded
+here.
 """
 
 from __future__ import annotations
 
-import codecs
 import functools
+import importlib.util
+import logging
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import sentencepiece
-
 from chat_template import ESCAPE, VICUNA_TEMPLATE, ChatTemplate, any_of, unescape, unescaped_pieces
-from formats.files import import_optional, read_json
-from formats.tokenizer_config import (
-    AddedToken,
-    read_added_tokens,
-    read_extra_tokens,
-    read_special_tokens,
-    read_templates,
-)
+from formats.added_tokens import AFTER_TEXT, START, read_extra_tokens
+from formats.files import read_json
+from formats.tokenizer_config import read_templates
+from formats.tokenizer_json import JsonStream, TokenizerJson
+from formats.tokenizer_model import ModelStream, TokenizerModel
 
-# sentencepiece puts a space in front of a text. Text that goes on must not get it, and only the
-# model's file can switch it off. That file is a protocol buffer, into which appended fields are
-# merged. This appends field 3 (normalizer_spec), whose field 3 (add_dummy_prefix) is false.
-NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+log = logging.getLogger("gpt_stream")
 # The ends of a turn that a vocabulary may hold though no file says that they end anything.
 TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>")
 # What may follow a text: its last piece can merge with one of these, or with none. Only the text's
@@ -47,30 +41,21 @@ class Tokenizer:
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         settings = read_json(folder / "tokenizer_config.json")
-        self.added: dict[str, AddedToken] = {}  # by text, all that are beside the vocabulary
-        self.sentencepiece = self.tokenizers = None  # the library's tokenizer is in one of these
-        if (folder / "tokenizer.model").exists():
-            self._open_sentencepiece(folder, settings)
-        elif (folder / "tokenizer.json").exists():
-            self._open_tokenizers(folder, settings)
-        else:
-            raise ValueError(f"{folder}: no tokenizer; it needs tokenizer.model or tokenizer.json")
+        self.vocabulary = open_vocabulary(folder, settings)
+        self.added = self.vocabulary.added  # by text, all tokens that are beside the vocabulary
         # specials maps the text of each special token and of each added word to its id. Added words
         # are shown in answers, special tokens aren't.
         self.specials = {token.text: token.id for token in self.added.values()}
         self.added_words = {token.text for token in self.added.values() if not token.special}
-        self.special_pattern = any_of(self.specials)
+        self.user_defined = self.vocabulary.user_defined
+        self.named_ids = {**self.user_defined, **self.specials}
         # The special tokens that have a name, such as bos_token, as a chat template asks for them.
-        names = {token_id: text for text, token_id in self.specials.items()}
-        named = read_special_tokens(folder, settings)
-        self.special_tokens = {name: token.text for name, token in named.items() if token}
-        for name, token_id in (("bos_token", self.bos_id), ("eos_token", self.eos_id)):
-            if name not in named and token_id in names:
-                self.special_tokens[name] = names[token_id]
+        self.special_tokens = {name: text for name, text in self.vocabulary.named.items() if text}
         self.bos_token = self.special_tokens.get("bos_token", "")
         self.eos_token = self.special_tokens.get("eos_token", "")
-        self.user_defined = user_defined_pieces(self.sentencepiece) if self.sentencepiece else {}
-        self.named_ids = {**self.user_defined, **self.specials}
+        self.front = self.vocabulary.front  # the ids that are put in front of a text, such as BOS
+        self.bos_id = self.front[0] if self.front else None
+        self.eos_id = self.named_ids.get(self.eos_token)
         self.chat_template = self._read_chat_template(folder, settings)
 
     def _read_chat_template(self, folder: Path, settings: dict) -> ChatTemplate:
@@ -85,129 +70,49 @@ class Tokenizer:
         words = self.added_words | self.user_defined.keys()
         return ChatTemplate(templates, set(self.specials) - self.added_words, words, context)
 
-    def _open_sentencepiece(self, folder: Path, settings: dict) -> None:
-        path = folder / "tokenizer.model"
-        proto = path.read_bytes()
-        try:
-            self.sentencepiece = sentencepiece.SentencePieceProcessor(model_proto=proto)
-            # inner encodes text that goes on: without a space in front.
-            self.inner = sentencepiece.SentencePieceProcessor(model_proto=proto + NO_DUMMY_PREFIX)
-        except RuntimeError:
-            raise ValueError(f"{path}: not a sentencepiece model") from None
-        sp = self.sentencepiece
-        for token in read_added_tokens(folder, settings):
-            if token.id is None:  # in the vocabulary, or the next id that is free
-                token_id = sp.piece_to_id(token.text)
-                if sp.id_to_piece(token_id) != token.text:
-                    token_id = max([sp.get_piece_size() - 1,
-                                    *(other.id for other in self.added.values())]) + 1
-                token = token._replace(id=token_id)
-            self.added[token.text] = token
-        for token_id in range(sp.get_piece_size()):
-            if sp.is_control(token_id):
-                text = sp.id_to_piece(token_id)
-                self.added.setdefault(text, AddedToken(text, token_id, special=True))
-        # Text after a special token gets a space in front, too. A checkpoint with "legacy": false
-        # was trained without this space, except after BOS.
-        self.space_after_specials = settings.get("legacy") is not False
-        adds_bos = sp.bos_id() >= 0 and settings.get("add_bos_token") is not False
-        self.bos_id = sp.bos_id() if adds_bos else None
-        self.eos_id = sp.eos_id() if sp.eos_id() >= 0 else None
-
-    def _open_tokenizers(self, folder: Path, settings: dict) -> None:
-        path = folder / "tokenizer.json"
-        tokenizers = import_optional("tokenizers", path)
-        try:
-            self.tokenizers = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing more specific
-            raise ValueError(f"{path}: not a tokenizer: {error}") from None
-        self.tokenizers.no_truncation()
-        self.tokenizers.no_padding()
-        self.tokenizers.add_tokens([
-            tokenizers.AddedToken(token.text, special=token.special, lstrip=token.lstrip,
-                                  rstrip=token.rstrip, single_word=token.single_word,
-                                  normalized=token.normalized)
-            for token in read_added_tokens(folder, settings)
-            if token.id is not None or self.tokenizers.token_to_id(token.text) is None])
-        for token_id, token in self.tokenizers.get_added_tokens_decoder().items():
-            self.added[token.content] = AddedToken(
-                token.content, token_id, token.special, token.single_word, token.lstrip,
-                token.rstrip, token.normalized)
-        # The post-processor puts BOS in front of a text, or nothing.
-        before_text = library_ids(self.tokenizers, "", post_process=True)
-        self.bos_id = before_text[0] if before_text else None
-        self.eos_id, self.space_after_specials = None, False
-
     # -------------------------------------------------------------------------- text and ids
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Ids of a text, BOS first where the checkpoint uses one. `bos=False` is for text that goes
-        on. The name of a special token in the text becomes that token, as in transformers."""
-        return self._with_bos(self._ids_of(text, bos), bos)
-
-    def _ids_of(self, text: str, start: bool) -> list[int]:
-        if self.tokenizers:
-            return library_ids(self.tokenizers, text)
-        return self._encode_around_specials(text, start, self._encode_plain)
+        """Ids of a text, behind BOS where the checkpoint uses one, unless the text itself begins
+        with it. `bos=False` is for text that goes on. The name of a special token in the text
+        becomes that token, as in transformers."""
+        check_characters(text)
+        if not bos:
+            return self.vocabulary.encode(text, AFTER_TEXT)
+        ids = self.vocabulary.encode(text)
+        return ids if ids[:len(self.front)] == self.front else self.front + ids
 
     def encode_rendered(self, text: str, start: bool = True) -> list[int]:
         """Ids of text that ChatTemplate rendered: the template's own tokens, to the last BOS, and a
         name that it escaped as the ids of its characters. `start=False` is for text that goes on.
         """
+        check_characters(text)
+        after = START if start else AFTER_TEXT
         if ESCAPE not in text:
-            ids = self._ids_of(text, start)
+            ids = self.vocabulary.encode(text, after)
             marks = Counter(self.named_ids[name] for name in self._mark_pattern.findall(text))
             found = Counter(token_id for token_id in ids if token_id in self._reserved_ids)
             if found <= marks:
                 return ids
             # A message holds what the tokenizer normalizes to a mark, such as one in wide letters.
-        return self._encode_around_specials(text, start, self._encode_escaped)
+        return self.vocabulary.finder.encode(text, after, self._encode_escaped)
 
-    def _with_bos(self, ids: list[int], bos: bool) -> list[int]:
-        """The ids with one BOS in front, or with none. Templates write one of their own."""
-        if self.bos_id is None:
-            return ids
-        others = [token_id for token_id in ids if token_id != self.bos_id]
-        return [self.bos_id, *others] if bos else others
-
-    def _encode_around_specials(self, text: str, space_in_front: bool,
-                                encode_part: Callable[[str, bool], list[int]]) -> list[int]:
-        """Ids of the special tokens in a text, and of the parts between them.
-
-        encode_part(part, space_in_front) encodes a part. Only sentencepiece puts spaces in front.
-        """
+    def _encode_escaped(self, part: str, after: int) -> list[int]:
+        """Ids of text without added tokens, in which names are escaped. The template's own marks
+        are in it where sentencepiece itself finds them."""
         ids = []
-        for part in self.special_pattern.split(text):
-            if part in self.specials:
-                ids.append(self.specials[part])
-                space_in_front = self.space_after_specials or self.specials[part] == self.bos_id
-            elif part:
-                ids += encode_part(part, space_in_front)
-                space_in_front = False
-        return ids
-
-    def _encode_plain(self, part: str, space_in_front: bool) -> list[int]:
-        """Ids of text without special tokens: a name in it becomes the ids of its characters."""
-        if self.tokenizers:
-            return library_ids(self._without_specials, part)
-        return (self.sentencepiece if space_in_front else self.inner).encode(part)
-
-    def _encode_escaped(self, part: str, space_in_front: bool) -> list[int]:
-        """Ids of text without special tokens, in which names are escaped. sentencepiece finds the
-        template's own marks in it, where they are pieces of its model."""
-        ids = []
-        for piece in self._mark_pattern.split(part):
-            if piece in self.named_ids:
-                ids.append(self.named_ids[piece])
+        for piece in filter(None, self._user_defined_pattern.split(part)):
+            if piece in self.user_defined:
+                ids += self.vocabulary.encode_part(piece, after)
             else:
-                ids += self._encode_without_marks(piece, space_in_front)
-            space_in_front = space_in_front and not ids
+                ids += self._encode_without_marks(piece, after)
+            after = AFTER_TEXT
         return ids
 
-    def _encode_without_marks(self, text: str, space_in_front: bool) -> list[int]:
+    def _encode_without_marks(self, text: str, after: int) -> list[int]:
         """Ids of escaped text that holds no mark, though the vocabulary itself may find one in it.
         """
-        ids = self._encode_plain(unescape(text), space_in_front)
+        ids = self.vocabulary.encode_part(unescape(text), after)
         if self._reserved_ids.isdisjoint(ids):
             return ids
         pieces = unescaped_pieces(text)  # cut inside the names
@@ -215,32 +120,21 @@ class Tokenizer:
             pieces = [pieces[0][:len(text) // 2], pieces[0][len(text) // 2:]]
         ids = []
         for piece in filter(None, pieces):
-            ids += self._encode_without_marks(piece.replace(ESCAPE, 2 * ESCAPE), space_in_front)
-            space_in_front = False
+            ids += self._encode_without_marks(piece.replace(ESCAPE, 2 * ESCAPE), after)
+            after = AFTER_TEXT
         return ids
-
-    @functools.cached_property
-    def _without_specials(self):
-        """A copy of the library's tokenizer that encodes a special token's name as text."""
-        import tokenizers
-        copy = tokenizers.Tokenizer.from_str(self.tokenizers.to_str())
-        copy.encode_special_tokens = True  # encodes them as text, despite its name
-        # "first" puts a space in front of a text. Here a text goes on from a special token.
-        if getattr(copy.pre_tokenizer, "prepend_scheme", None) == "first":
-            copy.pre_tokenizer.prepend_scheme = "never"
-        return copy
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids that go on from others. The first token keeps its space in front."""
         stream = self.stream()
         return "".join(stream(token_id) for token_id in ids) + stream(None)
 
-    def stream(self) -> SentencePieceStream | TokenizersStream:
+    def stream(self) -> ModelStream | JsonStream:
         """A callable that decodes ids one by one and returns the text that each completes.
 
         It holds half a character back until the rest comes. None ends the stream: the callable then
         returns what is still held back."""
-        return TokenizersStream(self) if self.tokenizers else SentencePieceStream(self)
+        return self.vocabulary.stream(self.hidden_ids)
 
     # -------------------------------------------------------------------------- turns
 
@@ -312,6 +206,10 @@ class Tokenizer:
         return any_of(self.chat_template.reserved)
 
     @functools.cached_property
+    def _user_defined_pattern(self) -> re.Pattern:
+        return any_of(self.chat_template.reserved & self.user_defined.keys())
+
+    @functools.cached_property
     def turn_end_ids(self) -> set[int]:
         """The tokens that end an answer of a chat, beside the EOS ids of the checkpoint's config:
         eos_token, what the template puts after an answer, and marks that end nothing else."""
@@ -331,69 +229,6 @@ class Tokenizer:
         if last_id in ids and not self.decode(ids[:ids.index(last_id)]).strip():
             ids = ids[ids.index(last_id) + 1:]
         return ids
-
-
-# ------------------------------------------------------------------------------ decoding
-
-
-class SentencePieceStream:
-    """Decodes ids one by one with sentencepiece. See Tokenizer.stream."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.sentencepiece = tokenizer.sentencepiece
-        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds half characters
-        self.hidden_ids = tokenizer.hidden_ids
-        self.added_words = {tokenizer.specials[word]: word.encode(errors="replace")
-                            for word in tokenizer.added_words}
-
-    def __call__(self, token_id: int | None) -> str:
-        if token_id is None:
-            return self.utf8.decode(b"", final=True)
-        return self.utf8.decode(self.bytes_of(token_id))
-
-    def bytes_of(self, token_id: int) -> bytes:
-        """The bytes that a token stands for: none for a special one, or one out of range."""
-        if token_id in self.hidden_ids:
-            return b""
-        if token_id in self.added_words:
-            return self.added_words[token_id]
-        if token_id >= self.sentencepiece.get_piece_size():
-            return b""
-        piece = self.sentencepiece.id_to_piece(token_id)
-        if self.sentencepiece.is_byte(token_id):  # such as "<0x0A>"
-            return bytes([int(piece[3:-1], 16)])
-        return piece.replace("\u2581", " ").encode()
-
-
-class TokenizersStream:
-    """Decodes ids one by one with the package tokenizers. See Tokenizer.stream."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizers, self.hidden_ids = tokenizer.tokenizers, tokenizer.hidden_ids
-        # The library strips the space in front of a stream's first token. These ids come before it.
-        self.ids_before = library_ids(self.tokenizers, "a")
-        self.held_ids: list[int] = []  # they have not completed any text yet
-        self.decode_stream = self.new_decode_stream()
-
-    def new_decode_stream(self):
-        from tokenizers.decoders import DecodeStream
-        return DecodeStream(ids=self.ids_before, skip_special_tokens=True)
-
-    def __call__(self, token_id: int | None) -> str:
-        if token_id is None:
-            return self.tokenizers.decode(self.held_ids)
-        if token_id in self.hidden_ids:
-            return ""
-        self.held_ids.append(token_id)
-        try:
-            text = self.decode_stream.step(self.tokenizers, token_id)
-        except Exception:
-            # These bytes can't become a character any more. Show them as they are and start again.
-            text = self.tokenizers.decode(self.held_ids)
-            self.decode_stream = self.new_decode_stream()
-        if text:
-            self.held_ids.clear()
-        return text or ""
 
 
 # ------------------------------------------------------------------------------ generated text
@@ -446,25 +281,27 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, str, bool]:
     return text[:end], text[end:], False
 
 
-def library_ids(tokenizer, text: str, post_process: bool = False) -> list[int]:
-    """A text's ids by the package tokenizers. Its post-processor adds BOS to them, if asked."""
+# ------------------------------------------------------------------------------ vocabularies
+
+
+def open_vocabulary(folder: Path, settings: dict) -> TokenizerJson | TokenizerModel:
+    """The vocabulary in a folder: tokenizer.json, as transformers 5 takes it, whatever stands
+    beside it (a tokenizer.model may be tiktoken's). Without the library tokenizers, it is the
+    tokenizer.model beside it, if that is sentencepiece's."""
+    json_path, model_path = folder / "tokenizer.json", folder / "tokenizer.model"
+    if json_path.exists():
+        if importlib.util.find_spec("tokenizers") or not model_path.exists():
+            return TokenizerJson(folder, settings)
+        log.info("%s is not read: for that, pip install tokenizers", json_path)
+    if not model_path.exists():
+        raise ValueError(f"{folder}: no tokenizer; it needs tokenizer.model or tokenizer.json")
+    return TokenizerModel(folder, settings)
+
+
+def check_characters(text: str) -> None:
+    """Raises ValueError for text that holds half a character, which no vocabulary can encode."""
     try:
-        return tokenizer.encode(text, add_special_tokens=post_process).ids
-    except Exception as error:  # the vocabulary lacks its own unknown token
-        raise ValueError(f"tokenizer.json cannot encode {text[:40]!r}: {error}") from None
-
-
-def user_defined_pieces(processor: sentencepiece.SentencePieceProcessor) -> dict[str, int]:
-    """The pieces that a sentencepiece model finds in every text before it cuts the rest, by text.
-
-    The library doesn't tell their type. In the model's protocol buffer every piece is a field 1, of
-    which the last field is the type: 3 << 3, and 4 for USER_DEFINED."""
-    proto, found, at = processor.serialized_model_proto(), {}, 0
-    for token_id in range(processor.get_piece_size()):
-        size, at = proto[at + 1], at + 2
-        if size > 127:  # a varint of two bytes
-            size, at = size & 127 | proto[at] << 7, at + 1
-        at += size
-        if proto[at - 2:at] == b"\x18\x04":
-            found[processor.id_to_piece(token_id)] = token_id
-    return found
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text has half a character, {text[error.start]!r}, at "
+                         f"{error.start}; whole ones are needed") from None
