@@ -93,7 +93,7 @@ FORMS = {
     "bos-is-eos": (BOS_IS_EOS, "</s>", "</s>"), "vicuna": (None, "<s>", "</s>")}
 MARKS = ["<s>", "</s>", *dict.fromkeys(
     mark for form, _, _ in FORMS.values() for mark in re.findall(
-        r"<[|｜]\w+[|｜]>|\[/?[A-Z]\w+\]|<\w+_turn>|<sop>|</?think>", form or "")),
+        r"<[|｜][\w▁]+[|｜]>|\[/?[A-Z]\w+\]|<\w+_turn>|<sop>|</?think>", form or "")),
     "<|user|>", "<|system|>", "<|assistant|>"]
 WORDS = {"<think>", "</think>"}
 N_PIECES = 360  # of the sentencepiece model
@@ -164,7 +164,7 @@ def open_form(folders, tmp_path, vocabulary, form):
     if template:
         (folder / "chat_template.jinja").write_text(template)
     if vocabulary.startswith("sentencepiece"):
-        settings["legacy"] = vocabulary == "sentencepiece"
+        settings.update(tokenizer_class="LlamaTokenizer", legacy=vocabulary == "sentencepiece")
         marks = [mark for mark in dict.fromkeys(MARKS) if mark not in ("<s>", "</s>")]
         settings["added_tokens_decoder"] = {
             str(N_PIECES + n): {"content": mark, "special": mark not in WORDS, "normalized": False}
