@@ -29,7 +29,7 @@ log = logging.getLogger("gpt_stream")
 TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>")
 # What may follow a text: its last piece can merge with one of these, or with none. Only the text's
 # last characters decide about that.
-FOLLOWING, SETTLING = string.printable + "\u00e9\u65e5\u0301", 200
+FOLLOWING, SETTLING = string.printable + "\u00e9\u65e5\u0301", 80
 
 
 class Tokenizer:
@@ -163,7 +163,8 @@ class Tokenizer:
         Where the first message is a system turn, the ids begin with those of system_turn, so that
         its cache can be shared. Raises ValueError for what the chat template refuses."""
         opening, rest = self.chat_template.conversation(messages, template_args)
-        ids, settled = self.encode_rendered(opening + rest), self._settled_ids(opening)
+        ids = self.encode_rendered(opening + rest)
+        settled = self._settled_ids(opening) if opening else []
         if ids[:len(settled)] == settled:
             return ids
         # What follows reaches farther back into the opening than _settled_ids foresees.

@@ -233,7 +233,7 @@ def template_args_of(chat: Chat) -> dict:
     try:
         check_args(chat.chat_template_kwargs)
         json.dumps(chat.chat_template_kwargs, ensure_ascii=False).encode()
-    except ValueError as error:  # half of a surrogate pair is one, too
+    except (ValueError, RecursionError) as error:  # half of a surrogate pair is a ValueError
         raise ApiError(400, f"chat_template_kwargs: {error}.", "chat_template_kwargs",
                        "invalid_value") from None
     return chat.chat_template_kwargs
