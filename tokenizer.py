@@ -90,7 +90,8 @@ class Tokenizer:
         after = START if start else AFTER_TEXT
         if ESCAPE not in text:
             ids = self.vocabulary.encode(text, after)
-            marks = Counter(self.named_ids[name] for name in self._mark_pattern.findall(text))
+            names = self._mark_pattern.findall(text)
+            marks = Counter(self.named_ids[name] for name in names)
             found = Counter(token_id for token_id in ids if token_id in self._reserved_ids)
             if found <= marks:
                 return ids
@@ -113,7 +114,7 @@ class Tokenizer:
         """Ids of escaped text that holds no mark, though the vocabulary itself may find one in it.
         """
         ids = self.vocabulary.encode_part(unescape(text), after)
-        if self._reserved_ids.isdisjoint(ids):
+        if self._reserved_ids.isdisjoint(ids) or len(text) < 2:
             return ids
         pieces = unescaped_pieces(text)  # cut inside the names
         if len(pieces) == 1:  # or anywhere, where the text only becomes one by being normalized
@@ -200,7 +201,10 @@ class Tokenizer:
 
     @functools.cached_property
     def _reserved_ids(self) -> set[int]:
-        return {self.named_ids[name] for name in self.chat_template.reserved}
+        """Ids that only the template's marks may have. What the vocabulary does not know has the id
+        of unk_token, too."""
+        names = self.chat_template.reserved - {self.special_tokens.get("unk_token")}
+        return {self.named_ids[name] for name in names}
 
     @functools.cached_property
     def _mark_pattern(self) -> re.Pattern:
