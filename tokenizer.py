@@ -230,9 +230,11 @@ class Tokenizer:
 
     def _encode_after_answer(self, rendered: str, last_id: int | None) -> list[int]:
         ids = self.encode_rendered(rendered, start=False)
+        marks = self.hidden_ids | self._reserved_ids
+        first = next((n for n, token_id in enumerate(ids) if token_id in marks), len(ids))
         # Some templates put a space before the end-of-turn token.
-        if last_id in ids and not self.decode(ids[:ids.index(last_id)]).strip():
-            ids = ids[ids.index(last_id) + 1:]
+        if ids[first:first + 1] == [last_id] and not self.decode(ids[:first]).strip():
+            return ids[first + 1:]
         return ids
 
 
