@@ -14,7 +14,7 @@ import logging
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from chat_template import ESCAPE, VICUNA_TEMPLATE, ChatTemplate, any_of, unescape, unescaped_pieces
@@ -218,15 +218,18 @@ class Tokenizer:
     def turn_end_ids(self) -> set[int]:
         """The tokens that end an answer of a chat, beside the EOS ids of the checkpoint's config:
         eos_token, what the template puts after an answer, and marks that end nothing else."""
-        names = {self.eos_token, self.chat_template.turn_end, *TURN_ENDS}
-        return {self.named_ids[name] for name in names if name in self.named_ids}
+        return self._ids_of({self.eos_token, self.chat_template.turn_end, *TURN_ENDS})
 
     @functools.cached_property
     def hidden_ids(self) -> set[int]:
         """The tokens that are not shown in an answer: the special ones, and the ends of a turn."""
-        names = {*self.specials} - self.added_words | {*self.special_tokens.values()}
-        return {self.named_ids[name] for name in names if name in self.named_ids} | (
-            self.turn_end_ids)
+        names = self.specials.keys() - self.added_words | {*self.special_tokens.values()}
+        return self._ids_of(names) | self.turn_end_ids
+
+    def _ids_of(self, names: Iterable[str]) -> set[int]:
+        """The ids of the tokens with these names, as far as the vocabulary has them."""
+        ids = (self.vocabulary.find(name) for name in names if name)
+        return {token_id for token_id in ids if token_id is not None}
 
     def _encode_after_answer(self, rendered: str, last_id: int | None) -> list[int]:
         ids = self.encode_rendered(rendered, start=False)

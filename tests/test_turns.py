@@ -278,15 +278,15 @@ def model_vocabulary(folder, rule="identity", **symbols):
             remove_extra_whitespaces=False, **symbols)
 
 
-def gguf_vocabulary(folder, kind, score=0.0):
-    """A GGUF file's tokenizer in which the names have type 4."""
+def gguf_vocabulary(folder, kind, score=0.0, of_type=USER_DEFINED):
+    """A GGUF file's tokenizer in which the names have type 4, if no other is given."""
     if kind == "gpt2":
         tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *NAMES]
-        types = [NORMAL] * 256 + [USER_DEFINED] * 3
+        types = [NORMAL] * 256 + [of_type] * 3
         ids = {"bos": 0, "eos": 0}
     else:
         tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *NAMES]
-        types = [2, 3, 3, *[6] * 256, NORMAL, *[USER_DEFINED] * 3]
+        types = [2, 3, 3, *[6] * 256, NORMAL, *[of_type] * 3]
         ids = {"bos": 1, "eos": 2, "unknown": 0}
     metadata = {"model": kind, "pre": "gpt-2", "tokens": tokens, "token_type": types, "merges": [],
                 "scores": [0.0] * (len(tokens) - 3) + [score] * 3,
@@ -382,11 +382,11 @@ def test_the_end_of_a_turn_that_only_the_tokenizer_knows(folders, tmp_path, sett
     assert tokenizer.named_ids["<think>"] not in tokenizer.turn_end_ids
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_in_a_gguf_file_it_is_known_by_its_text(tmp_path, kind):
-    gguf_vocabulary(tmp_path, kind)
+@pytest.mark.parametrize("kind, end", [("gpt2", 257), ("llama", 261)])
+@pytest.mark.parametrize("of_type", [NORMAL, 3, USER_DEFINED])
+def test_in_a_gguf_file_it_is_known_by_its_text(tmp_path, kind, end, of_type):
+    gguf_vocabulary(tmp_path, kind, of_type=of_type)
     tokenizer = Tokenizer(tmp_path)
-    end = tokenizer.named_ids["<|im_end|>"]
     assert end in tokenizer.turn_end_ids and tokenizer.decode([end]) == ""
 
 
