@@ -275,6 +275,8 @@ def tiny():
     return files | {
         "config.json": json.dumps(raw).encode(), "generation_config.json": b"{}",
         "tokenizer.model": (TINY / "tokenizer.model").read_bytes(),
+        "chat_template.jinja": b"{{ messages }}", "chat_template.json": b"{ }",
+        "additional_chat_templates/rag.jinja": b"{{ documents }}",
         "model.safetensors.index.json": json.dumps(index).encode()}
 
 

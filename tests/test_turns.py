@@ -17,6 +17,7 @@ from transformers.tokenization_utils_base import generate_merges
 
 from chat_template import ChatTemplate
 from cli import add_template_args, template_args_of
+from formats.folder import write_checkpoint
 from formats.gguf_tokenizer import NORMAL, USER_DEFINED, write_tokenizer
 from formats.tokenizer_config import read_templates
 from helpers import TINY, run
@@ -448,6 +449,17 @@ def test_templates_are_read_from_every_file_that_holds_them(tmp_path, folders):
     (tmp_path / "chat_template.jinja").unlink()
     assert read_templates(tmp_path, {"chat_template": "config"}) == {"default": "config"}
     assert read_templates(tmp_path, {}) == {"default": "json"}
+
+
+def test_a_converted_folder_keeps_all_templates(tmp_path):
+    source = tmp_path / "source"
+    (source / "additional_chat_templates/deeper").mkdir(parents=True)
+    for name in ("chat_template.jinja", "chat_template.json", "additional_chat_templates/rag.jinja",
+                 "additional_chat_templates/deeper/a.jinja"):
+        (source / name).write_text("{}")
+    write_checkpoint(tmp_path / "out", source, {}, [], 0)
+    assert read_templates(tmp_path / "out", {}) == {"default": "{}", "rag": "{}"}
+    assert (tmp_path / "out/chat_template.json").exists()
 
 
 EVERYTHING = (
