@@ -260,7 +260,10 @@ def make_checkpoint(source: Path, folder: Path) -> Checkpoint:
         write_tokenizer(folder, metadata)
     except OSError as error:  # temporary files may be on another disk, which is full
         raise OSError(f"{folder}: cannot be written: {error}") from None
-    Tokenizer(folder)  # raises ValueError for what it cannot read
+    try:
+        Tokenizer(folder)
+    except ValueError as error:  # without the name of a folder that nobody knows
+        raise ValueError(f"its tokenizer: {str(error).replace(f'{folder}/', '')}") from None
     # Vectors are in float32 in every file, so the matrices' type counts.
     kinds = Counter(t.kind.name for t in tensors.values() if len(t.shape) > 1)
     bulk = kinds.most_common(1)[0][0]
