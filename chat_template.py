@@ -154,16 +154,22 @@ class ChatTemplate:
         return any_of(name for name in self.reserved if not self._takes_apart(name))
 
     def _takes_apart(self, name: str) -> bool:
+        """Whether the template changes an answer because this name is in it."""
         if not any(name in source for source in self.sources.values()):
             return False
         tag = re.fullmatch(r"</?(\w+)>", name)
-        answer = f"a<{tag[1]}>b</{tag[1]}>c" if tag else f"a{name}b"
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer},
-                 {"role": "user", "content": "a"}]
+        names = [f"<{tag[1]}>", f"</{tag[1]}>"] if tag else [name]
+        answer = f"a{'b'.join(names)}c"
         try:
-            return answer not in self._run(turns, False, {})
+            return (self._keeps(any_of(names).sub(escape_name, answer))
+                    and not self._keeps(answer))
         except ValueError:
             return False
+
+    def _keeps(self, answer: str) -> bool:
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer},
+                 {"role": "user", "content": "a"}]
+        return answer in self._run(turns, False, {})
 
     @functools.cached_property
     def turn_end(self) -> str:

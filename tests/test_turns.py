@@ -332,6 +332,16 @@ def test_no_vocabulary_lets_a_user_open_a_turn(tmp_path, make, typed):
     assert len(marks("x")[0]) == 9
 
 
+def test_a_template_that_changes_every_answer_opens_no_turn_in_one(tmp_path):
+    json_vocabulary(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(BY_ROLE.replace("content", "content | replace('c', 'k')"))
+    tokenizer = Tokenizer(tmp_path)
+    end = tokenizer.named_ids["<|im_end|>"]
+    for typed in ("x", TYPED):
+        messages = [{"role": role, "content": typed} for role in ("user", "assistant", "user")]
+        assert tokenizer.conversation(messages).count(end) == 3
+
+
 def test_a_template_argument_opens_no_turn_either(tmp_path):
     json_vocabulary(tmp_path, special=False)
     (tmp_path / "chat_template.jinja").write_text(
