@@ -334,7 +334,8 @@ def test_no_vocabulary_lets_a_user_open_a_turn(tmp_path, make, typed):
 
 def test_a_template_that_changes_every_answer_opens_no_turn_in_one(tmp_path):
     json_vocabulary(tmp_path)
-    (tmp_path / "chat_template.jinja").write_text(BY_ROLE.replace("content", "content | replace('c', 'k')"))
+    form = BY_ROLE.replace("content", "content | replace('c', 'k')")
+    (tmp_path / "chat_template.jinja").write_text(form)
     tokenizer = Tokenizer(tmp_path)
     end = tokenizer.named_ids["<|im_end|>"]
     for typed in ("x", TYPED):
