@@ -15,7 +15,7 @@ import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers.tokenization_utils_base import generate_merges
 
-from chat_template import ChatTemplate
+from chat_template import ChatTemplate, compile_template
 from cli import add_template_args, template_args_of
 from formats.folder import write_checkpoint
 from formats.gguf_tokenizer import NORMAL, USER_DEFINED, write_tokenizer
@@ -501,6 +501,33 @@ def test_a_template_is_given_what_transformers_gives_it(folders, tmp_path):
             messages, tokenize=False, add_generation_prompt=True, **args)
     with pytest.raises(ValueError, match="messages is no template argument"):
         ours.render(messages, args={"messages": []})
+
+
+def test_the_stress_program_compares_all_templates_below_a_folder(tmp_path, monkeypatch, capsys):
+    from stress import templates
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/llama2.jinja").write_text(LLAMA2)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": [
+        {"name": "default", "template": MISTRAL_V3}, {"name": "rag", "template": EVERYTHING}]}))
+    (tmp_path / "test-chat-template.cpp").write_text(
+        '/* .template_str= */ "{% for m in messages %}" "{{ m[\'content\'] }}\\n{% endfor %}",')
+
+    def counts():
+        monkeypatch.setattr("sys.argv", ["templates.py", str(tmp_path)])
+        with pytest.raises(SystemExit) as end:
+            templates.main()
+        return end.value.code, json.loads(capsys.readouterr().out)
+
+    status, found = counts()
+    assert status == 0 and found["templates"] == 4 and "differ" not in found
+    assert found["equal"] > 600 and found["refused by both"] > 50
+    assert found["otherwise: tokenizer_config.json: default"] > 0  # the last question's system turn
+    assert "otherwise: a/llama2.jinja" not in found
+    monkeypatch.setattr("chat_template.to_json", lambda value, **options: "other")
+    compile_template.cache_clear()
+    status, found = counts()
+    assert status == 1 and found["differ: tokenizer_config.json: rag"] == found["differ"] > 0
+    compile_template.cache_clear()
 
 
 def test_calls_with_tools_get_the_template_for_tools():
