@@ -104,15 +104,19 @@ class ChatTemplate:
             names = self._answers_pattern if turn["role"] == "assistant" else self._reserved_pattern
             escaped.append({"role": turn["role"], **{
                 key: self._escape(turn[key], names) for key in turn if key != "role"}})
-        return self._run(escaped, add_generation_prompt,
-                         self._escape(args or {}, self._reserved_pattern))
+        try:
+            check_args(args or {})
+            args = self._escape(args, self._reserved_pattern)
+        except RecursionError:
+            raise ValueError("the chat template's arguments are nested too deeply") from None
+        return self._run(escaped, add_generation_prompt, args or {})
 
     def _run(self, messages: list[dict], add_generation_prompt: bool, args: dict) -> str:
+        """The text for messages and arguments that are escaped already."""
         tools = args.get("tools")
         name = "tool_use" if tools is not None and "tool_use" in self.sources else "default"
+        context = {"tools": None, "documents": None, **self.special_tokens, **args}
         try:
-            check_args(args)
-            context = {"tools": None, "documents": None, **self.special_tokens, **args}
             return compile_template(self.sources[name]).render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **context)
         except Exception as error:  # a template is a program, which can raise anything
@@ -150,16 +154,22 @@ class ChatTemplate:
         return any_of(name for name in self.reserved if not self._takes_apart(name))
 
     def _takes_apart(self, name: str) -> bool:
+        """Whether the template changes an answer because this name is in it."""
         if not any(name in source for source in self.sources.values()):
             return False
         tag = re.fullmatch(r"</?(\w+)>", name)
-        answer = f"a<{tag[1]}>b</{tag[1]}>c" if tag else f"a{name}b"
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer},
-                 {"role": "user", "content": "a"}]
+        names = [f"<{tag[1]}>", f"</{tag[1]}>"] if tag else [name]
+        answer = f"a{'b'.join(names)}c"
         try:
-            return answer not in self._run(turns, False, {})
+            return (self._keeps(any_of(names).sub(escape_name, answer))
+                    and not self._keeps(answer))
         except ValueError:
             return False
+
+    def _keeps(self, answer: str) -> bool:
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer},
+                 {"role": "user", "content": "a"}]
+        return answer in self._run(turns, False, {})
 
     @functools.cached_property
     def turn_end(self) -> str:
@@ -176,7 +186,8 @@ class ChatTemplate:
         """A text, or all texts in lists and objects, with every name escaped. `unescape` undoes
         it."""
         if isinstance(value, dict):
-            return {key: self._escape(item, names) for key, item in value.items()}
+            return {self._escape(key, names): self._escape(item, names)
+                    for key, item in value.items()}
         if isinstance(value, list):
             return [self._escape(item, names) for item in value]
         if not isinstance(value, str):

@@ -14,7 +14,7 @@ import logging
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from chat_template import ESCAPE, VICUNA_TEMPLATE, ChatTemplate, any_of, unescape, unescaped_pieces
@@ -29,7 +29,7 @@ log = logging.getLogger("gpt_stream")
 TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>")
 # What may follow a text: its last piece can merge with one of these, or with none. Only the text's
 # last characters decide about that.
-FOLLOWING, SETTLING = string.printable + "\u00e9\u65e5\u0301", 200
+FOLLOWING, SETTLING = string.printable + "\u00e9\u65e5\u0301", 80
 
 
 class Tokenizer:
@@ -164,7 +164,8 @@ class Tokenizer:
         Where the first message is a system turn, the ids begin with those of system_turn, so that
         its cache can be shared. Raises ValueError for what the chat template refuses."""
         opening, rest = self.chat_template.conversation(messages, template_args)
-        ids, settled = self.encode_rendered(opening + rest), self._settled_ids(opening)
+        ids = self.encode_rendered(opening + rest)
+        settled = self._settled_ids(opening) if opening else []
         if ids[:len(settled)] == settled:
             return ids
         # What follows reaches farther back into the opening than _settled_ids foresees.
@@ -217,21 +218,26 @@ class Tokenizer:
     def turn_end_ids(self) -> set[int]:
         """The tokens that end an answer of a chat, beside the EOS ids of the checkpoint's config:
         eos_token, what the template puts after an answer, and marks that end nothing else."""
-        names = {self.eos_token, self.chat_template.turn_end, *TURN_ENDS}
-        return {self.named_ids[name] for name in names if name in self.named_ids}
+        return self._ids_of({self.eos_token, self.chat_template.turn_end, *TURN_ENDS})
 
     @functools.cached_property
     def hidden_ids(self) -> set[int]:
         """The tokens that are not shown in an answer: the special ones, and the ends of a turn."""
-        names = {*self.specials} - self.added_words | {*self.special_tokens.values()}
-        return {self.named_ids[name] for name in names if name in self.named_ids} | (
-            self.turn_end_ids)
+        names = self.specials.keys() - self.added_words | {*self.special_tokens.values()}
+        return self._ids_of(names) | self.turn_end_ids
+
+    def _ids_of(self, names: Iterable[str]) -> set[int]:
+        """The ids of the tokens with these names, as far as the vocabulary has them."""
+        ids = (self.vocabulary.find(name) for name in names if name)
+        return {token_id for token_id in ids if token_id is not None}
 
     def _encode_after_answer(self, rendered: str, last_id: int | None) -> list[int]:
         ids = self.encode_rendered(rendered, start=False)
+        marks = self.hidden_ids | self._reserved_ids
+        first = next((n for n, token_id in enumerate(ids) if token_id in marks), len(ids))
         # Some templates put a space before the end-of-turn token.
-        if last_id in ids and not self.decode(ids[:ids.index(last_id)]).strip():
-            ids = ids[ids.index(last_id) + 1:]
+        if ids[first:first + 1] == [last_id] and not self.decode(ids[:first]).strip():
+            return ids[first + 1:]
         return ids
 
 

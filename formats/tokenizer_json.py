@@ -85,6 +85,10 @@ class TokenizerJson:
                          lstrip=token.lstrip, rstrip=token.rstrip, normalized=token.normalized)
             for token in tokens])
 
+    def find(self, text: str) -> int | None:
+        """The id of a token with this text, added or of the vocabulary."""
+        return self.library.token_to_id(text)
+
     def encode(self, text: str, after: int = START) -> list[int]:
         """Ids of a text, in which added tokens are found."""
         if after == START or self.prefix_free:

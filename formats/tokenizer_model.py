@@ -78,6 +78,13 @@ class TokenizerModel:
             numbered[token.text] = token._replace(id=token_id)
         return numbered
 
+    def find(self, text: str) -> int | None:
+        """The id of a token with this text, added or of the vocabulary."""
+        if text in self.added:
+            return self.added[text].id
+        token_id = self.sp.piece_to_id(text)
+        return token_id if self.sp.id_to_piece(token_id) == text else None
+
     def encode(self, text: str, after: int = START) -> list[int]:
         """Ids of a text, in which added tokens are found."""
         return self.finder.encode(text, after, self.encode_part)
