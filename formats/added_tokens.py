@@ -94,7 +94,8 @@ def read_added_tokens(folder: Path, settings: dict,
 
     Where several files know a text, the first of these says the id and the flags, as in
     transformers: added_tokens_decoder, the vocabulary itself, added_tokens.json, the lists of
-    names. A token in such a list is special, whatever the others say."""
+    names. A token in such a list is special, whatever the others say. An id in added_tokens.json
+    that one of the others has, too, isn't that text's."""
     named = [token for token in read_special_tokens(folder, settings).values() if token]
     named += read_extra_tokens(folder, settings)
     special = {token.text for token in named}
@@ -105,8 +106,10 @@ def read_added_tokens(folder: Path, settings: dict,
                              bool(token.get("special", False)), **flags(token))
                   for token_id, token in decoder.items()]
         tokens += own
-        tokens += [AddedToken(str.__str__(text), int(token_id), text in special,
-                              normalized=text not in special) for text, token_id in older.items()]
+        taken = {token.id for token in tokens}
+        older = {int(token_id): str.__str__(text) for text, token_id in older.items()}
+        tokens += [AddedToken(text, token_id, text in special, normalized=text not in special)
+                   for token_id, text in older.items() if token_id not in taken]
         if not all(0 <= token.id < 2**31 for token in tokens):
             raise ValueError
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError):

@@ -20,6 +20,9 @@ from formats.added_tokens import (
 from formats.files import import_optional
 from formats.tokenizer_config import is_legacy, is_llama_class
 
+# The special tokens of transformers' LlamaTokenizer, where no file says others.
+LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
 
 class TokenizerJson:
     """A vocabulary of the library tokenizers.
@@ -42,13 +45,16 @@ class TokenizerJson:
         self.library.no_padding()
         if getattr(self.library.model, "dropout", None):
             self.library.model.dropout = None
-        if is_llama_class(folder, settings) and b'"ByteLevel"' not in content:
+        llama = is_llama_class(folder, settings) and b'"ByteLevel"' not in content
+        if llama:
             self.take_llama_spaces(is_legacy(folder, settings), settings.get("add_prefix_space"))
         self.add_tokens(read_added_tokens(folder, settings, self.own_added_tokens()))
         self.added = {token.text: token for token in self.own_added_tokens()}
         self.front = front_of(self.library.post_processor)
-        names = {token.id: text for text, token in self.added.items()}
-        self.named = {"bos_token": names.get(self.front[0])} if self.front else {}
+        self.named = {name: text for name, text in LLAMA_NAMES.items()
+                      if llama and text in self.added}
+        if self.front:
+            self.named["bos_token"] = self.library.id_to_token(self.front[0])
         for name, token in read_special_tokens(folder, settings).items():
             self.named[name] = token.text if token else None
 
