@@ -112,6 +112,7 @@ def read_added_tokens(folder: Path, settings: dict,
                    for token_id, text in older.items() if token_id not in taken]
         if not all(0 <= token.id < 2**31 for token in tokens):
             raise ValueError
+        "".join(token.text for token in (*tokens, *named)).encode()  # refuses half a character
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
         raise ValueError(f"{folder}: its added tokens are not a table of ids and texts") from None
     added = {}
