@@ -52,7 +52,10 @@ class TokenizerModel:
         self.user_defined = user_defined_pieces(self.sp)
         if llama:  # it finds these before sentencepiece does
             own += [AddedToken(text, token_id) for text, token_id in self.user_defined.items()]
-        self.added = self.number(read_added_tokens(folder, settings, own))
+        tokens = read_added_tokens(folder, settings, own)
+        if not llama:  # all are found in the text as it is; else `normalized` ones come second
+            tokens = [token._replace(normalized=False) for token in tokens]
+        self.added = self.number(tokens)
         self.finder = Finder(self.added.values())
         # The named special tokens; where the files don't say them, sentencepiece's own.
         self.named = {name: self.sp.id_to_piece(token_id) for name, token_id in (
