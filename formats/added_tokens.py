@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -112,6 +113,7 @@ def read_added_tokens(folder: Path, settings: dict,
                    for token_id, text in older.items() if token_id not in taken]
         if not all(0 <= token.id < 2**31 for token in tokens):
             raise ValueError
+        "".join(token.text for token in (*tokens, *named)).encode()  # refuses half a character
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError):
         raise ValueError(f"{folder}: its added tokens are not a table of ids and texts") from None
     added = {}
@@ -165,7 +167,7 @@ class Finder:
         for found in pattern.finditer(text):
             token, (start, end) = self.tokens[found[0]], found.span()
             beside = text[start - 1:start] + text[end:end + 1]
-            if token.single_word and re.search(r"\w", beside):
+            if token.single_word and any(map(is_of_a_word, beside)):
                 continue
             while token.lstrip and start > begin and text[start - 1].isspace():
                 start -= 1
@@ -174,3 +176,8 @@ class Finder:
             parts += [text[begin:start], token]
             begin = end
         return [part for part in (*parts, text[begin:]) if part]
+
+
+def is_of_a_word(character: str) -> bool:
+    """Whether a character is a letter, a digit, a mark on one, or joins words, such as "_"."""
+    return character.isalnum() or unicodedata.category(character) in ("Mn", "Mc", "Me", "Pc")

@@ -49,19 +49,24 @@ def named_templates(path: Path, value: str | list | dict | None) -> dict[str, st
     return templates
 
 
-def is_llama_class(folder: Path, settings: dict) -> bool:
-    """Whether transformers 5 reads a folder by its class LlamaTokenizer. For a Mistral or a Qwen2
-    it takes another class than the one that tokenizer_config.json names."""
+# Classes of transformers 5 that put spaces as tokenizer_config.json says, whatever the vocabulary's
+# file says. For these families it takes another class than the one that is named.
+LLAMA_CLASSES, OTHER_FAMILIES = ("LlamaTokenizer", "CodeLlamaTokenizer"), ("mistral", "qwen2")
+
+
+def llama_class(folder: Path, settings: dict) -> str | None:
+    """The one of LLAMA_CLASSES by which transformers 5 reads a folder."""
     config = read_json(folder / "config.json")
-    name = settings.get("tokenizer_class") or config.get("tokenizer_class")
-    return (str(name).removesuffix("Fast") == "LlamaTokenizer"
-            and config.get("model_type") not in ("mistral", "qwen2"))
+    name = str(settings.get("tokenizer_class") or config.get("tokenizer_class"))
+    name = name.removesuffix("Fast")
+    is_other = config.get("model_type") in OTHER_FAMILIES
+    return name if name in LLAMA_CLASSES and not is_other else None
 
 
 def is_legacy(folder: Path, settings: dict) -> bool:
     """Whether a space is put in front of what follows an added token, and not only in front of a
     text. An absent "legacy" means so, except to transformers 5's LlamaTokenizer: files without it
-    are older than the setting. transformers 4 made no exception."""
-    if "legacy" in settings:
-        return bool(settings["legacy"])
-    return not is_llama_class(folder, settings)
+    are older than the setting. transformers 4 made no exception. CodeLlama's class knows no such
+    space."""
+    name = llama_class(folder, settings)
+    return name != "CodeLlamaTokenizer" and bool(settings.get("legacy", not name))

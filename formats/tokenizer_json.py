@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from formats.added_tokens import (
+    AFTER_TEXT,
     AFTER_TOKEN,
     START,
     AddedToken,
@@ -18,9 +19,9 @@ from formats.added_tokens import (
     read_special_tokens,
 )
 from formats.files import import_optional
-from formats.tokenizer_config import is_legacy, is_llama_class
+from formats.tokenizer_config import is_legacy, llama_class
 
-# The special tokens of transformers' LlamaTokenizer, where no file says others.
+# The special tokens of transformers' classes for Llamas, where no file says others.
 LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
@@ -45,7 +46,7 @@ class TokenizerJson:
         self.library.no_padding()
         if getattr(self.library.model, "dropout", None):
             self.library.model.dropout = None
-        llama = is_llama_class(folder, settings) and b'"ByteLevel"' not in content
+        llama = llama_class(folder, settings) if b'"ByteLevel"' not in content else None
         if llama:
             self.take_llama_spaces(is_legacy(folder, settings), settings.get("add_prefix_space"))
         self.add_tokens(read_added_tokens(folder, settings, self.own_added_tokens()))
@@ -119,12 +120,14 @@ class TokenizerJson:
         """The library's normalizer and pre-tokenizer at the start of a text, after an added token,
         and for text that goes on."""
         both = (self.library.normalizer, self.library.pre_tokenizer)
-        return [both, *(tuple(going_on(step, after) for step in both) for after in (1, 2))]
+        return [both, *(tuple(going_on(step, after) for step in both)
+                        for after in (AFTER_TOKEN, AFTER_TEXT))]
 
     @functools.cached_property
     def prefix_free(self) -> bool:
         """Whether no space is ever put in front, so that all places of a text are alike."""
-        return all(str(here) == str(there) for here, there in zip(self.steps[0], self.steps[2]))
+        return all(str(here) == str(there)
+                   for here, there in zip(self.steps[START], self.steps[AFTER_TEXT]))
 
     def stream(self, hidden_ids: set[int]) -> JsonStream:
         return JsonStream(self.library, hidden_ids)

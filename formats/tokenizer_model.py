@@ -17,7 +17,7 @@ from formats.added_tokens import (
     read_added_tokens,
     read_special_tokens,
 )
-from formats.tokenizer_config import is_legacy, is_llama_class
+from formats.tokenizer_config import is_legacy, llama_class
 
 # sentencepiece puts a space in front of a text. Text that goes on must not get it, and only the
 # model's file can switch it off. That file is a protocol buffer, into which appended fields are
@@ -41,7 +41,7 @@ class TokenizerModel:
                 model_proto=proto + NO_DUMMY_PREFIX)
         except RuntimeError:
             raise ValueError(f"{path}: not a sentencepiece model") from None
-        llama = is_llama_class(folder, settings)
+        llama = llama_class(folder, settings) is not None
         self.space_after_tokens = is_legacy(folder, settings)
         # transformers 5 and 4's fast tokenizers put no second space in front of a space, unless
         # they do all as sentencepiece itself does.
@@ -52,7 +52,10 @@ class TokenizerModel:
         self.user_defined = user_defined_pieces(self.sp)
         if llama:  # it finds these before sentencepiece does
             own += [AddedToken(text, token_id) for text, token_id in self.user_defined.items()]
-        self.added = self.number(read_added_tokens(folder, settings, own))
+        tokens = read_added_tokens(folder, settings, own)
+        if not llama:  # all are found in the text as it is; else `normalized` ones come second
+            tokens = [token._replace(normalized=False) for token in tokens]
+        self.added = self.number(tokens)
         self.finder = Finder(self.added.values())
         # The named special tokens; where the files don't say them, sentencepiece's own.
         self.named = {name: self.sp.id_to_piece(token_id) for name, token_id in (

@@ -137,6 +137,15 @@ def test_added_tokens_are_found_wherever_a_file_says_them(tmp_path, kind, cls):
         assert_same(ours, theirs, front)
 
 
+@pytest.mark.parametrize("kind", ["llama.model", "llama.json", "both"])
+def test_codellama_s_class_puts_one_space_in_front_whatever_the_files_say(tmp_path, kind):
+    for legacy, decoder in itertools.product(LEGACY, (OWN, {**OWN, "400": token("<|im_start|>")})):
+        files = with_config({}, added_tokens_decoder=decoder, add_bos_token=True,
+                            **settings_of("CodeLlamaTokenizer", legacy))
+        assert_same(*read_both(write(tmp_path / "a", kind, files)),
+                    ["<s>"] if kind == "llama.model" else [])
+
+
 @pytest.mark.parametrize("kind, cls, legacy", [
     *itertools.product(("llama.model", "llama.json"), ("LlamaTokenizer", None), (True, False)),
     ("bytes.json", None, True)])
