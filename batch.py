@@ -25,16 +25,19 @@ from torch import Tensor
 
 from cli import (
     add_generation,
+    add_template_args,
     check_text,
     load_arguments,
     make_parser,
     number,
     read_prompts,
     sampling_of,
+    template_args_of,
 )
 from draw import NOT_FINITE, UNDRAWN, RowSampler, new_seed
 from generate import (
     Transcript,
+    chat_stop_ids,
     check_ids,
     copy_to_host,
     get_ready,
@@ -434,6 +437,7 @@ def main():
                         help="of --prompts, the first N prompts only; default: all")
     parser.add_argument("--batch", type=number(int, 1), default=8, metavar="B",
                         help="streams side by side")
+    add_template_args(parser)
     with user_errors(parser):
         args = parser.parse_args()
         for flag in ("draft", "lookup", "speculate"):
@@ -441,9 +445,10 @@ def main():
                 raise ValueError(f"--{flag} works on one stream, and batch.py has many")
         entries = read_prompts(args.prompts)[:args.limit]
         stop = [check_text("--stop", text) for text in args.stop]
+        template_args = template_args_of(args)
         model, tokenizer = open_model(args.checkpoint, compile=args.compile,
                                       compile_prefill=args.compile_prefill, **load_arguments(args))
-        ids = broadcast_ids([tokenizer.opening(entry) for entry in entries])
+        ids = broadcast_ids([tokenizer.opening(entry, template_args) for entry in entries])
         batch = Batch(model, args.batch, args.sink, args.window)
         how = sampling_of(args, model.suggested)
         compile_s, how = get_ready(model, batch.staging[0], how)
@@ -451,10 +456,13 @@ def main():
             start = time.perf_counter()
             list(generate_batch(model, [[0]] * 2, max_new_tokens=3, stop_ids=(), batch=batch))
             compile_s += time.perf_counter() - start
-        stop_ids = () if args.ignore_eos else None
+        chat_ends = chat_stop_ids(model, tokenizer)
+        stop_ids = [() if args.ignore_eos else chat_ends if "turns" in entry else None
+                    for entry in entries]
         # Every answer has a seed of its own, so no other prompt and no batch size changes it.
         prompts = [Prompt(one, replace(how, seed=how.seed + n * args.samples),
-                          args.max_new_tokens, stop_ids, args.samples) for n, one in enumerate(ids)]
+                          args.max_new_tokens, stop_ids[n], args.samples)
+                   for n, one in enumerate(ids)]
         write_results(model, tokenizer, prompts, batch, stop, compile_s)
 
 

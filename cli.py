@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from chat_template import check_args
 from linear import GROUP_SIZES, MODES
 from sample import Sampling
 from terminal import say
@@ -138,6 +139,29 @@ def add_generation(parser: argparse.ArgumentParser, samples=False) -> argparse.A
     add("--speculate", type=number(int, 1), metavar="K",
         help="tokens proposed a round; default: as many as pay")
     return parser
+
+
+def add_template_args(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--template-arg", action="append", default=[], metavar="NAME=VALUE",
+        help="what the chat template is given, such as enable_thinking=false; may be repeated")
+
+
+def template_args_of(args) -> dict:
+    """The arguments for the chat template, as the command line says: JSON values where they are
+    that, else texts. Raises ValueError naming one that is not NAME=VALUE."""
+    values = {}
+    for pair in args.template_arg:
+        name, equals, text = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"--template-arg {pair!r:.80} must be NAME=VALUE")
+        check_text("--template-arg", pair)
+        try:
+            values[name] = json.loads(text)
+        except (ValueError, RecursionError):
+            values[name] = text
+    check_args(values)
+    return values
 
 
 def check_text(source: str, text: str) -> str:

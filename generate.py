@@ -266,6 +266,12 @@ def discard(text: str) -> None:
     """Does not show a piece of an answer, as with --json."""
 
 
+def chat_stop_ids(model: Transformer, tokenizer: Tokenizer) -> set[int]:
+    """The tokens that end an answer of a chat: the model's EOS ids, and those that only the
+    tokenizer and the chat template know as ends of a turn."""
+    return {*model.config.eos_ids, *tokenizer.turn_end_ids}
+
+
 class Transcript:
     """What one stream says, shown as it comes, with the times that --json prints."""
 

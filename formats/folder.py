@@ -36,12 +36,14 @@ from formats.config import (
 )
 from formats.files import atomic_write, first_line, read_json, write_json
 from formats.published import read_published
+from formats.tokenizer_config import TEMPLATE_FOLDER
 from model import ModelConfig
 from quantize import empty_model, stored_shapes
 
 FILE_BYTES = 1 << 30  # of an output file, and so about the memory that converting takes
 COPIED = ("generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
-          "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+          "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+          "chat_template.json")
 
 
 # ------------------------------------------------------------------------------ reading
@@ -257,8 +259,10 @@ def write_checkpoint(out: Path, source: Path, raw: dict, weights: Iterable[tuple
         partial.mkdir(0o700)
         write_weights(partial, weights, total, advance)
         write_json(partial / "config.json", raw)
-        for name in COPIED:
+        templates = (path.relative_to(source) for path in source.glob(f"{TEMPLATE_FOLDER}/*.jinja"))
+        for name in (*COPIED, *templates):
             if (source / name).exists():
+                (partial / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source / name, partial / name)
 
 

@@ -4,8 +4,6 @@ A file holds metadata (the sizes, the tokenizer, the chat template), a list of t
 tensors, most of them in blocks of a few bits that the package `gguf` dequantizes. Blocks of Q4_0
 need no dequantizing: 32 columns of four bits and a scale are exactly a group of our int4, so
 `--quantize int4 --group-size 32` keeps their values.
-
-Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +25,7 @@ from formats.checkpoint import Checkpoint, Encoded
 from formats.config import check_tensors, config_from_hf, hf_parts
 from formats.files import import_optional, write_json
 from formats.folder import write_converted
+from formats.gguf_file import GGUFTensor, read_gguf
 from formats.gguf_tokenizer import write_tokenizer
 from linear import pack_nibbles
 from model import ModelConfig, rope_frequencies
@@ -50,46 +48,6 @@ NAMES = {"model.embed_tokens": "token_embd", "model.layers": "blk", "model.norm"
 ORIGINALS = [8192, *(2**n for n in range(5, 21))]
 INT4_OF_Q4_0 = {"mode": "int4", "group_size": 32}
 ROWS = 4096  # dequantized at a time: in float32 an embedding can be larger than the file
-
-
-# ------------------------------------------------------------------------------ the file
-
-
-class GGUFTensor(NamedTuple):
-    """A tensor in the file, memory-mapped. A vector has one number a row."""
-
-    kind: int  # gguf.GGMLQuantizationType
-    shape: tuple[int, ...]
-    rows: np.ndarray  # (shape[0], bytes) uint8
-    interleaved_heads: int = 0  # heads with llama.cpp's order of rows (split_halves); 0: none
-
-
-def read_gguf(path: Path) -> tuple[dict, dict[str, GGUFTensor]]:
-    """A file's metadata and its tensors by name. Raises ValueError for a damaged file."""
-    gguf = import_optional("gguf", "reading a GGUF file")
-
-    class Reader(gguf.GGUFReader):
-        def _get(self, offset, dtype, count=1, *order, **named):
-            # The package itself would read past the end of a file that was cut off.
-            if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
-                raise ValueError("it is cut off")
-            return super()._get(offset, dtype, count, *order, **named)
-
-    try:
-        reader = Reader(path)
-        if reader.byte_order != "I":
-            raise ValueError("its bytes are in the other order")
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-        shapes = [tuple(tensor.shape.tolist()[::-1]) for tensor in reader.tensors]
-        return metadata, {
-            tensor.name: GGUFTensor(
-                tensor.tensor_type, shape,
-                np.asarray(tensor.data).reshape(shape[0], -1).view(np.uint8))
-            for tensor, shape in zip(reader.tensors, shapes)}
-    except OSError:  # missing or not readable
-        raise
-    except Exception as error:  # a damaged file raises errors of many types
-        raise ValueError(f"damaged or not a GGUF file: {error}") from None
 
 
 # ------------------------------------------------------------------------------ configuration
@@ -315,7 +273,10 @@ def make_checkpoint(source: Path, folder: Path) -> Checkpoint:
         write_tokenizer(folder, metadata)
     except OSError as error:  # temporary files may be on another disk, which is full
         raise OSError(f"{folder}: cannot be written: {error}") from None
-    Tokenizer(folder)  # raises ValueError for what it cannot read
+    try:
+        Tokenizer(folder)
+    except ValueError as error:  # without the name of a folder that nobody knows
+        raise ValueError(f"its tokenizer: {str(error).replace(f'{folder}/', '')}") from None
     # Vectors are in float32 in every file, so the matrices' type counts.
     kinds = Counter(t.kind.name for t in tensors.values() if len(t.shape) > 1)
     bulk = kinds.most_common(1)[0][0]

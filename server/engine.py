@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import logging
 import threading
 from collections import deque
@@ -16,7 +17,7 @@ from collections.abc import AsyncIterator, Iterator
 
 from batch import LONG_PROMPT, Batch, Hooks, Prompt, Stream, generate_batch
 from draw import NOT_FINITE
-from generate import LARGE_CHUNK, check_ids
+from generate import LARGE_CHUNK, chat_stop_ids, check_ids
 from kv_cache import KVCache
 from model import Transformer
 from server.answers import Answer, Event, Job, Token
@@ -46,6 +47,7 @@ class Engine:
         self.model, self.tokenizer, self.max_queue = model, tokenizer, max_queue
         self.pinned = [{"role": "system", "content": pin_system}] if pin_system else []
         self.fingerprint = model.fingerprint
+        self.chat_stop_ids = chat_stop_ids(model, tokenizer)
         self.special_names = {token_id: text for text, token_id in tokenizer.specials.items()}
         self.batch = Batch(model, batch_size, n_sink, window, n_staging=2, n_chunks=4)
         self.prefix_cache = PrefixCache(cache_bytes)
@@ -105,14 +107,19 @@ class Engine:
     def make_chat_job(self, request: Request, client: str) -> Job:
         """The job of a conversation: only what follows the longest cached prefix is prefilled."""
         messages = self.with_pinned(request.messages)
-        keys = prefix_keys(f"{self.fingerprint} {client}", messages)
+        template_args = request.template_args
+        start = f"{self.fingerprint} {client}"
+        if template_args:
+            start += f" {json.dumps(template_args, sort_keys=True)}"
+        keys = prefix_keys(start, messages)
         last, prefix = self.find_prefix(messages, keys)
-        if prefix is not None and (ids := self.ids_after(messages, last, prefix)):
+        if prefix is not None and (
+                ids := self.ids_after(messages, last, prefix, template_args)):
             return Job(request, ids, 0, prefix, keys[-1], keys[last])
-        job = Job(request, self.tokenizer.conversation(messages), 0, key=keys[-1])
+        job = Job(request, self.tokenizer.conversation(messages, template_args), 0, key=keys[-1])
         if (messages[0]["role"] == "system" and messages[0]["content"].strip()
                 and self.prefix_cache.max_bytes):
-            system = self.tokenizer.system_turn(messages[0]["content"])
+            system = self.tokenizer.system_turn(messages[0]["content"], template_args)
             if job.ids[:len(system)] == system and len(system) < len(job.ids):
                 job.n_system, job.system_key = len(system), keys[0]
         return job
@@ -138,14 +145,15 @@ class Engine:
                                 "yours out.", "messages.0", "invalid_value")
         return self.pinned + messages
 
-    def ids_after(self, messages: list[dict], last: int, prefix: CachedPrefix) -> list[int]:
+    def ids_after(self, messages: list[dict], last: int, prefix: CachedPrefix,
+                  template_args: dict) -> list[int]:
         """The ids that follow the cached prefix, which ends with messages[last]. Empty where the
         template does not go on from there."""
         if messages[last]["role"] == "system":
-            ids = self.tokenizer.conversation(messages)
+            ids = self.tokenizer.conversation(messages, template_args)
             return ids[len(prefix.ids):] if ids[:len(prefix.ids)] == prefix.ids else []
         try:
-            return self.tokenizer.turns_after(messages, last, prefix.ids[-1])
+            return self.tokenizer.turns_after(messages, last, prefix.ids[-1], template_args)
         except ValueError:
             return []
 
@@ -254,7 +262,8 @@ class Engine:
             n_shared=job.n_system,
             save_shared=functools.partial(self.cache_system_turn, job) if job.n_system else None,
             owner=job)
-        return Prompt(job.ids, request.sampling, request.max_new_tokens, samples=request.n,
+        return Prompt(job.ids, request.sampling, request.max_new_tokens,
+                      stop_ids=self.chat_stop_ids if request.chat else None, samples=request.n,
                       logprobs=request.top_logprobs, hooks=hooks)
 
     def cache_system_turn(self, job: Job, staging: KVCache) -> None:
@@ -277,7 +286,7 @@ class Engine:
         text = answer.add(token_id)
         if answer.generated.stopped:
             stream.cancel()
-        if answer.generated.stopped or token_id in self.model.config.eos_ids:
+        if answer.generated.stopped or token_id in stream.prompt.stop_ids:
             answer.finish = "stop"
         token = self.token(token_id, *stream.logprobs.pop()) if stream.logprobs else None
         job.post(Event(answer.choice, text, token))

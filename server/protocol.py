@@ -20,6 +20,7 @@ from pydantic import (
     ValidationError,
 )
 
+from chat_template import check_args
 from sample import RANGES, Sampling
 
 MAX_BODY = 4 << 20  # bytes
@@ -66,6 +67,7 @@ class Request:
     top_logprobs: int | None  # None: no logprobs at all
     stream: bool
     include_usage: bool
+    template_args: dict  # what else the chat template is given
 
 
 # ------------------------------------------------------------------------------ bodies
@@ -131,6 +133,7 @@ class Chat(Options):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
+    chat_template_kwargs: dict[str, Any] = {}
 
 
 class Completion(Options):
@@ -169,7 +172,8 @@ def parse_request(body: bytes, chat: bool, model: str, max_new_tokens: int,
         prompts=[] if chat else prompts_of(fields.prompt), max_new_tokens=limit or max_new_tokens,
         sampling=sampling_of(fields, suggested or {}),
         n=fields.n, stop=[check_text(text, "stop") for text in fields.stop], top_logprobs=top,
-        stream=fields.stream, include_usage=fields.stream_options.include_usage)
+        stream=fields.stream, include_usage=fields.stream_options.include_usage,
+        template_args=template_args_of(fields) if chat else {})
 
 
 def sampling_of(fields: Options, suggested: dict[str, float]) -> Sampling:
@@ -231,6 +235,16 @@ def messages_of(chat: Chat) -> list[dict]:
     return [{"role": "system" if message.role == "developer" else message.role,
              "content": check_text(message.content, f"messages.{at}.content")}
             for at, message in enumerate(chat.messages)]
+
+
+def template_args_of(chat: Chat) -> dict:
+    try:
+        check_args(chat.chat_template_kwargs)
+        json.dumps(chat.chat_template_kwargs, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # half of a surrogate pair is a ValueError
+        raise ApiError(400, f"chat_template_kwargs: {error}.", "chat_template_kwargs",
+                       "invalid_value") from None
+    return chat.chat_template_kwargs
 
 
 def prompts_of(prompt: Any) -> list[str | list[int]]:

@@ -509,8 +509,8 @@ def test_a_file_may_put_no_space_in_front_and_add_tokens_of_its_own(spm, tmp_pat
         metadata[f"tokenizer.ggml.{key}"] = metadata[f"tokenizer.ggml.{key}"] + values
     convert_gguf(write(tmp_path / "a.gguf", metadata, tensors), tmp_path / "out")
     ours, theirs = Tokenizer(tmp_path / "out"), Tokenizer(TINY)
-    assert ours.encode("the cat<|im_end|>the<tool>") == [
-        *theirs.inner.encode("the cat"), 4096, *theirs.inner.encode("the"), 4097]
+    cat, the = theirs.encode("the cat", bos=False), theirs.encode("the", bos=False)
+    assert ours.encode("the cat<|im_end|>the<tool>") == [*cat, 4096, *the, 4097]
     assert [ours.decode([i]) for i in (4096, 4097, 4098)] == ["", "<tool>", "<think>"]
 
 
