@@ -74,10 +74,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear. For a chunk of a prompt, in a graph compiled for a CPU, it is W x^T: for x W^T the
     library would first copy W into another layout."""
     tokens = x.numel() // x.shape[-1]
-    if x.is_cuda or not torch.compiler.is_compiling() or not 12 <= tokens <= 512:
+    if not torch.compiler.is_compiling() or not 12 <= tokens <= 512:
         return F.linear(x, weight, bias)
     y = (weight @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
     return y if bias is None else y + bias
+
+
+def gpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear on a GPU. Where inductor writes the product itself, it would compute x again for
+    every few rows of W, unless x is in memory."""
+    return F.linear(materialize(x), weight, bias)
+
+
+def int8_gpu_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x W^T on a GPU, with W in int8. A cast to x's dtype is exact, and inductor fuses it with the
+    product (load.gpu_options): W is read as it is stored, and no copy of it is written."""
+    return (gpu_linear(x, weight.to(x.dtype)) * scale).type_as(x)
 
 
 def is_single_token(x: Tensor) -> bool:
@@ -139,6 +151,8 @@ class Linear(nn.Linear):
             y = torch.ops.gpt_stream.packed_linear(x, self.weight, self.out_features)
         elif is_single_token(x):
             y = matvec(x, self.weight).type_as(x)
+        elif x.is_cuda:
+            return gpu_linear(x, self.weight, self.bias)
         else:
             return linear(x, self.weight, self.bias)
         return y if self.bias is None else y + self.bias
@@ -162,12 +176,14 @@ class Int8Linear(nn.Module):
         few = x.numel() // x.shape[-1] <= 16  # tokens; for more, it is faster to dequantize W first
         if is_single_token(x):
             y = (matvec(x, self.weight) * self.scale).type_as(x)
-        elif few and not x.is_cuda:
+        elif x.is_cuda:
+            y = int8_gpu_linear(x, self.weight, self.scale)
+        elif few:
             y = torch.ops.gpt_stream.int8_matmul(x.flatten(0, -2).contiguous(), self.weight,
                                                  self.scale.type_as(x))
             y = y.unflatten(0, x.shape[:-1])
         else:  # 1024 dequantized rows at a time stay in a CPU's caches until they are used
-            parts = [self.weight] if x.is_cuda else self.weight.split(1024)
+            parts = self.weight.split(1024)
             y = torch.cat([linear(x, part.float().type_as(x)) for part in parts], dim=-1)
             y = (y * self.scale).type_as(x)
         return y if self.bias is None else y + self.bias

@@ -23,13 +23,22 @@ from formats.config import Layer, hf_parts, layer_name, model_layers
 from formats.folder import in_dtype, open_checkpoint
 from formats.hub import find, find_adapter
 from kv_cache import KVCache
-from linear import PACKED_BYTES, Int4Linear, Linear, check_types
+from linear import (
+    PACKED_BYTES,
+    GroupedInt8Linear,
+    Int4Linear,
+    Int8Linear,
+    Linear,
+    check_types,
+)
 from model import ModelConfig, Transformer, rope_frequencies
 from quantize import asked_quantization, empty_model, kind_of_tensor, store
 from threads import at_most, most_threads
 from tokenizer import Tokenizer
 
 log = logging.getLogger("gpt_stream")
+# Whether compiling for a GPU searches for the fastest blocks, which takes most of its time.
+TUNE = True
 
 
 def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype | None = None,
@@ -257,7 +266,10 @@ class CompiledStep:
         kind = (tokens.shape, last is None,
                 cache and (cache.batch_size, cache.n_sink, cache.window, cache.ring))
         if kind not in self.graphs:
-            self.graphs[kind] = compile_graph(self.on_gpu), most_threads()
+            if self.on_gpu and cache is not None:
+                cache.check_static()
+            options = gpu_options(model, tokens.numel()) if self.on_gpu else {}
+            self.graphs[kind] = compile_graph(options), most_threads()
             torch.set_num_threads(self.graphs[kind][1])
         graph, n_threads = self.graphs[kind]
         if self.on_gpu:  # the next replay of a CUDA graph overwrites its output
@@ -268,15 +280,26 @@ class CompiledStep:
             return graph(model, tokens, cache, in_use, last)
 
 
-def compile_graph(on_gpu: bool) -> Callable:
+def gpu_options(model: Transformer, n_tokens: int) -> dict[str, bool]:
+    """How inductor compiles a step of n_tokens for a GPU.
+
+    One token's products are inductor's own sums, and it searches for the fastest sizes of their
+    blocks. The products of several are cuBLAS', but for int8 weights: of those a library would need
+    a copy in the model's dtype at every step. So inductor writes these, too, and they read the
+    weights as they are stored."""
+    int8 = any(isinstance(module, Int8Linear | GroupedInt8Linear) for module in model.modules())
+    return {"triton.cudagraphs": True, "coordinate_descent_tuning": n_tokens == 1 and TUNE,
+            "triton.native_matmul": n_tokens > 1 and int8}
+
+
+def compile_graph(options: dict[str, bool]) -> Callable:
     """Transformer.step, to be compiled at its first call. Dynamo stores graphs by code object, and
     their guards do not tell models apart (needed_guards). So each graph gets a code object of its
     own, and no two models ever share a graph."""
     step = Transformer.step
     own = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
     return torch.compile(own, fullgraph=True, dynamic=False, options={
-        "guard_filter_fn": needed_guards,
-        "triton.cudagraphs": on_gpu, "coordinate_descent_tuning": on_gpu,
+        "guard_filter_fn": needed_guards, **options,
         # These checks of shapes run in Python before every kernel and slow small steps down.
         "size_asserts": False, "alignment_asserts": False, "scalar_asserts": False})
 
