@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+PART = 1 << 19  # weights turned to float32 at a time: they stay in a core's cache until they are used
 MODES, GROUP_SIZES = ("int8", "int4"), (32, 64, 128)
 
 
@@ -66,6 +67,25 @@ def int4_matmul_fake(x, weight, group_size, scales_and_zeros):
     return x.new_empty(x.shape[0], scales_and_zeros.shape[1])
 
 
+# For a graph it is one call: inductor would only write the parts' code out, one by one.
+define("gpt_stream::linear_in_parts", "(Tensor x, Tensor weight) -> Tensor")
+
+
+@implement("gpt_stream::linear_in_parts", "cpu")
+def linear_in_parts(x, weight):
+    (N, K), x32 = weight.shape, x.flatten(0, -2).float()  # (T, K)
+    size = max(1, PART // K)
+    rows, y = x32.new_empty(min(size, N), K), x32.new_empty(N, len(x32))
+    for part, out in zip(weight.split(size), y.split(size)):
+        torch.mm(rows[:len(part)].copy_(part), x32.t(), out=out)
+    return y.t().type_as(x).contiguous().unflatten(0, x.shape[:-1])
+
+
+@torch.library.register_fake("gpt_stream::linear_in_parts")
+def linear_in_parts_fake(x, weight):
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
 def materialize(x: Tensor) -> Tensor:
     """x itself. Inductor writes it to memory here and does not compute it again at every use."""
     return x.as_strided(x.shape, x.stride())
@@ -87,14 +107,20 @@ def transposed(x: Tensor, weight: Tensor) -> Tensor:
     return (weight @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
 
 
+def in_parts(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in float32, with a part of W at a time turned to float32, which meets x transposed. It
+    is for many tokens where the library has no fast kernel of W's dtype."""
+    return torch.ops.gpt_stream.linear_in_parts(x, weight)
+
+
 def one_pass(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T of one token, in a graph."""
-    return matvec(x, weight).type_as(x)
+    """x W^T of a few tokens, in a graph."""
+    return row_sums(x, weight).type_as(x)
 
 
-def matvec(x: Tensor, weight: Tensor) -> Tensor:
-    """One token x (..., K) times W (N, K) transposed -> (..., N) float32. Inductor makes one pass
-    over W of it, a product and a sum, which is faster than a library's matmul of one row.
+def row_sums(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in float32. Inductor makes one pass over W of it, a product and a sum for each token,
+    which is faster than a library's matmul of a few rows.
 
     Several parts of W are read side by side and each row is summed in pieces, since that keeps
     more of the memory busy. Inductor's sum is also slower over more than 4096 terms."""
@@ -102,16 +128,17 @@ def matvec(x: Tensor, weight: Tensor) -> Tensor:
     # The fewest pieces, at least two, that are equal and have at most 4096 terms.
     pieces = next(n for n in range(min(2, K), K + 1) if K % n == 0 and K // n <= 4096)
     # In memory, or inductor would fuse what computes x and compute it again for every row of W.
-    row = materialize(x.reshape(-1).float())  # (K,)
+    tokens = materialize(x.reshape(-1, K).float())  # (T, K)
     n_parts = max(1, 4 // weight.itemsize)  # four of int8, two of bf16: the fastest where measured
-    sums = [(part.float() * row).view(-1, pieces, K // pieces).sum(-1)
-            for part in weight.chunk(n_parts)]  # (N / n_parts, pieces) each
-    return torch.cat(sums).sum(-1).view(*x.shape[:-1], -1)
+    sums = [[(part.float() * token).view(-1, pieces, K // pieces).sum(-1) for token in tokens]
+            for part in weight.chunk(n_parts)]  # (N / n_parts, pieces) of each part and token
+    y = torch.stack([torch.cat(parts) for parts in zip(*sums)]).sum(-1)  # (T, N)
+    return y.view(*x.shape[:-1], -1)
 
 
 def int8_one_pass(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """x W^T of one token, in a graph."""
-    return (matvec(x, weight) * scale).type_as(x)
+    return (row_sums(x, weight) * scale).type_as(x)
 
 
 def int8_kernel(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -163,38 +190,37 @@ def int4_kernel(x: Tensor, weight: Tensor, group_size: int, scales_and_zeros: Te
 ROWS, ONEDNN, PACKED = "rows", "onednn", "packed"  # layouts; PACKED is the int4 kernel's
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 CPUS, ALL = "avx2 avx512 amx generic", "eager small large"
-FEW = 16  # tokens
+TOKENS = (1, 8, 16)  # the most that the first three columns are for
 LARGE = 1 << 22  # bytes; to read a smaller weight takes less time than to call oneDNN does
 
 # How x W^T is computed, by kind of weight, processor and layout. The layout is that of an "eager"
 # model's weights, and of a compiled one's "small" and "large" ones (a table that is shared with the
-# embedding is small, since another layout would be a copy). Of the six functions, three are for
-# graphs: for 1 token, for 2 to FEW, and for more; and three for the same in eager calls.
+# embedding is small, since another layout would be a copy). Of the eight functions, four are for
+# graphs: for 1 token, for 2 to 8, for 9 to 16, and for more; and four for the same in eager calls.
 # `python -m bench --products` measures which are the fastest on a machine.
 TABLE = {
     # kinds of weight, processors, layout, the weights that are laid out so
     ("bf16", "avx512 amx", ROWS, "small"):
-        (one_pass, F.linear, transposed, F.linear, F.linear, F.linear),
-    ("bf16", "avx512 amx", ONEDNN, "eager large"):
-        (onednn, onednn, onednn, onednn, onednn, onednn),
-    ("bf16", "avx2 generic", ROWS, ALL):
-        (one_pass, F.linear, transposed, F.linear, F.linear, F.linear),
-    ("fp16", CPUS, ROWS, ALL):
-        (one_pass, F.linear, transposed, F.linear, F.linear, F.linear),
+        (one_pass, F.linear, transposed, transposed, *4 * [F.linear]),
+    ("bf16", "avx512 amx", ONEDNN, "eager large"): 8 * [onednn],
+    ("fp16", "avx512 amx", ROWS, ALL):
+        (one_pass, F.linear, transposed, transposed, *4 * [F.linear]),
+    ("bf16 fp16", "avx2", ROWS, ALL):
+        (one_pass, one_pass, in_parts, in_parts, F.linear, F.linear, in_parts, in_parts),
+    ("bf16 fp16", "generic", ROWS, ALL):
+        (one_pass, F.linear, transposed, transposed, *4 * [F.linear]),
     ("fp32", CPUS, ROWS, "eager small"):
-        (one_pass, F.linear, transposed, F.linear, F.linear, F.linear),
-    ("fp32", CPUS, ONEDNN, "large"):
-        (onednn, onednn, onednn, onednn, onednn, onednn),
-    ("bf16 fp16 fp32", "cuda", ROWS, ALL):
-        (F.linear, F.linear, F.linear, F.linear, F.linear, F.linear),
+        (one_pass, F.linear, transposed, transposed, *4 * [F.linear]),
+    ("fp32", CPUS, ONEDNN, "large"): 8 * [onednn],
+    ("bf16 fp16 fp32", "cuda", ROWS, ALL): 8 * [F.linear],
 
     ("int8", CPUS, ROWS, ALL):
-        (int8_one_pass, int8_kernel, int8_in_parts, int8_kernel, int8_kernel, int8_in_parts),
-    ("int8", "cuda", ROWS, ALL): 6 * (int8_in_parts,),
-    ("grouped_int8", CPUS, ROWS, ALL):
-        (grouped_one_pass, *5 * (grouped_in_parts,)),
-    ("grouped_int8", "cuda", ROWS, ALL): 6 * (grouped_in_parts,),
-    ("int4", CPUS + " cuda", PACKED, ALL): 6 * (int4_kernel,),
+        (int8_one_pass, int8_kernel, int8_kernel, int8_in_parts,
+         int8_kernel, int8_kernel, int8_kernel, int8_in_parts),
+    ("int8", "cuda", ROWS, ALL): 8 * [int8_in_parts],
+    ("grouped_int8", CPUS, ROWS, ALL): (grouped_one_pass, *7 * [grouped_in_parts]),
+    ("grouped_int8", "cuda", ROWS, ALL): 8 * [grouped_in_parts],
+    ("int4", CPUS + " cuda", PACKED, ALL): 8 * [int4_kernel],
 }
 ROW = {(kind, processor, layout): (uses.split(), functions)
        for (kinds, processors, layout, uses), functions in TABLE.items()
@@ -226,9 +252,9 @@ def layout_of(kind: str, weight: Tensor, compiled: bool, shared: bool = False) -
 def product(kind: str, layout: str, x: Tensor) -> Callable:
     """The table's function for x (..., K)."""
     tokens = x.numel() // x.shape[-1]
-    column = 0 if tokens == 1 else 1 if tokens <= FEW else 2
+    column = sum(tokens > most for most in TOKENS)
     _, functions = ROW[kind, "cuda" if x.is_cuda else cpu_kind(), layout]
-    return functions[column if torch.compiler.is_compiling() else 3 + column]
+    return functions[column if torch.compiler.is_compiling() else column + 4]
 
 
 def product_of_rows(x: Tensor, weight: Tensor) -> Tensor:
