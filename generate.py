@@ -4,7 +4,7 @@
     python generate.py --checkpoint smollm2 --prompt "Once upon a time" --max-new-tokens 5000
 
 Read it from the top: a cache, prefill, decode, an answer, and last the command line; load.py makes
-the model. Every call of the model is a token or a chunk of one of a few sizes, so nothing is
+the model. Every compiled call of it is a token or a chunk of one of a few sizes, so nothing is
 compiled again however long a prompt or an answer is.
 """
 

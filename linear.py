@@ -8,6 +8,7 @@ Shapes: x (..., K), W (N, K), y (..., N). A group is group_size columns of a row
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PART = 1 << 19  # weights turned to float32 at a time: they stay in a core's cache until they are used
+PART = 1 << 20  # weights turned to float32 at a time, which stay in a CPU's caches until used
 MODES, GROUP_SIZES = ("int8", "int4"), (32, 64, 128)
 
 
@@ -74,11 +75,14 @@ define("gpt_stream::linear_in_parts", "(Tensor x, Tensor weight) -> Tensor")
 @implement("gpt_stream::linear_in_parts", "cpu")
 def linear_in_parts(x, weight):
     (N, K), x32 = weight.shape, x.flatten(0, -2).float()  # (T, K)
-    size = max(1, PART // K)
-    rows, y = x32.new_empty(min(size, N), K), x32.new_empty(N, len(x32))
+    T = len(x32)
+    x32 = F.pad(x32, (0, 0, 0, max(0, 16 - T)))  # the library is slower for fewer than 16 columns
+    n_parts = math.ceil(N * K / PART)
+    size = math.ceil(N / n_parts)
+    rows, y = x32.new_empty(size, K), x32.new_empty(N, len(x32))
     for part, out in zip(weight.split(size), y.split(size)):
         torch.mm(rows[:len(part)].copy_(part), x32.t(), out=out)
-    return y.t().type_as(x).contiguous().unflatten(0, x.shape[:-1])
+    return y[:, :T].t().type_as(x).contiguous().unflatten(0, x.shape[:-1])
 
 
 @torch.library.register_fake("gpt_stream::linear_in_parts")
@@ -110,6 +114,8 @@ def transposed(x: Tensor, weight: Tensor) -> Tensor:
 def in_parts(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T in float32, with a part of W at a time turned to float32, which meets x transposed. It
     is for many tokens where the library has no fast kernel of W's dtype."""
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return F.linear(x, weight)  # while training: the parts have no gradient
     return torch.ops.gpt_stream.linear_in_parts(x, weight)
 
 
