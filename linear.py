@@ -298,7 +298,10 @@ class Linear(nn.Linear):
         """Lay W out as a CPU reads it fastest. `shared` says that it is another layer's, too."""
         layout = layout_of(KINDS[self.weight.dtype], self.weight, compiled, shared)
         if layout == ONEDNN != self.layout and torch.backends.mkldnn.is_available():
-            packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data, None)
+            try:
+                packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data, None)
+            except RuntimeError:  # oneDNN has no such product here: the table is another machine's
+                return
             self.weight, self.layout = nn.Parameter(packed, requires_grad=False), ONEDNN
 
     def unpack(self) -> None:
