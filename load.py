@@ -23,14 +23,7 @@ from formats.config import Layer, hf_parts, layer_name, model_layers
 from formats.folder import in_dtype, open_checkpoint
 from formats.hub import find, find_adapter
 from kv_cache import KVCache
-from linear import (
-    PACKED_BYTES,
-    GroupedInt8Linear,
-    Int4Linear,
-    Int8Linear,
-    Linear,
-    check_types,
-)
+from linear import ROWS, GroupedInt8Linear, Int4Linear, Int8Linear, Linear, check_types
 from model import ModelConfig, Transformer, rope_frequencies
 from quantize import asked_quantization, empty_model, kind_of_tensor, store
 from threads import at_most, most_threads
@@ -188,21 +181,14 @@ def finish(model: Transformer, weights: dict[str, Tensor], device: torch.device)
 
 
 def pack(model: Transformer, compile: bool) -> None:
-    """Lay weights out as a CPU reads them fastest: in its library's layout, or in rows if the model
-    is about to be compiled and a graph's own loop is as fast (linear.py)."""
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.unpack()
+    """Lay weights out as a CPU reads them fastest, in a model that is about to be compiled or in an
+    eager one (linear.TABLE)."""
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    for module in linears:
+        module.unpack()
     model.tie()
-    for module in model.modules():
-        if isinstance(module, Linear):
-            shared = module.weight is model.embed.weight  # packing it would need a copy
-            if compile:
-                wanted = module.weight.nbytes >= PACKED_BYTES and not shared
-            else:
-                wanted = module.weight.dtype == torch.bfloat16
-            if wanted:
-                module.pack()
+    for module in linears:
+        module.pack(compile, shared=module.weight is model.embed.weight)
 
 
 def weight_bytes(model: Transformer) -> int:
@@ -210,7 +196,7 @@ def weight_bytes(model: Transformer) -> int:
     anew."""
     layers = model_layers(model.config)
     tied = [name for name, layer in layers.items()
-            if layer.tied_to and not getattr(model.get_submodule(name), "packed", False)]
+            if layer.tied_to and getattr(model.get_submodule(name), "layout", ROWS) == ROWS]
     return sum(tensor.nbytes for name, tensor in model.state_dict(keep_vars=True).items()
                if layer_name(name, layers) not in tied)
 
