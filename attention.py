@@ -91,7 +91,8 @@ def attend_gpu_sums(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, mask
                         for q in (q_sink, q_recent))  # (B, kv_heads, G, 1, D)
     is_sink = (torch.arange(n, device=k.device) < n_sink)[:, None]
     scores = (torch.where(is_sink, q_sink, q_recent) * k[:, :, None].float()).sum(-1)
-    weights = materialize((scores / math.sqrt(D) + mask[:, None]).softmax(-1))  # (B, kv_heads, G, n)
+    scores = scores / math.sqrt(D) + mask[:, None]  # (B, kv_heads, G, n)
+    weights = materialize(scores.softmax(-1))
     return (weights[..., None] * v[:, :, None].float()).sum(-2).reshape(B, 1, -1, D).to(dtype)
 
 

@@ -225,6 +225,26 @@ def int4_kernel(x: Tensor, weight: Tensor, group_size: int, scales_and_zeros: Te
     return kernel(rows, weight, group_size, scales_and_zeros).unflatten(0, x.shape[:-1])
 
 
+def gpu_int4_chunk(x: Tensor, weight: Tensor, group_size: int, scales_and_zeros: Tensor) -> Tensor:
+    """x W^T of many tokens on a GPU, in a graph: W is dequantized first, in one pass. The int4
+    kernel would read and dequantize it again for every 16 tokens."""
+    if x.numel() // x.shape[-1] < 64:
+        return int4_kernel(x, weight, group_size, scales_and_zeros)
+    scale, zero = scales_and_zeros.transpose(0, 1).unsqueeze(-2).unbind(-1)  # (N, K / g, 1)
+    nibbles = unpack_gpu_int4(weight).unflatten(1, (-1, group_size))  # (N, K / g, g)
+    return gpu_linear(x, ((nibbles.to(x.dtype) - 8) * scale + zero).flatten(1))
+
+
+def unpack_gpu_int4(packed: Tensor) -> Tensor:
+    """(N, K) uint8 from the layout of a GPU's int4 kernel (N / 8, K / 16 tiles, 32, tiles / 2)
+    int32: 16 columns of 8 rows are a tile, in the order in which its threads hold them."""
+    n_rows, n_columns, _, pairs = packed.shape
+    nibbles = torch.stack([packed >> shift & 15 for shift in range(0, 32, 4)], dim=-1)
+    nibbles = nibbles.to(torch.uint8).view(n_rows, n_columns, 8, 4, pairs, 2, 4)
+    # The last two: whether the column is odd, and which four bytes of the pair of tiles it is in.
+    return nibbles.permute(0, 2, 1, 4, 6, 3, 5).reshape(8 * n_rows, -1)
+
+
 # ------------------------------------------------------------------------------ the table
 
 ROWS, ONEDNN, PACKED = "rows", "onednn", "packed"  # layouts; PACKED is the int4 kernel's
@@ -260,7 +280,8 @@ TABLE = {
     ("int8", "cuda", ROWS, ALL): 8 * [gpu_int8],
     ("grouped_int8", CPUS, ROWS, ALL): (grouped_one_pass, *7 * [grouped_in_parts]),
     ("grouped_int8", "cuda", ROWS, ALL): 8 * [gpu_grouped],
-    ("int4", CPUS + " cuda", PACKED, ALL): 8 * [int4_kernel],
+    ("int4", CPUS, PACKED, ALL): 8 * [int4_kernel],
+    ("int4", "cuda", PACKED, ALL): (*3 * [int4_kernel], gpu_int4_chunk, *4 * [int4_kernel]),
 }
 ROW = {(kind, processor, layout): (uses.split(), functions)
        for (kinds, processors, layout, uses), functions in TABLE.items()

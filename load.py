@@ -31,7 +31,7 @@ from tokenizer import Tokenizer
 
 log = logging.getLogger("gpt_stream")
 # Whether compiling for a GPU searches for the fastest blocks, which takes most of its time.
-TUNE = True
+TUNE = os.environ.get("GPT_STREAM_TUNE", "1") != "0"
 
 
 def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype | None = None,

@@ -53,9 +53,12 @@ def check(args) -> None:
             (args.busy, not (args.peer or rows > 1), "--busy goes with one row and no --peer"),
             (args.sampling, not args.peer, "--sampling goes with no --peer"),
             (args.gpt_fast, args.gpu == "peers", "--gpt-fast goes with --gpu peers"),
-            (args.gpu, not (set(modes) - {"turns"} or args.batch or args.quantize or args.peer),
-             "--gpu says itself what it measures: no --streams, --busy, --sampling, --batch, "
-             "--quantize or --peer"),
+            (args.gpu, not (set(modes) - {"turns"} or args.batch or args.peer),
+             "--gpu says itself what it measures: no --streams, --busy, --sampling, --batch "
+             "or --peer"),
+            (args.gpu and args.quantize, args.gpu in ("decode", "batches"),
+             "of --gpu, --quantize goes with decode and batches"),
+            (args.rounds, args.gpu, "--rounds goes with --gpu"),
             (args.limit, args.turns, "--limit goes with --turns"),
             (args.max_new_tokens, args.turns, "--max-new-tokens goes with --turns"),
             (args.turns, rows == 1, "--turns goes with one row"),
@@ -109,6 +112,7 @@ def main():
         help=f"time every product of linear.TABLE, of these kinds of weight: {', '.join(KINDS)}")
     add("--emulate", choices=["avx2"], help="compute without AVX-512 where the CPU has it")
     add("--gpu", choices=["limits", "decode", "peers", "batches"], help="a part of gpu.py's table")
+    add("--rounds", type=number(int, 1), metavar="N", help="rounds of --gpu; default 9")
     add("--gpt-fast", metavar="DIR", help="a copy of gpt-fast, for --gpu peers")
     with user_errors(parser):
         args = parser.parse_args()

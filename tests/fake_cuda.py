@@ -11,7 +11,6 @@ computes the kernels, and `real` holds the numbers of the fake tensors.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import importlib.util
 import os
@@ -148,7 +147,8 @@ def keep_code(compile_to_module):
 def call(graph, inputs):
     """Instead of replaying a CUDA graph."""
     static = set(graph.fx_kwargs["static_input_idxs"] or ())
-    calls.append(dict(inputs=len(inputs), static=len(static), skipped=graph.disabled_cudagraphs_reason))
+    calls.append(dict(inputs=len(inputs), static=len(static),
+                      skipped=graph.disabled_cudagraphs_reason))
     compiled = Compiled()
     if INTERPRETED:
         with unset_fake_temporarily():
@@ -205,7 +205,7 @@ def on_cpu(deduce):
     return deduce_on_cpu
 
 
-# ------------------------------------------------------------------------------ Triton's interpreter
+# ------------------------------------------------------------------------------ the interpreter
 
 
 class Kernel:
@@ -218,18 +218,12 @@ class Kernel:
         if self.function is None:
             self.function = interpreted(self.name, self.source)
         names = self.function.arg_names
-        given = dict(zip(names, args))
-        blocks = {name: block_size(given[name[0].lower() + "numel"] if name != "R0_BLOCK" else
-                                   given["r0_numel"], name)
-                  for name in names[len(args):]}
-        grid = tuple(-(-given.get(f"{axis}numel", 1) // blocks.get(f"{axis.upper()}BLOCK", 1))
+        sizes = dict(zip(names, args))  # xnumel and r0_numel among them
+        # Small blocks, so that loops and masks have several steps; a tl.dot takes no smaller ones.
+        blocks = dict.fromkeys(names[len(args):], 16)
+        grid = tuple(-(-sizes.get(f"{axis}numel", 1) // blocks.get(f"{axis.upper()}BLOCK", 1))
                      for axis in "xyz")
         self.function[grid](*args, **blocks)
-
-
-def block_size(n: int, name: str) -> int:
-    """Small, so that loops and masks have several steps, and at least what a tl.dot takes."""
-    return max(16, min(32, triton.next_power_of_2(n)))
 
 
 def interpreted(name: str, source: str):

@@ -131,3 +131,43 @@ def test_nothing_else_asks_about_the_processor():
              for path in (ROOT / folder).glob("*.py") for line in path.read_text().splitlines()
              if asks.search(line)]
     assert {name for name, _ in found} == {"linear.py"} and len(found) == 2, found
+
+
+# ------------------------------------------------------------------------------ on a GPU
+
+
+def as_a_gpu_packs(nibbles, tiles):
+    """Nibbles (N, K) in the layout of PyTorch's int4 kernel for CUDA, an element at a time: for 8
+    rows and 16 * tiles columns, thread t holds row t // 4, and of each pair of tiles the bytes
+    t % 4, t % 4 + 4, ... of two columns; in an int32 lie the even columns, then the odd ones."""
+    N, K = nibbles.shape
+    packed = torch.zeros(N // 8, K // (16 * tiles), 32, tiles // 2, dtype=torch.int64)
+    for row in range(N):
+        for column in range(K):
+            block, inside = divmod(column, 16 * tiles)
+            pair, byte = divmod(inside // 2, 16)
+            place = byte // 4 + 4 * (column % 2)
+            thread = row % 8 * 4 + byte % 4
+            packed[row // 8, block, thread, pair] |= int(nibbles[row, column]) << 4 * place
+    return (packed - (packed >> 31 << 32)).to(torch.int32)
+
+
+@pytest.mark.parametrize("tiles", [2, 4, 8])
+def test_int4_is_unpacked_from_the_layout_of_a_gpu(tiles):
+    nibbles = torch.randint(0, 16, (16, 256), generator=torch.Generator().manual_seed(0))
+    packed = as_a_gpu_packs(nibbles, tiles)
+    assert torch.equal(linear.unpack_gpu_int4(packed), nibbles.to(torch.uint8))
+    scale, zero = torch.rand(16, 8), torch.randn(16, 8)
+    both = torch.stack([scale, zero], dim=-1).transpose(0, 1)  # (K / g, N, 2)
+    weight = ((nibbles.unflatten(1, (8, 32)) - 8) * scale[..., None] + zero[..., None]).flatten(1)
+    x = torch.randn(2, 40, 256)
+    assert is_product(linear.gpu_int4_chunk(x, packed, 32, both), x, weight)
+
+
+def test_int8_on_a_gpu_equals_float64():
+    x, weight = torch.randn(3, 5, 64), torch.randint(-127, 128, (33, 64)).to(torch.int8)
+    scale, groups = torch.rand(33), torch.rand(33, 2)
+    zero = torch.randint(-9, 9, (33, 2)).to(torch.int16)
+    assert is_product(linear.gpu_int8(x, weight, scale), x, weight * scale[:, None])
+    grouped = (weight.unflatten(1, (2, 32)) - zero[..., None]) * groups[..., None]
+    assert is_product(linear.gpu_grouped(x, weight, groups, zero), x, grouped.flatten(1))
