@@ -20,8 +20,6 @@ import types
 from pathlib import Path
 
 import torch
-import torch._dynamo
-import torch._inductor.config as inductor_config
 import torch.cuda
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -95,7 +93,9 @@ def load_guard() -> None:
     ctypes.CDLL(library)
 
 
-pretend_device()
+pretend_device()  # before what keeps references to the functions that it replaces
+import torch._dynamo  # noqa: E402
+import torch._inductor.config as inductor_config  # noqa: E402
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
@@ -116,6 +116,7 @@ class FakeDriver:
 driver.set_active(FakeDriver())
 
 import torch._inductor.async_compile as async_compile  # noqa: E402
+import torch._inductor.compile_fx as compile_fx  # noqa: E402
 import torch._inductor.cudagraph_utils as cudagraph_utils  # noqa: E402
 import torch._inductor.fx_passes.joint_graph as joint_graph  # noqa: E402
 import torch._inductor.fx_passes.pad_mm as pad_mm  # noqa: E402
@@ -164,9 +165,12 @@ def numbers(fake):
     return storage.as_strided(fake.shape, fake.stride(), fake.storage_offset())
 
 
-def set_numbers(fake: torch.Tensor, values: torch.Tensor) -> None:
-    """Give a fake tensor its numbers."""
-    real[fake.untyped_storage()._cdata] = values.contiguous().flatten()
+def set_numbers(fake: torch.Tensor, values) -> None:
+    """Give a contiguous fake tensor its numbers: copies of a tensor's or a list's, or one for all.
+    """
+    with unset_fake_temporarily():
+        numbers = torch.as_tensor(values, dtype=fake.dtype).detach().expand(fake.shape)
+        real[fake.untyped_storage()._cdata] = numbers.flatten().clone()
 
 
 def skip(message: str) -> None:
@@ -179,11 +183,14 @@ def patch_inductor() -> None:
     output_code.CompiledFxGraph.__call__ = call
     for module in (cudagraph_utils, output_code):
         module.log_cudagraph_skip_and_bump_counter = skip
-    async_compile.AsyncCompile.triton = Kernel
+    async_compile.AsyncCompile.triton = lambda self, name, source, **_: Kernel(name, source)
     async_compile.AsyncCompile.wait = returning(None)
     inductor_config.force_disable_caches, inductor_config.compile_threads = True, 1
     inductor_config.use_static_cuda_launcher = False
     triton_helpers.set_driver_to_gpu = returning(None)
+    if INTERPRETED:
+        triton_helpers.libdevice = Libdevice
+        compile_fx.cudagraphify = lambda function, *args, **kwargs: function
     # What would be measured on the device: rates, and whether padding a product pays.
     inductor_utils.get_device_tflops = returning(989.0)
     inductor_utils.get_gpu_dram_gbps = returning(3350.0)
@@ -211,7 +218,7 @@ def on_cpu(deduce):
 class Kernel:
     """A Triton kernel of inductor's, which its interpreter runs on the CPU."""
 
-    def __init__(self, compiler, name: str, source: str, device_str: str = "cuda"):
+    def __init__(self, name: str, source: str):
         self.name, self.source, self.function = name, source, None
 
     def run(self, *args, stream=0):
@@ -235,8 +242,18 @@ def interpreted(name: str, source: str):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.libdevice = types.SimpleNamespace(exp=triton.language.exp, rsqrt=triton.language.rsqrt)
+    module.libdevice = Libdevice
     return getattr(module, name)
+
+
+class Libdevice:
+    """CUDA's functions of numbers, which the interpreter has not, as Triton's own."""
+
+    exp = staticmethod(lambda x: triton.language.exp(x))
+    sin = staticmethod(lambda x: triton.language.sin(x))
+    cos = staticmethod(lambda x: triton.language.cos(x))
+    rsqrt = staticmethod(lambda x: triton.language.rsqrt(x))
+    signbit = staticmethod(lambda x: x < 0)
 
 
 patch_inductor()
