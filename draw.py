@@ -146,14 +146,14 @@ def sample(logits: Tensor, sampling: Sampling = GREEDY,
         if on_cpu(rows):
             ids = draw_on_cpu(rows, [sampling] * len(rows), keys.tolist())
         else:
-            ids = draw_on_gpu(rows, sampling.limits(), keys)
+            ids = draw_on_gpu(rows, sampling.limits(), uniform(keys))
     return broadcast_tokens(ids).view(logits.shape[:-1])
 
 
-def draw_on_gpu(logits: Tensor, limits: dict[str, float | Tensor], keys: Tensor) -> Tensor:
-    """Ids (B,) of rows (B, V), by the same operations whatever the tensors hold. The limits are
-    those of `probabilities`, by name: numbers, or tensors (B,)."""
-    ids = inverse_cdf(probabilities(logits, **limits), uniform(keys))
+def draw_on_gpu(logits: Tensor, limits: dict[str, float | Tensor], u: Tensor) -> Tensor:
+    """Ids (B,) of rows (B, V) for numbers u (B,) in [0, 1), by the same operations whatever the
+    tensors hold. The limits are those of `probabilities`, by name: numbers, or tensors (B,)."""
+    ids = inverse_cdf(probabilities(logits, **limits), u)
     if not isinstance(limits["temperature"], Tensor):
         return ids
     return torch.where(limits["temperature"] == 0, likeliest(logits), ids)
@@ -262,7 +262,7 @@ class RowSampler:
     def __init__(self, n_rows: int, vocab_size: int, device="cpu"):
         self.asked = [GREEDY] * n_rows
         self.keys, self.drawn = [0] * n_rows, [0] * n_rows  # the seeds' keys; tokens drawn so far
-        self.on_gpu = {}  # the settings, keys and drawn as tensors (B,), by name; empty: outdated
+        self.on_gpu = {}  # the settings as tensors (B,), by name; empty: outdated
         # (B, V), made for the first row with a penalty. seen: the token is in the prompt or the
         # answer; counts: how often it is in the answer.
         self.seen = self.counts = None
@@ -289,12 +289,22 @@ class RowSampler:
         """on_gpu, copied to the device anew when a row has begun or ended."""
         if not self.on_gpu:
             columns = [[getattr(one, name) for one in self.asked] for name in RANGES]
-            table = torch.tensor([*columns, self.keys, self.drawn], dtype=torch.float64)
-            table = table.to(self.device, non_blocking=True)  # the host does not wait
-            self.on_gpu = {
-                name: column.long() if name in ("top_k", "key", "drawn") else column.float()
-                for name, column in zip((*RANGES, "key", "drawn"), table, strict=True)}
+            table = self.to_device(columns)
+            self.on_gpu = {name: column.long() if name == "top_k" else column.float()
+                           for name, column in zip(RANGES, table, strict=True)}
         return self.on_gpu
+
+    def to_device(self, numbers: list) -> Tensor:
+        """Numbers as a float64 tensor on the device. The host does not wait for the copy."""
+        return torch.tensor(numbers, dtype=torch.float64).to(self.device, non_blocking=True)
+
+    def limits(self, rows: slice) -> dict[str, float | Tensor]:
+        """The limits of a slice of rows, for draw_on_gpu: numbers where all rows have the same,
+        which takes fewer operations, or else tensors."""
+        limits = [one.limits() for one in self.asked[rows]]
+        if all(other == limits[0] for other in limits):
+            return limits[0]
+        return {name: self.tensors()[name][rows] for one in limits for name in one}
 
     def sample(self, logits: Tensor, rows: slice = slice(None)) -> Tensor:
         """The next token (B, 1), or UNDRAWN, of all rows, or of a slice of them, for their logits
@@ -305,17 +315,15 @@ class RowSampler:
             logits = self.penalize(logits, rows, penalized)
         if not any(one.temperature for one in asked):
             ids = likeliest(logits)
-        elif on_cpu(logits):
-            keys = [mix(key ^ n) for key, n in zip(self.keys[rows], self.drawn[rows], strict=True)]
-            ids = draw_on_cpu(logits, asked, keys)
         else:
-            on = {name: column[rows] for name, column in self.tensors().items()}
-            limits = {name: on[name] for one in asked for name in one.limits()}
-            ids = draw_on_gpu(logits, limits, mix(on["key"] ^ on["drawn"]))
+            keys = [mix(key ^ n) for key, n in zip(self.keys[rows], self.drawn[rows], strict=True)]
+            if on_cpu(logits):
+                ids = draw_on_cpu(logits, asked, keys)
+            else:
+                u = self.to_device([uniform(key) for key in keys])
+                ids = draw_on_gpu(logits, self.limits(rows), u)
         ids = broadcast_tokens(ids)[:, None]
         self.drawn[rows] = [n + 1 for n in self.drawn[rows]]
-        if self.on_gpu:
-            self.on_gpu["drawn"][rows].add_(1)
         if penalized:
             said = ids.clamp(min=0)  # of UNDRAWN, token 0: that row ends
             self.seen[rows].scatter_(-1, said, True)

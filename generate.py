@@ -4,7 +4,7 @@
     python generate.py --checkpoint smollm2 --prompt "Once upon a time" --max-new-tokens 5000
 
 Read it from the top: a cache, prefill, decode, an answer, and last the command line; load.py makes
-the model. Every call of the model is a token or a chunk of one of a few sizes, so nothing is
+the model. Every compiled call of it is a token or a chunk of one of a few sizes, so nothing is
 compiled again however long a prompt or an answer is.
 """
 
@@ -89,15 +89,18 @@ def prefill_chunks(model: Transformer, cache: KVCache,
     """`prefill`, a chunk at a time: yields None after each chunk, after the last one the logits
     (1, 1, V).
 
-    A prompt of any length is cut into chunks of two fixed sizes. The last one is padded, and the
-    padding is rolled back."""
+    A prompt of any length is cut into chunks. In compiled prefill they have two fixed sizes, and
+    the last one is padded, and the padding is rolled back."""
     check_ids(model, prompt_ids)
     large, small = min(LARGE_CHUNK, cache.max_chunk), min(SMALL_CHUNK, cache.max_chunk)
+    padded = model.compiled is not None and model.compiled.prefill
     done = 0
     while done < len(prompt_ids):
-        # A padded large chunk is faster than small ones if more than half of it is used.
-        size = large if len(prompt_ids) - done > large // 2 else small
-        chunk = prompt_ids[done:done + size]
+        chunk = prompt_ids[done:done + large]
+        size = len(chunk)
+        if padded:  # a large chunk is faster than small ones if more than half of it is used
+            size = large if len(chunk) > large // 2 else small
+            chunk = chunk[:size]
         tokens = torch.zeros(1, size, dtype=torch.int64)
         tokens[0, :len(chunk)] = torch.tensor(chunk)
         last = torch.tensor([len(chunk) - 1])

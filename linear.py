@@ -8,12 +8,15 @@ Shapes: x (..., K), W (N, K), y (..., N). A group is group_size columns of a row
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Smaller weights stay in rows: to read one takes less time than to call oneDNN does.
-PACKED_BYTES = 1 << 22
+PART = 1 << 20  # weights turned to float32 at a time, which stay in a CPU's caches until used
 MODES, GROUP_SIZES = ("int8", "int4"), (32, 64, 128)
 
 
@@ -65,41 +68,259 @@ def int4_matmul_fake(x, weight, group_size, scales_and_zeros):
     return x.new_empty(x.shape[0], scales_and_zeros.shape[1])
 
 
+# For a graph it is one call: inductor would only write the parts' code out, one by one.
+define("gpt_stream::linear_in_parts", "(Tensor x, Tensor weight) -> Tensor")
+
+
+@implement("gpt_stream::linear_in_parts", "cpu")
+def linear_in_parts(x, weight):
+    (N, K), x32 = weight.shape, x.flatten(0, -2).float()  # (T, K)
+    T = len(x32)
+    x32 = F.pad(x32, (0, 0, 0, max(0, 16 - T)))  # the library is slower for fewer than 16 columns
+    n_parts = math.ceil(N * K / PART)
+    size = math.ceil(N / n_parts)
+    rows, y = x32.new_empty(size, K), x32.new_empty(N, len(x32))
+    for part, out in zip(weight.split(size), y.split(size)):
+        torch.mm(rows[:len(part)].copy_(part), x32.t(), out=out)
+    return y[:, :T].t().type_as(x).contiguous().unflatten(0, x.shape[:-1])
+
+
+@torch.library.register_fake("gpt_stream::linear_in_parts")
+def linear_in_parts_fake(x, weight):
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
 def materialize(x: Tensor) -> Tensor:
     """x itself. Inductor writes it to memory here and does not compute it again at every use."""
     return x.as_strided(x.shape, x.stride())
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear. For a chunk of a prompt, in a graph compiled for a CPU, it is W x^T: for x W^T the
-    library would first copy W into another layout."""
-    tokens = x.numel() // x.shape[-1]
-    if x.is_cuda or not torch.compiler.is_compiling() or not 12 <= tokens <= 512:
-        return F.linear(x, weight, bias)
-    y = (weight @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
-    return y if bias is None else y + bias
+# ------------------------------------------------------------------------------ products
+
+# Each takes x (..., K) and what a layer stores, and returns x W^T (..., N) in x's dtype.
 
 
-def is_single_token(x: Tensor) -> bool:
-    """Whether x is one token, in a graph compiled for a CPU."""
-    return x.numel() == x.shape[-1] and not x.is_cuda and torch.compiler.is_compiling()
+def onednn(x: Tensor, packed: Tensor) -> Tensor:
+    """x W^T with W in oneDNN's own layout, which reads it at the memory's speed, for one token and
+    for several."""
+    return torch.ops.gpt_stream.packed_linear(x, packed, packed.shape[0])
+
+
+def transposed(x: Tensor, weight: Tensor) -> Tensor:
+    """W x^T, transposed: for x W^T the library would first copy W into another layout."""
+    return (weight @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
+
+
+def in_parts(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in float32, with a part of W at a time turned to float32, which meets x transposed. It
+    is for many tokens where the library has no fast kernel of W's dtype."""
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return F.linear(x, weight)  # while training: the parts have no gradient
+    return torch.ops.gpt_stream.linear_in_parts(x, weight)
+
+
+def one_pass(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T of one token, in a graph."""
+    return matvec(x, weight).type_as(x)
 
 
 def matvec(x: Tensor, weight: Tensor) -> Tensor:
-    """x (1, 1, K) times W (N, K) transposed -> (1, 1, N) float32. Inductor makes one pass over W
-    of it, a product and a sum, which is faster than a library's matmul of one row.
+    """x W^T of one token, in float32. Inductor makes one pass over W of it, a product and a sum,
+    which is faster than a library's matmul of one row.
 
     Several parts of W are read side by side and each row is summed in pieces, since that keeps
     more of the memory busy. Inductor's sum is also slower over more than 4096 terms."""
     K = weight.shape[1]
-    # The fewest pieces, at least two, that are equal and have at most 4096 terms.
-    pieces = next(n for n in range(min(2, K), K + 1) if K % n == 0 and K // n <= 4096)
+    pieces = pieces_of(K, at_least=2)
     # In memory, or inductor would fuse what computes x and compute it again for every row of W.
-    x = materialize(x.reshape(-1).float())  # (K,)
+    token = materialize(x.reshape(-1).float())  # (K,)
     n_parts = max(1, 4 // weight.itemsize)  # four of int8, two of bf16: the fastest where measured
-    sums = [(part.float() * x).view(-1, pieces, K // pieces).sum(-1)
+    sums = [(part.float() * token).view(-1, pieces, K // pieces).sum(-1)
             for part in weight.chunk(n_parts)]  # (N / n_parts, pieces) each
-    return torch.cat(sums).sum(-1)[None, None]
+    return torch.cat(sums).sum(-1).view(*x.shape[:-1], -1)
+
+
+def pieces_of(K: int, at_least: int) -> int:
+    """The fewest pieces of K terms that are equal and have at most 4096 terms."""
+    return next(n for n in range(min(at_least, K), K + 1) if K % n == 0 and K // n <= 4096)
+
+
+def few_passes(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T of a few tokens, in a graph: for 32 rows of W, which stay in a core's cache, a pass for
+    every four tokens, since the sums of more do not fit the registers."""
+    (N, K), T = weight.shape, x.numel() // x.shape[-1]
+    n_passes = math.ceil(T / 4)
+    at_once = math.ceil(T / n_passes)  # tokens
+    R, pieces = math.gcd(N, 32), pieces_of(K, at_least=1)
+    tokens = F.pad(x.reshape(T, K).float(), (0, 0, 0, n_passes * at_once - T))
+    tokens = materialize(tokens).view(n_passes, at_once, 1, pieces, -1)
+    rows = weight.view(N // R, 1, R, pieces, -1).float()  # (N / R, 1, R, pieces, K / pieces)
+    sums = [(rows * tokens[:, i]).sum(-1) for i in range(at_once)]  # (N / R, n_passes, R, pieces)
+    y = torch.stack(sums).sum(-1)  # (at_once, N / R, n_passes, R)
+    return y.permute(2, 0, 1, 3).reshape(-1, N)[:T].type_as(x).view(*x.shape[:-1], N)
+
+
+def int8_one_pass(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x W^T of one token, in a graph."""
+    return (matvec(x, weight) * scale).type_as(x)
+
+
+def int8_kernel(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x W^T by PyTorch's int8 kernel."""
+    y = torch.ops.gpt_stream.int8_matmul(x.flatten(0, -2).contiguous(), weight, scale.type_as(x))
+    return y.unflatten(0, x.shape[:-1])
+
+
+def int8_in_parts(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x W^T with W turned to x's dtype first, 1024 rows at a time: they stay in the caches until
+    they are used."""
+    parts = weight.split(1024)
+    y = torch.cat([product_of_rows(x, part.float().type_as(x)) for part in parts], dim=-1)
+    return (y * scale).type_as(x)
+
+
+def grouped_one_pass(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """x W^T of one token, in a graph."""
+    groups = scale.shape[1]
+    row = materialize(x.reshape(-1).float())
+    sums = (weight.float() * row).view(len(weight), groups, -1).sum(-1)  # (N, G)
+    sums = sums - zero.float() * row.view(groups, -1).sum(-1)
+    return (sums * scale).sum(-1).view(*x.shape[:-1], -1).type_as(x)
+
+
+def grouped_in_parts(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """x W^T with W turned to x's dtype first, in parts as in int8_in_parts."""
+    parts = zip(*(t.split(1024) for t in (weight, scale, zero)))
+    return torch.cat([product_of_rows(x, dequantize_groups(*part).type_as(x)) for part in parts],
+                     dim=-1)
+
+
+def dequantize_groups(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Rows of W in float32, for these rows of the three tensors."""
+    groups = weight.float().unflatten(1, (scale.shape[1], -1))
+    return ((groups - zero[..., None]) * scale[..., None]).flatten(1)
+
+
+def gpu_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T on a GPU. Where inductor writes the product itself, it would compute x again for every
+    few rows of W, unless x is in memory."""
+    return F.linear(materialize(x), weight)
+
+
+def gpu_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x W^T on a GPU. W is cast to x's dtype at once, which is exact: in a graph no copy of it is
+    written (load.gpu_options)."""
+    return (gpu_linear(x, weight.to(x.dtype)) * scale).type_as(x)
+
+
+def gpu_grouped(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """x W^T on a GPU, in a graph without a copy of W, as in gpu_int8."""
+    return gpu_linear(x, dequantize_groups(weight, scale, zero).to(x.dtype))
+
+
+def int4_kernel(x: Tensor, weight: Tensor, group_size: int, scales_and_zeros: Tensor) -> Tensor:
+    """x W^T by the device's int4 kernel."""
+    kernel = torch._weight_int4pack_mm if x.is_cuda else torch.ops.gpt_stream.int4_matmul
+    rows = x.flatten(0, -2).contiguous()
+    return kernel(rows, weight, group_size, scales_and_zeros).unflatten(0, x.shape[:-1])
+
+
+def gpu_int4_chunk(x: Tensor, weight: Tensor, group_size: int, scales_and_zeros: Tensor) -> Tensor:
+    """x W^T of many tokens on a GPU, in a graph: W is dequantized first, in one pass. The int4
+    kernel would read and dequantize it again for every 16 tokens."""
+    if x.numel() // x.shape[-1] < 64:
+        return int4_kernel(x, weight, group_size, scales_and_zeros)
+    scale, zero = scales_and_zeros.transpose(0, 1).unsqueeze(-2).unbind(-1)  # (N, K / g, 1)
+    nibbles = unpack_gpu_int4(weight).unflatten(1, (-1, group_size))  # (N, K / g, g)
+    return gpu_linear(x, ((nibbles.to(x.dtype) - 8) * scale + zero).flatten(1))
+
+
+def unpack_gpu_int4(packed: Tensor) -> Tensor:
+    """(N, K) uint8 from the layout of a GPU's int4 kernel (N / 8, K / 16 tiles, 32, tiles / 2)
+    int32: 16 columns of 8 rows are a tile, in the order in which its threads hold them."""
+    n_rows, n_columns, _, pairs = packed.shape
+    nibbles = torch.stack([packed >> shift & 15 for shift in range(0, 32, 4)], dim=-1)
+    nibbles = nibbles.to(torch.uint8).view(n_rows, n_columns, 8, 4, pairs, 2, 4)
+    # The last two: whether the column is odd, and which four bytes of the pair of tiles it is in.
+    return nibbles.permute(0, 2, 1, 4, 6, 3, 5).reshape(8 * n_rows, -1)
+
+
+# ------------------------------------------------------------------------------ the table
+
+ROWS, ONEDNN, PACKED = "rows", "onednn", "packed"  # layouts; PACKED is the int4 kernel's
+KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+CPUS, ALL = "avx2 avx512 amx generic", "eager small large"
+TOKENS = (1, 8, 16)  # the most that the first three columns are for
+LARGE = 1 << 22  # bytes; to read a smaller weight takes less time than to call oneDNN does
+
+# How x W^T is computed, by kind of weight, processor and layout. The layout is that of an "eager"
+# model's weights, and of a compiled one's "small" and "large" ones (a table that is shared with the
+# embedding is small, since another layout would be a copy). Of the eight functions, four are for
+# graphs: for 1 token, for 2 to 8, for 9 to 16, and for more; and four for the same in eager calls.
+# `python -m bench --products` measures which are the fastest on a machine.
+TABLE = {
+    # kinds of weight, processors, layout, the weights that are laid out so
+    ("bf16", "avx512 amx", ROWS, "small"):
+        (one_pass, F.linear, transposed, transposed, *4 * [F.linear]),
+    ("bf16", "avx512 amx", ONEDNN, "eager large"): 8 * [onednn],
+    ("fp16", "avx512 amx", ROWS, ALL):
+        (one_pass, F.linear, transposed, transposed, *4 * [F.linear]),
+    ("bf16 fp16", "avx2", ROWS, ALL):
+        (one_pass, few_passes, in_parts, in_parts, F.linear, F.linear, in_parts, in_parts),
+    ("bf16 fp16", "generic", ROWS, ALL):
+        (one_pass, F.linear, transposed, transposed, *4 * [F.linear]),
+    ("fp32", CPUS, ROWS, "eager small"):
+        (one_pass, F.linear, transposed, transposed, *4 * [F.linear]),
+    ("fp32", CPUS, ONEDNN, "large"): 8 * [onednn],
+    ("bf16 fp16 fp32", "cuda", ROWS, ALL): 8 * [gpu_linear],
+
+    ("int8", CPUS, ROWS, ALL):
+        (int8_one_pass, int8_kernel, int8_kernel, int8_in_parts,
+         int8_kernel, int8_kernel, int8_kernel, int8_in_parts),
+    ("int8", "cuda", ROWS, ALL): 8 * [gpu_int8],
+    ("grouped_int8", CPUS, ROWS, ALL): (grouped_one_pass, *7 * [grouped_in_parts]),
+    ("grouped_int8", "cuda", ROWS, ALL): 8 * [gpu_grouped],
+    ("int4", CPUS, PACKED, ALL): 8 * [int4_kernel],
+    ("int4", "cuda", PACKED, ALL): (*3 * [int4_kernel], gpu_int4_chunk, *4 * [int4_kernel]),
+}
+ROW = {(kind, processor, layout): (uses.split(), functions)
+       for (kinds, processors, layout, uses), functions in TABLE.items()
+       for kind in kinds.split() for processor in processors.split()}
+
+
+@torch.compiler.assume_constant_result
+def cpu_kind() -> str:
+    """The instruction set that counts on this machine: "avx2", "avx512", "amx" or "generic". The
+    environment variable GPT_STREAM_CPU says another. Nothing else asks about the processor."""
+    if asked := os.environ.get("GPT_STREAM_CPU"):
+        if asked not in CPUS.split():
+            raise ValueError(f"GPT_STREAM_CPU is {asked!r}; it is one of {', '.join(CPUS.split())}")
+        return asked
+    found = torch.backends.cpu.get_cpu_capability()
+    if found == "AVX512":
+        return "amx" if torch.cpu._is_amx_tile_supported() else "avx512"
+    return "avx2" if found == "AVX2" else "generic"
+
+
+def layout_of(kind: str, weight: Tensor, compiled: bool, shared: bool = False) -> str:
+    """The layout of a weight in a model that is about to be compiled, or in an eager one."""
+    use = "eager" if not compiled else "large" if weight.nbytes >= LARGE and not shared else "small"
+    processor = "cuda" if weight.is_cuda else cpu_kind()
+    return next(layout for (k, p, layout), (uses, _) in ROW.items()
+                if (k, p) == (kind, processor) and use in uses)
+
+
+def product(kind: str, layout: str, x: Tensor) -> Callable:
+    """The table's function for x (..., K)."""
+    tokens = x.numel() // x.shape[-1]
+    column = sum(tokens > most for most in TOKENS)
+    _, functions = ROW[kind, "cuda" if x.is_cuda else cpu_kind(), layout]
+    return functions[column if torch.compiler.is_compiling() else column + 4]
+
+
+def product_of_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T with W in floating point, in rows."""
+    return product(KINDS[weight.dtype], ROWS, x)(x, weight)
 
 
 # ------------------------------------------------------------------------------ modules
@@ -108,39 +329,34 @@ def matvec(x: Tensor, weight: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """y = x W^T + b with W in floating point."""
 
-    packed = False  # whether `weight` is in oneDNN's layout
+    layout = ROWS  # of `weight`
 
-    def pack(self) -> None:
-        """Put W into oneDNN's own layout, where PyTorch has oneDNN and it supports the dtype. It
-        then reads W at the memory's speed, for one token and for several."""
-        dtype = self.weight.dtype
-        if self.packed or not torch.backends.mkldnn.is_available():
-            return
-        if dtype == torch.float32 or (
-                dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-            packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data, None)
-            self.weight, self.packed = nn.Parameter(packed, requires_grad=False), True
+    def pack(self, compiled: bool, shared: bool = False) -> None:
+        """Lay W out as a CPU reads it fastest. `shared` says that it is another layer's, too."""
+        layout = layout_of(KINDS[self.weight.dtype], self.weight, compiled, shared)
+        if layout == ONEDNN != self.layout and torch.backends.mkldnn.is_available():
+            try:
+                packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data, None)
+            except RuntimeError:  # oneDNN has no such product here: the table is another machine's
+                return
+            self.weight, self.layout = nn.Parameter(packed, requires_grad=False), ONEDNN
 
     def unpack(self) -> None:
         """Put W into rows again."""
-        if self.packed:
-            self.weight, self.packed = nn.Parameter(self.weight.to_dense(), False), False
+        if self.layout == ONEDNN:
+            self.weight, self.layout = nn.Parameter(self.weight.to_dense(), False), ROWS
 
     def __getstate__(self) -> dict:
         """The state of a copy, with W in rows: a tensor in oneDNN's layout cannot be copied."""
-        if not self.packed:
+        if self.layout == ROWS:
             return self.__dict__
         rows = nn.Parameter(self.weight.to_dense(), requires_grad=False)
-        return {**self.__dict__, "packed": False, "_parameters": {**self._parameters,
-                                                                  "weight": rows}}
+        return {**self.__dict__, "layout": ROWS, "_parameters": {**self._parameters,
+                                                                 "weight": rows}}
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed:
-            y = torch.ops.gpt_stream.packed_linear(x, self.weight, self.out_features)
-        elif is_single_token(x):
-            y = matvec(x, self.weight).type_as(x)
-        else:
-            return linear(x, self.weight, self.bias)
+        function = product(KINDS[x.dtype], self.layout, x)
+        y = function(x, self.weight)
         return y if self.bias is None else y + self.bias
 
 
@@ -159,17 +375,7 @@ class Int8Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(N)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        few = x.numel() // x.shape[-1] <= 16  # tokens; for more, it is faster to dequantize W first
-        if is_single_token(x):
-            y = (matvec(x, self.weight) * self.scale).type_as(x)
-        elif few and not x.is_cuda:
-            y = torch.ops.gpt_stream.int8_matmul(x.flatten(0, -2).contiguous(), self.weight,
-                                                 self.scale.type_as(x))
-            y = y.unflatten(0, x.shape[:-1])
-        else:  # 1024 dequantized rows at a time stay in a CPU's caches until they are used
-            parts = [self.weight] if x.is_cuda else self.weight.split(1024)
-            y = torch.cat([linear(x, part.float().type_as(x)) for part in parts], dim=-1)
-            y = (y * self.scale).type_as(x)
+        y = product("int8", ROWS, x)(x, self.weight, self.scale)
         return y if self.bias is None else y + self.bias
 
 
@@ -187,22 +393,8 @@ class GroupedInt8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = reorder(x, self.order)
-        if is_single_token(x):
-            groups = self.scale.shape[1]
-            row = materialize(x.reshape(-1).float())
-            sums = (self.weight.float() * row).view(len(self.weight), groups, -1).sum(-1)  # (N, G)
-            sums = sums - self.zero.float() * row.view(groups, -1).sum(-1)
-            y = (sums * self.scale).sum(-1)[None, None].type_as(x)
-        else:  # 1024 rows at a time, as in Int8Linear
-            size = len(self.weight) if x.is_cuda else 1024
-            parts = zip(*(t.split(size) for t in (self.weight, self.scale, self.zero)))
-            y = torch.cat([linear(x, self.dequantize(*part).type_as(x)) for part in parts], dim=-1)
+        y = product("grouped_int8", ROWS, x)(x, self.weight, self.scale, self.zero)
         return y if self.bias is None else y + self.bias
-
-    def dequantize(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """Rows of W in float32, for these rows of the three tensors."""
-        groups = weight.float().unflatten(1, (scale.shape[1], -1))
-        return ((groups - zero[..., None]) * scale[..., None]).flatten(1)
 
 
 class Int8Embedding(nn.Module):
@@ -247,10 +439,8 @@ class Int4Linear(nn.Module):
         del self.scale, self.zero
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel = torch._weight_int4pack_mm if x.is_cuda else torch.ops.gpt_stream.int4_matmul
-        rows = reorder(x, self.order).flatten(0, -2).contiguous()
-        y = kernel(rows, self.weight, self.group_size, self.scales_and_zeros)
-        y = y.unflatten(0, x.shape[:-1])
+        x = reorder(x, self.order)
+        y = product("int4", PACKED, x)(x, self.weight, self.group_size, self.scales_and_zeros)
         return y if self.bias is None else y + self.bias
 
 

@@ -37,13 +37,15 @@ from formats.config import (
 from formats.folder import in_dtype, open_checkpoint
 from formats.hub import find, find_adapter
 from kv_cache import KVCache
-from linear import PACKED_BYTES, Int4Linear, Linear, check_types
+from linear import ROWS, GroupedInt8Linear, Int4Linear, Int8Linear, Linear, check_types
 from model import ModelConfig, Transformer, rope_frequencies
 from quantize import asked_quantization, empty_model, kind_of_tensor, store
 from threads import at_most, most_threads
 from tokenizer import Tokenizer
 
 log = logging.getLogger("gpt_stream")
+# Whether compiling for a GPU searches for the fastest blocks, which takes most of its time.
+TUNE = os.environ.get("GPT_STREAM_TUNE", "1") != "0"
 
 
 def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype | None = None,
@@ -203,21 +205,14 @@ def finish(model: Transformer, weights: dict[str, Tensor], device: torch.device)
 
 
 def pack(model: Transformer, compile: bool) -> None:
-    """Lay weights out as a CPU reads them fastest: in its library's layout, or in rows if the model
-    is about to be compiled and a graph's own loop is as fast (linear.py)."""
-    for module in model.modules():
-        if isinstance(module, Linear):
-            module.unpack()
+    """Lay weights out as a CPU reads them fastest, in a model that is about to be compiled or in an
+    eager one (linear.TABLE)."""
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    for module in linears:
+        module.unpack()
     model.tie()
-    for module in model.modules():
-        if isinstance(module, Linear):
-            shared = module.weight is model.embed.weight  # packing it would need a copy
-            if compile:
-                wanted = module.weight.nbytes >= PACKED_BYTES and not shared
-            else:
-                wanted = module.weight.dtype == torch.bfloat16
-            if wanted:
-                module.pack()
+    for module in linears:
+        module.pack(compile, shared=module.weight is model.embed.weight)
 
 
 def weight_bytes(model: Transformer) -> int:
@@ -225,7 +220,7 @@ def weight_bytes(model: Transformer) -> int:
     anew."""
     layers = model_layers(model.config)
     tied = [name for name, layer in layers.items()
-            if layer.tied_to and not getattr(model.get_submodule(name), "packed", False)]
+            if layer.tied_to and getattr(model.get_submodule(name), "layout", ROWS) == ROWS]
     return sum(tensor.nbytes for name, tensor in model.state_dict(keep_vars=True).items()
                if layer_name(name, layers) not in tied)
 
@@ -282,7 +277,10 @@ class CompiledStep:
                 cache and (cache.batch_size, cache.n_sink, cache.window, cache.ring))
         if kind in self.graphs:
             return self.run(kind, model, tokens, cache, in_use, last)
-        self.graphs[kind] = compile_graph(self.on_gpu), most_threads()
+        if self.on_gpu and cache is not None:
+            cache.check_static()
+        options = gpu_options(model, tokens.numel()) if self.on_gpu else {}
+        self.graphs[kind] = compile_graph(options), most_threads()
         torch.set_num_threads(self.graphs[kind][1])
         start = time.perf_counter()
         logits = self.run(kind, model, tokens, cache, in_use, last)
@@ -300,15 +298,26 @@ class CompiledStep:
             return graph(model, tokens, cache, in_use, last)
 
 
-def compile_graph(on_gpu: bool) -> Callable:
+def gpu_options(model: Transformer, n_tokens: int) -> dict[str, bool]:
+    """How inductor compiles a step of n_tokens for a GPU.
+
+    One token's products are inductor's own sums, and it searches for the fastest sizes of their
+    blocks. The products of several are cuBLAS', but for int8 weights: of those a library would need
+    a copy in the model's dtype at every step. So inductor writes these, too, and they read the
+    weights as they are stored."""
+    int8 = any(isinstance(module, Int8Linear | GroupedInt8Linear) for module in model.modules())
+    return {"triton.cudagraphs": True, "coordinate_descent_tuning": n_tokens == 1 and TUNE,
+            "triton.native_matmul": n_tokens > 1 and int8}
+
+
+def compile_graph(options: dict[str, bool]) -> Callable:
     """Transformer.step, to be compiled at its first call. Dynamo stores graphs by code object, and
     their guards do not tell models apart (needed_guards). So each graph gets a code object of its
     own, and no two models ever share a graph."""
     step = Transformer.step
     own = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
     return torch.compile(own, fullgraph=True, dynamic=False, options={
-        "guard_filter_fn": needed_guards,
-        "triton.cudagraphs": on_gpu, "coordinate_descent_tuning": on_gpu,
+        "guard_filter_fn": needed_guards, **options,
         # These checks of shapes run in Python before every kernel and slow small steps down.
         "size_asserts": False, "alignment_asserts": False, "scalar_asserts": False})
 

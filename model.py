@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from attention import attend, attend_causal
 from kv_cache import KVCache, write
-from linear import Linear, materialize
+from linear import ROWS, Linear, materialize
 from threads import timed_step
 from tp import all_gather, all_reduce
 
@@ -200,7 +200,7 @@ class Transformer(nn.Module):
         """Make the output projection's weight the embedding's, where the config ties them. A weight
         that is packed, quantized or one rank's shard has another layout and stays untied."""
         if (self.config.tied_embeddings and self.config.n_ranks == 1
-                and isinstance(self.output, Linear) and not self.output.packed):
+                and isinstance(self.output, Linear) and self.output.layout == ROWS):
             self.output.weight = self.embed.weight
 
     def __getstate__(self) -> dict:

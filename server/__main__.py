@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import concurrent.futures
 import contextlib
 import ipaddress
 import queue
@@ -139,6 +140,24 @@ def make_engine(checkpoint: str, batch_size: int, n_sink: int | None, window: in
         say_compiling()
     engine.warm()
     return engine
+
+
+def start_engine(**arguments) -> Engine:
+    """`make_engine`, and run it, all in one thread that is not the caller's: CUDA graphs belong to
+    the thread that records them. Returns when it answers; raises what make_engine raises."""
+    made = concurrent.futures.Future()
+
+    def make_and_run() -> None:
+        try:
+            engine = make_engine(**arguments)
+        except BaseException as error:
+            made.set_exception(error)
+            return
+        made.set_result(engine)
+        engine.run()
+
+    threading.Thread(target=make_and_run, name="engine", daemon=True).start()
+    return made.result()
 
 
 async def serve(app, sock: socket.socket, engine: Engine, grace: float,

@@ -6,16 +6,18 @@ import subprocess
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import tp_worker
 from convert_hf import convert
 from generate import load, make_cache
-from helpers import TINY, hf_model, run
+from helpers import ONE_THREAD, TINY, TORCHRUN, hf_model, run
 from quantize import asked_quantization
 from test_errors import refused
-from test_tp import ONE_THREAD, TORCHRUN
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

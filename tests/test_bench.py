@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from bench import apart, busy, clocks, gpu, gpu_figures, models, steps
+from bench import apart, busy, clocks, gpu, gpu_figures, gpu_first, models, steps
 from bench.steps import seconds_a_token
 from bench.streams import synthetic
 from helpers import run
@@ -51,6 +51,8 @@ def figures(*argv):
     (["--sampling", "--streams", "3"], ["--sampling", "--streams"]),
     (["--busy", "2", "--batch", "8"], ["--busy", "one row"]),
     (["--gpu", "decode", "--batch", "8"], ["--gpu", "--batch"]),
+    (["--gpu", "limits", "--quantize", "int8"], ["--quantize", "decode"]),
+    (["--rounds", "2"], ["--rounds", "--gpu"]),
     (["--gpu", "decode", "--gpt-fast", "d"], ["--gpt-fast", "--gpu peers"])])
 def test_flags_that_do_not_go_together(argv, naming):
     refused("bench", *argv, naming=naming)
@@ -198,6 +200,26 @@ def test_decode_and_prefill_in_every_format(table):
     assert bf16["step_GB"] > int8["step_GB"] > int4["step_GB"] > bf16["cache_GB"]
     assert prefill["prefill_40_tok_s"] > 0 < prefill["prefill_16_share"]
     assert all(row["compile_warm_s"] > 0 for row in rows[-3:])
+
+
+def test_one_format_in_so_many_rounds(table, monkeypatch):
+    counted = []
+    monkeypatch.setattr(gpu_figures, "rounds", lambda n: counted.append(n) or range(n))
+    rows = table("decode", "--shape", "small", "--quantize", "int8", "--rounds", 2)
+    assert [row["row"] for row in rows] == 3 * ["small int8"] and set(counted) == {2}
+
+
+@pytest.mark.parametrize("text, settings", [
+    ("7b:bf16", ("7b", "bf16", 1, False)), ("8b:int8:8", ("8b", "int8", 8, False)),
+    ("1.1b:int4:tuned", ("1.1b", "int4", 1, True)), ("7b:int8:16:tuned", ("7b", "int8", 16, True))])
+def test_a_row_of_a_gpus_first_minutes(text, settings):
+    assert tuple(gpu_first.read_row(text).values()) == settings
+
+
+@pytest.mark.parametrize("text", ["7b", "9b:bf16", "7b:int3", "7b:int8:0", "7b:int8:fast"])
+def test_a_row_that_cannot_be_is_refused(text):
+    with pytest.raises(ValueError, match="SHAPE:KIND"):
+        gpu_first.read_row(text)
 
 
 def test_peers_in_turns(table, tmp_path):

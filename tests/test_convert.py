@@ -15,6 +15,7 @@ from formats.config import config_from_hf, hf_parts
 from formats.folder import open_file, read_config
 from generate import load
 from helpers import TINY, random_model, run
+from linear import ONEDNN, cpu_kind
 from model import Transformer
 from quantize import empty_model
 from terminal import progress
@@ -181,10 +182,10 @@ def test_on_a_cpu_bf16_weights_are_laid_out_for_its_library_and_others_stay():
     """The CPU's library reads its own layout of bf16 faster. `to_dense` gives the rows back."""
     rows, _ = load(TINY, device="cpu", dtype=torch.float32)
     packed, _ = load(TINY, device="cpu", dtype=torch.bfloat16)
-    assert not any(module.packed for module in rows.modules() if hasattr(module, "packed"))
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    assert ONEDNN not in [getattr(module, "layout", None) for module in rows.modules()]
+    if cpu_kind() in ("avx512", "amx"):
         weight = packed.layers[0].feed_forward.down.weight
-        assert packed.layers[0].feed_forward.down.packed and packed.output.packed
+        assert packed.output.layout == packed.layers[0].feed_forward.down.layout == ONEDNN
         assert torch.equal(weight.to_dense(), rows.layers[0].feed_forward.down.weight.bfloat16())
 
 

@@ -12,7 +12,6 @@ import regex
 import sentencepiece
 import tokenizers
 import torch
-import transformers
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -24,6 +23,8 @@ from generate import load
 from helpers import TINY, hf_model, run
 from linear import Int4Linear, Int8Linear, Linear
 from tokenizer import Tokenizer
+
+transformers = pytest.importorskip("transformers")
 
 NASTY = ("Hello,  I'm née e\u0301té 日本語 👩‍👩‍👧 1234567 x²٣Ⅷ   \n\n\t y = 3.14; "
          "don't WE'LL zzq qz\r\n"

@@ -425,3 +425,19 @@ def test_one_way_of_drawing_is_for_a_cpu(monkeypatch):
     monkeypatch.setattr(module, "on_cpu", lambda logits: False)
     sample(torch.randn(2, 9), Sampling(1.0))
     assert called == ["draw_on_cpu", "draw_on_gpu"]
+
+
+@pytest.mark.parametrize("one", MIXED[1:])
+def test_rows_of_one_setting_draw_on_a_gpu_as_beside_others(one, monkeypatch):
+    """With the settings as numbers, or as tensors because a greedy row is among them."""
+    for name in ("sample.on_cpu", "draw.on_cpu"):
+        monkeypatch.setattr(name, lambda logits: False)
+    logits = some_logits(4, 1, 5 * BLOCK)
+    same, mixed = RowSampler(3, 5 * BLOCK), RowSampler(4, 5 * BLOCK)
+    for row in range(3):
+        same.begin(row, replace(one, seed=row), [])
+        mixed.begin(row, replace(one, seed=row), [])
+    for _ in range(20):
+        assert torch.equal(same.sample(logits[:3]), mixed.sample(logits)[:3])
+    assert isinstance(same.limits(slice(None))["temperature"], float)
+    assert isinstance(mixed.limits(slice(None))["temperature"], torch.Tensor)
