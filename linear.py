@@ -129,12 +129,14 @@ def matvec(x: Tensor, weight: Tensor) -> Tensor:
     which is faster than a library's matmul of one row.
 
     Several parts of W are read side by side and each row is summed in pieces, since that keeps
-    more of the memory busy. Inductor's sum is also slower over more than 4096 terms."""
+    more of the memory busy. A small W lies in a cache, and there every piece only costs. Inductor's
+    sum is also slower over more than 4096 terms."""
     K = weight.shape[1]
-    pieces = pieces_of(K, at_least=2)
+    cached = weight.is_floating_point() and weight.nbytes < LARGE
+    pieces = pieces_of(K, at_least=1 if cached else 2)
     # In memory, or inductor would fuse what computes x and compute it again for every row of W.
     token = materialize(x.reshape(-1).float())  # (K,)
-    n_parts = max(1, 4 // weight.itemsize)  # four of int8, two of bf16: the fastest where measured
+    n_parts = 1 if cached else max(1, 4 // weight.itemsize)  # the fastest where measured
     sums = [(part.float() * token).view(-1, pieces, K // pieces).sum(-1)
             for part in weight.chunk(n_parts)]  # (N / n_parts, pieces) each
     return torch.cat(sums).sum(-1).view(*x.shape[:-1], -1)
