@@ -340,6 +340,8 @@ def reorder(x: Tensor, order: Tensor | None) -> Tensor:
 class Int8Linear(nn.Module):
     """y = x W^T + b with W in int8, and a scale for each row."""
 
+    layout = ROWS
+
     def __init__(self, K: int, N: int, bias: bool):
         super().__init__()
         self.register_buffer("weight", torch.empty(N, K, dtype=torch.int8))
@@ -347,13 +349,15 @@ class Int8Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(N)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = product("int8", ROWS, x)(x, self.weight, self.scale)
+        y = product("int8", self.layout, x)(x, self.weight, self.scale)
         return y if self.bias is None else y + self.bias
 
 
 class GroupedInt8Linear(nn.Module):
     """y = x W^T + b with W in int8, and a scale and a zero for each group of columns, a format of
     published checkpoints. `order` is the order of the columns, where it is not the inputs'."""
+
+    layout = ROWS
 
     def __init__(self, K: int, N: int, bias: bool, group_size: int, order: bool = False):
         super().__init__()
@@ -365,7 +369,7 @@ class GroupedInt8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = reorder(x, self.order)
-        y = product("grouped_int8", ROWS, x)(x, self.weight, self.scale, self.zero)
+        y = product("grouped_int8", self.layout, x)(x, self.weight, self.scale, self.zero)
         return y if self.bias is None else y + self.bias
 
 
@@ -384,6 +388,8 @@ class Int8Embedding(nn.Module):
 class Int4Linear(nn.Module):
     """y = x W^T + b with W in int4, and a scale and a zero for each group of columns. The tensors
     are as they are stored, two nibbles a byte, until `pack`."""
+
+    layout = PACKED
 
     def __init__(self, K: int, N: int, bias: bool, group_size: int, order: bool = False):
         super().__init__()
@@ -412,7 +418,7 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = reorder(x, self.order)
-        y = product("int4", PACKED, x)(x, self.weight, self.group_size, self.scales_and_zeros)
+        y = product("int4", self.layout, x)(x, self.weight, self.group_size, self.scales_and_zeros)
         return y if self.bias is None else y + self.bias
 
 
