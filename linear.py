@@ -8,6 +8,7 @@ Shapes: x (..., K), W (N, K), y (..., N). A group is group_size columns of a row
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -129,12 +130,14 @@ def matvec(x: Tensor, weight: Tensor) -> Tensor:
     which is faster than a library's matmul of one row.
 
     Several parts of W are read side by side and each row is summed in pieces, since that keeps
-    more of the memory busy. Inductor's sum is also slower over more than 4096 terms."""
+    more of the memory busy. A short row is one piece, since a sum's end costs more than its terms.
+    Inductor's sum is also slower over more than 4096 terms."""
     K = weight.shape[1]
-    pieces = pieces_of(K, at_least=2)
+    short = weight.is_floating_point() and K <= 512
+    pieces = pieces_of(K, at_least=1 if short else 2)
     # In memory, or inductor would fuse what computes x and compute it again for every row of W.
     token = materialize(x.reshape(-1).float())  # (K,)
-    n_parts = max(1, 4 // weight.itemsize)  # four of int8, two of bf16: the fastest where measured
+    n_parts = 1 if short else max(1, 4 // weight.itemsize)  # the fastest where measured
     sums = [(part.float() * token).view(-1, pieces, K // pieces).sum(-1)
             for part in weight.chunk(n_parts)]  # (N / n_parts, pieces) each
     return torch.cat(sums).sum(-1).view(*x.shape[:-1], -1)
@@ -296,6 +299,12 @@ def cpu_kind() -> str:
         if asked not in CPUS.split():
             raise ValueError(f"GPT_STREAM_CPU is {asked!r}; it is one of {', '.join(CPUS.split())}")
         return asked
+    return found_kind()
+
+
+@functools.cache  # to ask takes longer than a small product
+def found_kind() -> str:
+    """cpu_kind, where the environment says nothing."""
     found = torch.backends.cpu.get_cpu_capability()
     if found == "AVX512":
         return "amx" if torch.cpu._is_amx_tile_supported() else "avx512"
@@ -368,6 +377,8 @@ def reorder(x: Tensor, order: Tensor | None) -> Tensor:
 class Int8Linear(nn.Module):
     """y = x W^T + b with W in int8, and a scale for each row."""
 
+    layout = ROWS
+
     def __init__(self, K: int, N: int, bias: bool):
         super().__init__()
         self.register_buffer("weight", torch.empty(N, K, dtype=torch.int8))
@@ -375,13 +386,15 @@ class Int8Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(N)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = product("int8", ROWS, x)(x, self.weight, self.scale)
+        y = product("int8", self.layout, x)(x, self.weight, self.scale)
         return y if self.bias is None else y + self.bias
 
 
 class GroupedInt8Linear(nn.Module):
     """y = x W^T + b with W in int8, and a scale and a zero for each group of columns, a format of
     published checkpoints. `order` is the order of the columns, where it is not the inputs'."""
+
+    layout = ROWS
 
     def __init__(self, K: int, N: int, bias: bool, group_size: int, order: bool = False):
         super().__init__()
@@ -393,7 +406,7 @@ class GroupedInt8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = reorder(x, self.order)
-        y = product("grouped_int8", ROWS, x)(x, self.weight, self.scale, self.zero)
+        y = product("grouped_int8", self.layout, x)(x, self.weight, self.scale, self.zero)
         return y if self.bias is None else y + self.bias
 
 
@@ -412,6 +425,8 @@ class Int8Embedding(nn.Module):
 class Int4Linear(nn.Module):
     """y = x W^T + b with W in int4, and a scale and a zero for each group of columns. The tensors
     are as they are stored, two nibbles a byte, until `pack`."""
+
+    layout = PACKED
 
     def __init__(self, K: int, N: int, bias: bool, group_size: int, order: bool = False):
         super().__init__()
@@ -440,7 +455,7 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = reorder(x, self.order)
-        y = product("int4", PACKED, x)(x, self.weight, self.group_size, self.scales_and_zeros)
+        y = product("int4", self.layout, x)(x, self.weight, self.group_size, self.scales_and_zeros)
         return y if self.bias is None else y + self.bias
 
 

@@ -80,9 +80,8 @@ def measure(kind: str, size: str) -> Iterator[tuple[str, int, str, float]]:
         for compiled in (False, True):
             layer = layer_of(kind, size, processor, compiled)
             layer.in_features, layer.dtype = SIZES[size][1], KINDS[kind][0]
-            layout = getattr(layer, "layout", linear.PACKED)
-            for column, function in enumerate(linear.ROW[kind, processor, layout][1]):
-                key = layout, column, function.__name__
+            for column, function in enumerate(linear.ROW[kind, processor, layer.layout][1]):
+                key = layer.layout, column, function.__name__
                 if key not in done:
                     done.add(key)
                     yield *key, milliseconds(layer, TOKENS[column % 4], processor, column < 4)
