@@ -153,31 +153,51 @@ def in_parts(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def one_pass(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T of a few tokens, in a graph."""
-    return row_sums(x, weight).type_as(x)
+    """x W^T of one token, in a graph."""
+    return matvec(x, weight).type_as(x)
 
 
-def row_sums(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T in float32. Inductor makes one pass over W of it, a product and a sum for each token,
-    which is faster than a library's matmul of a few rows.
+def matvec(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T of one token, in float32. Inductor makes one pass over W of it, a product and a sum,
+    which is faster than a library's matmul of one row.
 
     Several parts of W are read side by side and each row is summed in pieces, since that keeps
-    more of the memory busy. Inductor's sum is also slower over more than 4096 terms."""
+    more of the memory busy. A small W lies in a cache, and there every piece only costs. Inductor's
+    sum is also slower over more than 4096 terms."""
     K = weight.shape[1]
-    # The fewest pieces, at least two, that are equal and have at most 4096 terms.
-    pieces = next(n for n in range(min(2, K), K + 1) if K % n == 0 and K // n <= 4096)
+    cached = weight.is_floating_point() and weight.nbytes < LARGE
+    pieces = pieces_of(K, at_least=1 if cached else 2)
     # In memory, or inductor would fuse what computes x and compute it again for every row of W.
-    tokens = materialize(x.reshape(-1, K).float())  # (T, K)
-    n_parts = max(1, 4 // weight.itemsize)  # four of int8, two of bf16: the fastest where measured
-    sums = [[(part.float() * token).view(-1, pieces, K // pieces).sum(-1) for token in tokens]
-            for part in weight.chunk(n_parts)]  # (N / n_parts, pieces) of each part and token
-    y = torch.stack([torch.cat(parts) for parts in zip(*sums)]).sum(-1)  # (T, N)
-    return y.view(*x.shape[:-1], -1)
+    token = materialize(x.reshape(-1).float())  # (K,)
+    n_parts = 1 if cached else max(1, 4 // weight.itemsize)  # the fastest where measured
+    sums = [(part.float() * token).view(-1, pieces, K // pieces).sum(-1)
+            for part in weight.chunk(n_parts)]  # (N / n_parts, pieces) each
+    return torch.cat(sums).sum(-1).view(*x.shape[:-1], -1)
+
+
+def pieces_of(K: int, at_least: int) -> int:
+    """The fewest pieces of K terms that are equal and have at most 4096 terms."""
+    return next(n for n in range(min(at_least, K), K + 1) if K % n == 0 and K // n <= 4096)
+
+
+def few_passes(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T of a few tokens, in a graph: for 32 rows of W, which stay in a core's cache, a pass for
+    every four tokens, since the sums of more do not fit the registers."""
+    (N, K), T = weight.shape, x.numel() // x.shape[-1]
+    n_passes = math.ceil(T / 4)
+    at_once = math.ceil(T / n_passes)  # tokens
+    R, pieces = math.gcd(N, 32), pieces_of(K, at_least=1)
+    tokens = F.pad(x.reshape(T, K).float(), (0, 0, 0, n_passes * at_once - T))
+    tokens = materialize(tokens).view(n_passes, at_once, 1, pieces, -1)
+    rows = weight.view(N // R, 1, R, pieces, -1).float()  # (N / R, 1, R, pieces, K / pieces)
+    sums = [(rows * tokens[:, i]).sum(-1) for i in range(at_once)]  # (N / R, n_passes, R, pieces)
+    y = torch.stack(sums).sum(-1)  # (at_once, N / R, n_passes, R)
+    return y.permute(2, 0, 1, 3).reshape(-1, N)[:T].type_as(x).view(*x.shape[:-1], N)
 
 
 def int8_one_pass(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """x W^T of one token, in a graph."""
-    return (row_sums(x, weight) * scale).type_as(x)
+    return (matvec(x, weight) * scale).type_as(x)
 
 
 # For AVX2, inductor's code loads floats fast and narrow integers slowly, since it copies them to
@@ -337,7 +357,7 @@ TABLE = {
     ("fp16", "avx512 amx", ROWS, ALL):
         (one_pass, F.linear, transposed, transposed, *4 * [F.linear]),
     ("bf16 fp16", "avx2", ROWS, ALL):
-        (one_pass, one_pass, in_parts, in_parts, F.linear, F.linear, in_parts, in_parts),
+        (one_pass, few_passes, in_parts, in_parts, F.linear, F.linear, in_parts, in_parts),
     ("bf16 fp16", "generic", ROWS, ALL):
         (one_pass, F.linear, transposed, transposed, *4 * [F.linear]),
     ("fp32", CPUS, ROWS, "eager small"):
@@ -410,7 +430,10 @@ class Linear(nn.Linear):
         """Lay W out as a CPU reads it fastest. `shared` says that it is another layer's, too."""
         layout = layout_of(KINDS[self.weight.dtype], self.weight, compiled, shared)
         if layout == ONEDNN != self.layout and torch.backends.mkldnn.is_available():
-            packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data, None)
+            try:
+                packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data, None)
+            except RuntimeError:  # oneDNN has no such product here: the table is another machine's
+                return
             self.weight, self.layout = nn.Parameter(packed, requires_grad=False), ONEDNN
 
     def unpack(self) -> None:

@@ -290,7 +290,8 @@ def compile_graph(on_gpu: bool) -> Callable:
 
 def needed_guards(guards: list) -> list[bool]:
     """Which of dynamo's guards to keep. A graph checks them before every step, so those of what
-    never changes are dropped: the weights', and the number of threads, which CompiledStep looks
-    after."""
-    return [kept and guard.guard_type != "GLOBAL_STATE" for kept, guard in
-            zip(torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards), guards, strict=True)]
+    never changes are dropped: the weights', the table of products', and the number of threads,
+    which CompiledStep looks after."""
+    kept = torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards)
+    return [keep and guard.guard_type != "GLOBAL_STATE" and "__import_linear" not in guard.name
+            for keep, guard in zip(kept, guards, strict=True)]
