@@ -8,6 +8,7 @@ Shapes: x (..., K), W (N, K), y (..., N). A group is group_size columns of a row
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -162,14 +163,14 @@ def matvec(x: Tensor, weight: Tensor) -> Tensor:
     which is faster than a library's matmul of one row.
 
     Several parts of W are read side by side and each row is summed in pieces, since that keeps
-    more of the memory busy. A small W lies in a cache, and there every piece only costs. Inductor's
-    sum is also slower over more than 4096 terms."""
+    more of the memory busy. A short row is one piece, since a sum's end costs more than its terms.
+    Inductor's sum is also slower over more than 4096 terms."""
     K = weight.shape[1]
-    cached = weight.is_floating_point() and weight.nbytes < LARGE
-    pieces = pieces_of(K, at_least=1 if cached else 2)
+    short = weight.is_floating_point() and K <= 512
+    pieces = pieces_of(K, at_least=1 if short else 2)
     # In memory, or inductor would fuse what computes x and compute it again for every row of W.
     token = materialize(x.reshape(-1).float())  # (K,)
-    n_parts = 1 if cached else max(1, 4 // weight.itemsize)  # the fastest where measured
+    n_parts = 1 if short else max(1, 4 // weight.itemsize)  # the fastest where measured
     sums = [(part.float() * token).view(-1, pieces, K // pieces).sum(-1)
             for part in weight.chunk(n_parts)]  # (N / n_parts, pieces) each
     return torch.cat(sums).sum(-1).view(*x.shape[:-1], -1)
@@ -391,6 +392,12 @@ def cpu_kind() -> str:
         if asked not in CPUS.split():
             raise ValueError(f"GPT_STREAM_CPU is {asked!r}; it is one of {', '.join(CPUS.split())}")
         return asked
+    return found_kind()
+
+
+@functools.cache  # to ask takes longer than a small product
+def found_kind() -> str:
+    """cpu_kind, where the environment says nothing."""
     found = torch.backends.cpu.get_cpu_capability()
     if found == "AVX512":
         return "amx" if torch.cpu._is_amx_tile_supported() else "avx512"

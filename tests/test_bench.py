@@ -8,7 +8,8 @@ import json
 import pytest
 import torch
 
-from bench import apart, busy, clocks, gpu, gpu_figures, models, steps
+import linear
+from bench import apart, busy, clocks, gpu, gpu_figures, models, products, steps
 from bench.steps import seconds_a_token
 from bench.streams import synthetic
 from helpers import run
@@ -228,3 +229,31 @@ def test_a_row_that_fails_costs_no_other(table, monkeypatch):
     monkeypatch.setattr(gpu, "draft_figures", lambda args: iter([dict(fine=2)]))
     assert [list(row.items())[1] for row in table("batches", "--shape", "small")] == [
         ("fine", 1), ("error", "not here"), ("fine", 2)]
+
+
+def test_products_times_every_function_of_the_table_and_prints_rows(monkeypatch):
+    monkeypatch.setattr(products, "SIZES", {"large": (128, 64), "small": (64, 64)})
+    monkeypatch.setattr(products, "CALLS", 1)
+    monkeypatch.setattr(torch, "compile", lambda call, **options: call)
+    status, out, err = run("bench", "--products", "bf16", "int8")
+    assert status == 0, err
+    timed = {(kind, function) for kind, _, _, _, _, _, function, _ in
+             (line.split() for line in out.splitlines() if not line.startswith("("))}
+    for kind in ("bf16", "int8"):
+        for (other, processor, _), (_, functions) in linear.ROW.items():
+            if other == kind and processor != "cuda":
+                assert {(kind, function.__name__) for function in functions} <= timed
+        assert f'("{kind}", "{linear.cpu_kind()}", ' in out
+
+
+def test_emulating_starts_the_command_anew_without_avx512(monkeypatch):
+    started = []
+    monkeypatch.setattr("os.execve", lambda path, argv, environment: started.append(environment))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/cache")
+    products.emulate()
+    assert products.EMULATED.items() <= started[0].items()
+    assert started[0]["TORCHINDUCTOR_CACHE_DIR"] == "/cache-avx2"
+    for name, value in products.EMULATED.items():
+        monkeypatch.setenv(name, value)
+    products.emulate()
+    assert len(started) == 1
