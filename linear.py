@@ -91,6 +91,39 @@ def linear_in_parts_fake(x, weight):
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
+define("gpt_stream::lanes_in_parts",
+       "(Tensor x, Tensor words, Tensor scale, Tensor zero) -> Tensor")
+
+
+@implement("gpt_stream::lanes_in_parts", "cpu")
+def lanes_in_parts_cpu(x, words, scale, zero):
+    (B, m, G, lanes), K = words.shape, x.shape[-1]
+    fields = K // (m * G)
+    bits = 32 // fields
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)[:, None]  # (fields, 1)
+    # W's columns in the order in which the fields of a group's words lie side by side.
+    x = x.reshape(-1, G, m, fields).permute(0, 3, 2, 1).reshape(-1, K)
+    T = len(x)
+    x = F.pad(x, (0, 0, 0, max(0, 16 - T)))  # as in linear_in_parts
+    y = x.new_empty(B * lanes, len(x))
+    size = math.ceil(B / math.ceil(B * lanes * K / PART))
+    buffer = torch.empty(size * lanes, fields, m * G, dtype=torch.int32)
+    for part, out in zip(range(0, B, size), y.split(size * lanes)):
+        w = words[part:part + size].view(torch.int32).permute(0, 3, 1, 2).reshape(-1, 1, m * G)
+        s, z = (t[part:part + size].transpose(1, 2).repeat(1, 1, m).view(-1, 1, m * G)
+                for t in (scale, zero))  # (rows, 1, m G) each
+        integers = torch.bitwise_right_shift(w, shifts, out=buffer[:len(w)])
+        integers.bitwise_and_(2**bits - 1)
+        rows = integers.view(torch.float32).copy_(integers).sub_(z).mul_(s)  # in place
+        torch.mm(rows.view(len(w), K).type_as(x), x.t(), out=out)
+    return y[:, :T].t().contiguous()
+
+
+@torch.library.register_fake("gpt_stream::lanes_in_parts")
+def lanes_in_parts_fake(x, words, scale, zero):
+    return x.new_empty(x.numel() // x.shape[-1], words.shape[0] * words.shape[3])
+
+
 def materialize(x: Tensor) -> Tensor:
     """x itself. Inductor writes it to memory here and does not compute it again at every use."""
     return x.as_strided(x.shape, x.stride())
@@ -168,10 +201,95 @@ def int8_one_pass(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return (matvec(x, weight) * scale).type_as(x)
 
 
+# For AVX2, inductor's code loads floats fast and narrow integers slowly, since it copies them to
+# the stack first. So a graph reads W as float32 words, which hold four int8 or eight nibbles each.
+
+
+def word_fields(words: Tensor, bits: int, flip: int) -> list[Tensor]:
+    """The 32 / bits integers in each of the float32 `words`, as float32. A mask leaves each where
+    it lies, so the j-th is 2^(bits j) times as large. They are unsigned but for the last, which
+    has the word's sign. Bits of the word that `flip` has are inverted first."""
+    w = words.view(torch.int32) ^ flip
+    masks = [(1 << bits) - 1 << j for j in range(0, 32 - bits, bits)] + [-1 << 32 - bits]
+    return [(w & mask).float() for mask in masks]
+
+
+def word_inputs(x: Tensor, n: int) -> Tensor:
+    """x (..., K) as (..., K / n, n) float32, the j-th of n as many times smaller as word_fields' is
+    larger."""
+    powers = torch.tensor([2.0**(-32 // n * j) for j in range(n)])
+    return x.unflatten(-1, (-1, n)).float() * powers
+
+
+def int8_words(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x W^T of one token, in a graph, with rows of W in words (N, K / 4). The first three int8 of a
+    word become unsigned: 128 larger. Two parts of W are read side by side, as in row_sums."""
+    inputs = materialize(word_inputs(x.reshape(-1), 4).t().contiguous())  # (4, K / 4)
+    more = materialize(128 * x.reshape(-1, 4)[:, :3].float().sum().view(1))
+    sums = []
+    for part in weight.chunk(2):
+        terms = [field * row for field, row in zip(word_fields(part, 8, 0x808080), inputs)]
+        sums.append((terms[0] + terms[1] + terms[2] + terms[3]).sum(-1))
+    return ((torch.cat(sums) - more) * scale).view(*x.shape[:-1], -1).type_as(x)
+
+
+def lane_sums(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """x W^T of a few tokens, in a graph, with W in lanes (to_lanes): y = sum of u x - zero x, times
+    the scale, over groups. Each field of a vector of words meets one number of x, and the sums
+    of 16 rows grow side by side.
+
+    A pass over W serves two tokens. The sum of a word's fields is made of two halves, since
+    inductor writes longer ones to memory."""
+    (_, m, G, _), K = words.shape, x.shape[-1]
+    n, T = K // (m * G), x.numel() // K
+    passes = math.ceil(T / 2)
+    each = math.ceil(T / passes)
+    x32 = F.pad(x.reshape(T, K).float(), (0, 0, 0, passes * each - T))
+    groups = x32.view(passes, each, G, m, n)
+    inputs = word_inputs(groups.flatten(2), n).view(groups.shape)
+    # What one vector of words meets lies side by side: (passes, 1, m, G, 1, each, n).
+    inputs = materialize(inputs.permute(0, 3, 2, 1, 4).contiguous())[:, None, :, :, None]
+    # The last field is without its highest value, which is half of what n bits hold.
+    top = groups[..., -1].sum(-1) * (1 << 32 // n - 1)
+    more = materialize(torch.stack([top, groups.sum((3, 4))]))[:, :, :, None, :, None]
+    fields = word_fields(words, 32 // n, -2**31)
+    tokens = []
+    for t in range(each):
+        y = (scale * (more[0][:, t] - zero * more[1][:, t])).sum(2)  # (passes, N / 16, 16)
+        for j in range(0, n, 4):
+            a, b, c, d = (fields[j + i] * inputs[..., t, j + i] for i in range(4))
+            y = y + ((a + b + c + d) * scale[:, None]).sum((2, 3))
+        tokens.append(y.flatten(1))
+    return torch.stack(tokens, 1).flatten(0, 1)[:T].view(*x.shape[:-1], -1).type_as(x)
+
+
+def lanes_in_parts(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """x W^T with W in lanes, a part of W at a time turned to x's dtype."""
+    return torch.ops.gpt_stream.lanes_in_parts(x, words, scale, zero).unflatten(0, x.shape[:-1])
+
+
+def in_float32(product: Callable) -> Callable:
+    """The same product in float32, where the library is slow in x's dtype."""
+    return lambda x, *stored: product(x.float(), *stored).type_as(x)
+
+
 def int8_kernel(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """x W^T by PyTorch's int8 kernel."""
     y = torch.ops.gpt_stream.int8_matmul(x.flatten(0, -2).contiguous(), weight, scale.type_as(x))
     return y.unflatten(0, x.shape[:-1])
+
+
+def int8_few(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x W^T of a few tokens, in rows or words, by PyTorch's int8 kernel, which is fast in bf16."""
+    weight = weight.view(torch.int8)
+    if x.dtype == torch.bfloat16:
+        return int8_kernel(x, weight, scale)
+    return int8_in_parts(x.float(), weight, scale).type_as(x)
+
+
+def int8_in_float32(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x W^T in float32, with rows of W in words or not."""
+    return (in_parts(x.float(), weight.view(torch.int8)) * scale).type_as(x)
 
 
 def int8_in_parts(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -202,6 +320,11 @@ def dequantize_groups(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """Rows of W in float32, for these rows of the three tensors."""
     groups = weight.float().unflatten(1, (scale.shape[1], -1))
     return ((groups - zero[..., None]) * scale[..., None]).flatten(1)
+
+
+def int4_in_parts(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """x W^T with W as it is stored."""
+    return grouped_in_parts(x, unpack_nibbles(weight), scale, zero / 16)
 
 
 def gpu_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -250,7 +373,9 @@ def unpack_gpu_int4(packed: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------ the table
 
-ROWS, ONEDNN, PACKED = "rows", "onednn", "packed"  # layouts; PACKED is the int4 kernel's
+# Layouts. WORDS are rows of int8 whose dtype is float32, PACKED is the int4 kernel's, and LANES is
+# of int4 and int8 in groups (to_lanes).
+ROWS, ONEDNN, WORDS, LANES, PACKED = "rows", "onednn", "words", "lanes", "packed"
 KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 CPUS, ALL = "avx2 avx512 amx generic", "eager small large"
 TOKENS = (1, 8, 16)  # the most that the first three columns are for
@@ -277,12 +402,17 @@ TABLE = {
     ("fp32", CPUS, ONEDNN, "large"): 8 * [onednn],
     ("bf16 fp16 fp32", "cuda", ROWS, ALL): 8 * [gpu_linear],
 
-    ("int8", CPUS, ROWS, ALL):
-        (int8_one_pass, int8_kernel, int8_kernel, int8_in_parts,
-         int8_kernel, int8_kernel, int8_kernel, int8_in_parts),
+    ("int8", "avx2", WORDS, "small large"):
+        (int8_words, int8_few, int8_few, int8_in_float32, *3 * [int8_few], int8_in_float32),
+    ("int8", "avx2", ROWS, "eager"): 2 * [*3 * [int8_few], int8_in_float32],
+    ("int8", "avx512 amx generic", ROWS, ALL):
+        (int8_one_pass, *2 * [int8_kernel], int8_in_parts, *3 * [int8_kernel], int8_in_parts),
     ("int8", "cuda", ROWS, ALL): 8 * [gpu_int8],
+    ("int4 grouped_int8", "avx2", LANES, "small large"):
+        (*3 * [lane_sums], *5 * [in_float32(lanes_in_parts)]),
     ("grouped_int8", CPUS, ROWS, ALL): (grouped_one_pass, *7 * [grouped_in_parts]),
     ("grouped_int8", "cuda", ROWS, ALL): 8 * [gpu_grouped],
+    ("int4", CPUS, ROWS, ""): 8 * [int4_in_parts],
     ("int4", CPUS, PACKED, ALL): 8 * [int4_kernel],
     ("int4", "cuda", PACKED, ALL): (*3 * [int4_kernel], gpu_int4_chunk, *4 * [int4_kernel]),
 }
@@ -374,16 +504,41 @@ def reorder(x: Tensor, order: Tensor | None) -> Tensor:
     return x if order is None else x.index_select(-1, order)
 
 
+def to_lanes(rows: Tensor) -> Tensor:
+    """What 16 rows have for their groups side by side, as lanes of a vector: (N, G, ...) as
+    (N / 16, ..., G, 16)."""
+    blocks = rows.unflatten(0, (-1, 16))  # (N / 16, 16, G, ...)
+    return blocks.permute(0, *range(rows.ndim, 0, -1)).contiguous()
+
+
+def put_in_lanes(layer: nn.Module, integers: Tensor, zero: Tensor) -> None:
+    """Lay a layer's W out for lane_sums. integers are unsigned, (N, bytes of a row), and zero is
+    theirs."""
+    words = integers.view(torch.int32).unflatten(1, (zero.shape[1], -1))  # (N, G, m)
+    layer.weight = to_lanes(words).view(torch.float32)
+    layer.scale, layer.zero, layer.layout = to_lanes(layer.scale), to_lanes(zero.float()), LANES
+
+
 class Int8Linear(nn.Module):
     """y = x W^T + b with W in int8, and a scale for each row."""
 
-    layout = ROWS
+    layout = ROWS  # of `weight`
 
     def __init__(self, K: int, N: int, bias: bool):
         super().__init__()
         self.register_buffer("weight", torch.empty(N, K, dtype=torch.int8))
         self.register_buffer("scale", torch.empty(N))
         self.bias = nn.Parameter(torch.empty(N)) if bias else None
+
+    def pack(self, compiled: bool) -> None:
+        """View W as a CPU reads it fastest. The bytes stay what and where they are."""
+        whole = self.weight.shape[1] % 4 == 0 and self.weight.storage_offset() % 4 == 0
+        if layout_of("int8", self.weight, compiled) == WORDS != self.layout and whole:
+            self.weight, self.layout = self.weight.view(torch.float32), WORDS
+
+    def unpack(self) -> None:
+        """View W as int8 again."""
+        self.weight, self.layout = self.weight.view(torch.int8), ROWS
 
     def forward(self, x: Tensor) -> Tensor:
         y = product("int8", self.layout, x)(x, self.weight, self.scale)
@@ -394,7 +549,7 @@ class GroupedInt8Linear(nn.Module):
     """y = x W^T + b with W in int8, and a scale and a zero for each group of columns, a format of
     published checkpoints. `order` is the order of the columns, where it is not the inputs'."""
 
-    layout = ROWS
+    layout = ROWS  # of `weight`
 
     def __init__(self, K: int, N: int, bias: bool, group_size: int, order: bool = False):
         super().__init__()
@@ -403,6 +558,12 @@ class GroupedInt8Linear(nn.Module):
         self.register_buffer("zero", torch.empty(N, K // group_size, dtype=torch.int16))
         self.register_buffer("order", torch.empty(K, dtype=torch.int32) if order else None)
         self.bias = nn.Parameter(torch.empty(N)) if bias else None
+
+    def pack(self, compiled: bool) -> None:
+        """Lay W out as a CPU reads it fastest."""
+        layout = layout_of("grouped_int8", self.weight, compiled)
+        if layout == LANES != self.layout and len(self.weight) % 16 == 0:
+            put_in_lanes(self, self.weight ^ -128, self.zero + 128)
 
     def forward(self, x: Tensor) -> Tensor:
         x = reorder(x, self.order)
@@ -426,7 +587,7 @@ class Int4Linear(nn.Module):
     """y = x W^T + b with W in int4, and a scale and a zero for each group of columns. The tensors
     are as they are stored, two nibbles a byte, until `pack`."""
 
-    layout = PACKED
+    layout = ROWS  # of `weight`
 
     def __init__(self, K: int, N: int, bias: bool, group_size: int, order: bool = False):
         super().__init__()
@@ -437,9 +598,16 @@ class Int4Linear(nn.Module):
         self.register_buffer("order", torch.empty(K, dtype=torch.int32) if order else None)
         self.bias = nn.Parameter(torch.empty(N)) if bias else None
 
-    def pack(self, dtype: torch.dtype) -> None:
-        """Put the stored tensors into the layout of the device's kernel, which computes
-        (nibble - 8) * scale + zero in the given dtype."""
+    def pack(self, dtype: torch.dtype, compiled: bool = False) -> None:
+        """Lay W out as the device reads it fastest: in lanes, or for the device's kernel, which
+        computes (nibble - 8) * scale + zero in the given dtype. A layer that is laid out stays so.
+        """
+        if self.layout != ROWS:
+            return
+        self.layout = layout_of("int4", self.weight, compiled)
+        if self.layout == LANES:
+            put_in_lanes(self, self.weight, self.zero / 16)
+            return
         zero = (8 - self.zero / 16) * self.scale
         both = torch.stack([self.scale, zero], dim=-1).transpose(0, 1)  # (K / g, N, 2)
         self.register_buffer("scales_and_zeros", both.to(dtype).contiguous())
@@ -454,8 +622,11 @@ class Int4Linear(nn.Module):
         del self.scale, self.zero
 
     def forward(self, x: Tensor) -> Tensor:
-        x = reorder(x, self.order)
-        y = product("int4", self.layout, x)(x, self.weight, self.group_size, self.scales_and_zeros)
+        x, function = reorder(x, self.order), product("int4", self.layout, x)
+        if self.layout == PACKED:
+            y = function(x, self.weight, self.group_size, self.scales_and_zeros)
+        else:
+            y = function(x, self.weight, self.scale, self.zero)
         return y if self.bias is None else y + self.bias
 
 

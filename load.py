@@ -37,7 +37,15 @@ from formats.config import (
 from formats.folder import in_dtype, open_checkpoint
 from formats.hub import find, find_adapter
 from kv_cache import KVCache
-from linear import ROWS, GroupedInt8Linear, Int4Linear, Int8Linear, Linear, check_types
+from linear import (
+    ROWS,
+    WORDS,
+    GroupedInt8Linear,
+    Int4Linear,
+    Int8Linear,
+    Linear,
+    check_types,
+)
 from model import ModelConfig, Transformer, rope_frequencies
 from quantize import asked_quantization, empty_model, kind_of_tensor, store
 from threads import at_most, most_threads
@@ -200,27 +208,33 @@ def finish(model: Transformer, weights: dict[str, Tensor], device: torch.device)
     model.frequencies = rope_frequencies(model.config, device)
     model.requires_grad_(False).eval()
     for module in model.modules():
-        if isinstance(module, Int4Linear):
+        if isinstance(module, Int4Linear) and device.type == "cuda":
             module.pack(model.norm.weight.dtype)
 
 
 def pack(model: Transformer, compile: bool) -> None:
     """Lay weights out as a CPU reads them fastest, in a model that is about to be compiled or in an
     eager one (linear.TABLE)."""
-    linears = [module for module in model.modules() if isinstance(module, Linear)]
-    for module in linears:
-        module.unpack()
+    for module in model.modules():
+        if isinstance(module, Linear | Int8Linear):
+            module.unpack()
     model.tie()
-    for module in linears:
-        module.pack(compile, shared=module.weight is model.embed.weight)
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.pack(compile, shared=module.weight is model.embed.weight)
+        elif isinstance(module, Int4Linear):
+            module.pack(model.norm.weight.dtype, compile)
+        elif isinstance(module, Int8Linear | GroupedInt8Linear):
+            module.pack(compile)
 
 
 def weight_bytes(model: Transformer) -> int:
     """The bytes of this process's weights. A tied layer's weight counts once, unless it is laid out
     anew."""
     layers = model_layers(model.config)
-    tied = [name for name, layer in layers.items()
-            if layer.tied_to and getattr(model.get_submodule(name), "layout", ROWS) == ROWS]
+    in_place = ROWS, WORDS
+    tied = [name for name, layer in layers.items() if layer.tied_to
+            and getattr(model.get_submodule(name), "layout", ROWS) in in_place]
     return sum(tensor.nbytes for name, tensor in model.state_dict(keep_vars=True).items()
                if layer_name(name, layers) not in tied)
 
