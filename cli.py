@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from chat_template import check_args
-from linear import GROUP_SIZES, MODES
+from layers import GROUP_SIZES, MODES
 from sample import Sampling
 from terminal import say
 

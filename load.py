@@ -37,15 +37,8 @@ from formats.config import (
 from formats.folder import in_dtype, open_checkpoint
 from formats.hub import find, find_adapter
 from kv_cache import KVCache
-from linear import (
-    ROWS,
-    WORDS,
-    GroupedInt8Linear,
-    Int4Linear,
-    Int8Linear,
-    Linear,
-    check_types,
-)
+from layers import GroupedInt8Linear, Int4Linear, Int8Linear, Linear, check_types
+from linear import ROWS, WORDS
 from model import ModelConfig, Transformer, rope_frequencies
 from quantize import asked_quantization, empty_model, kind_of_tensor, store
 from threads import at_most, most_threads

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from attention import attend, attend_causal
 from kv_cache import KVCache, write
-from linear import ROWS, Linear, materialize
+from layers import Linear
+from linear import ROWS, materialize
 from threads import timed_step
 from tp import all_gather, all_reduce
 

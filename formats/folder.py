@@ -95,7 +95,7 @@ def our_blocks(tensors: dict[str, Tensor], config: ModelConfig,
     expected = stored_shapes(empty_model(config, quantization))
     check_tensors({name: tensor.shape for name, tensor in tensors.items()}, expected)
     for name in expected:
-        if tensors[name].is_floating_point():  # integers: see linear.check_types
+        if tensors[name].is_floating_point():  # integers: see layers.check_types
             check_float(name, tensors[name])
     return {name: [tensors[name]] for name in expected}
 

@@ -16,7 +16,7 @@ import torch  # noqa: E402
 from bench.models import random_model as bench_model  # noqa: E402
 from helpers import random_model  # noqa: E402
 from kv_cache import KVCache  # noqa: E402
-from linear import Int8Linear  # noqa: E402
+from layers import Int8Linear  # noqa: E402
 from load import compile_model  # noqa: E402
 from model import ModelConfig  # noqa: E402
 from quantize import asked_quantization, quantize_int8  # noqa: E402

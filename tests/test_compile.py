@@ -208,7 +208,7 @@ def test_a_model_and_its_drafts_compiled_in_one_process():
 
 def test_operators_are_to_the_compiler_what_they_say():
     """Shapes, strides and dtypes of what they return: graphs take these on trust."""
-    from linear import Int4Linear
+    from layers import Int4Linear
     x, weight = torch.randn(3, 64).bfloat16(), torch.randn(96, 64)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
     int4 = Int4Linear(64, 96, False, 32)

@@ -21,7 +21,7 @@ import quantize
 from formats.gguf import convert_gguf
 from generate import load
 from helpers import TINY, hf_model, run
-from linear import Int4Linear, Int8Linear, Linear
+from layers import Int4Linear, Int8Linear, Linear
 from tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")

@@ -16,7 +16,7 @@ from formats.session import load_session, save_session
 from generate import decode, generate, load, make_cache, prefill, warm
 from helpers import ONE_THREAD, ROOT, TINY, TORCHRUN, random_model
 from kv_cache import KVCache
-from linear import Int4Linear, Int8Linear
+from layers import Int4Linear, Int8Linear
 from load import compile_model
 from oracle import Stream
 from quantize import dequantize, quantize_int4, quantize_int8

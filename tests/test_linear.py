@@ -7,7 +7,8 @@ import torch
 
 import linear
 from helpers import TINY
-from linear import Linear, cpu_kind
+from layers import Linear
+from linear import cpu_kind
 
 ROOT = TINY.parent.parent
 PROCESSORS = linear.CPUS.split()

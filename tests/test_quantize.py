@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from convert_hf import convert
 from generate import generate, load, make_cache, prefill, weight_bytes
 from helpers import TINY, run
-from linear import CPUS, LANES, WORDS, GroupedInt8Linear, Int4Linear, Int8Linear
+from layers import GroupedInt8Linear, Int4Linear, Int8Linear
+from linear import CPUS, LANES, WORDS
 from quantize import asked_quantization, dequantize, quantize_int4, quantize_int8, quantize_weight
 
 DRAFT = TINY.parent / "tiny-draft"
