@@ -97,26 +97,26 @@ define("gpt_stream::lanes_in_parts",
 
 @implement("gpt_stream::lanes_in_parts", "cpu")
 def lanes_in_parts_cpu(x, words, scale, zero):
+    """As lane_sums, but a part of W at a time becomes a matrix of the fields, times the scale. 2 G
+    more of its rows are for the last field and the zeros. So W is neither transposed nor shifted,
+    and there are few passes over it."""
     (B, m, G, lanes), K = words.shape, x.shape[-1]
-    fields = K // (m * G)
-    bits = 32 // fields
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)[:, None]  # (fields, 1)
-    # W's columns in the order in which the fields of a group's words lie side by side.
-    x = x.reshape(-1, G, m, fields).permute(0, 3, 2, 1).reshape(-1, K)
-    T = len(x)
-    x = F.pad(x, (0, 0, 0, max(0, 16 - T)))  # as in linear_in_parts
-    y = x.new_empty(B * lanes, len(x))
+    n, x32 = K // (m * G), x.reshape(-1, K).float()
+    T, groups = len(x32), x32.view(-1, G, m, n)
+    inputs = word_inputs(x32, n).view_as(groups).permute(0, 3, 2, 1).reshape(T, K)
+    inputs = torch.cat([inputs, last_field(groups, n), -groups.sum((2, 3))], 1)  # (T, K + 2 G)
+    masks = torch.tensor(word_masks(32 // n), dtype=torch.int32).view(n, 1, 1, 1)
     size = math.ceil(B / math.ceil(B * lanes * K / PART))
-    buffer = torch.empty(size * lanes, fields, m * G, dtype=torch.int32)
-    for part, out in zip(range(0, B, size), y.split(size * lanes)):
-        w = words[part:part + size].view(torch.int32).permute(0, 3, 1, 2).reshape(-1, 1, m * G)
-        s, z = (t[part:part + size].transpose(1, 2).repeat(1, 1, m).view(-1, 1, m * G)
-                for t in (scale, zero))  # (rows, 1, m G) each
-        integers = torch.bitwise_right_shift(w, shifts, out=buffer[:len(w)])
-        integers.bitwise_and_(2**bits - 1)
-        rows = integers.view(torch.float32).copy_(integers).sub_(z).mul_(s)  # in place
-        torch.mm(rows.view(len(w), K).type_as(x), x.t(), out=out)
-    return y[:, :T].t().contiguous()
+    buffer, y = x32.new_empty(size, K + 2 * G, lanes), x32.new_empty(B, T, lanes)
+    for w, s, z, out in zip(*(tensor.split(size) for tensor in (words, scale, zero, y))):
+        part = buffer[:len(w)]
+        fields = part[:, :K].unflatten(1, (n, m, G))  # (size, fields, m, G, lanes)
+        integers = fields.view(torch.int32)
+        torch.bitwise_and(w.view(torch.int32)[:, None] ^ -2**31, masks, out=integers)
+        fields.copy_(integers).mul_(s[:, None, None])  # in place
+        part[:, K:] = torch.cat([s, s * z], 1)
+        torch.bmm(inputs.expand(len(w), -1, -1), part, out=out)
+    return y.transpose(0, 1).reshape(T, -1).type_as(x)
 
 
 @torch.library.register_fake("gpt_stream::lanes_in_parts")
@@ -210,8 +210,18 @@ def word_fields(words: Tensor, bits: int, flip: int) -> list[Tensor]:
     it lies, so the j-th is 2^(bits j) times as large. They are unsigned but for the last, which
     has the word's sign. Bits of the word that `flip` has are inverted first."""
     w = words.view(torch.int32) ^ flip
-    masks = [(1 << bits) - 1 << j for j in range(0, 32 - bits, bits)] + [-1 << 32 - bits]
-    return [(w & mask).float() for mask in masks]
+    return [(w & mask).float() for mask in word_masks(bits)]
+
+
+def word_masks(bits: int) -> list[int]:
+    """The masks of a word's fields. The last one has the word's sign."""
+    return [(1 << bits) - 1 << j for j in range(0, 32 - bits, bits)] + [-1 << 32 - bits]
+
+
+def last_field(groups: Tensor, n: int) -> Tensor:
+    """What the last of a word's n fields lacks in the sum of a group (..., m, n) of inputs. It is
+    without its highest value, which is half of what its bits hold."""
+    return groups[..., -1].sum(-1) * (1 << 32 // n - 1)
 
 
 def word_inputs(x: Tensor, n: int) -> Tensor:
@@ -256,9 +266,8 @@ def lane_sums(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     inputs = word_inputs(groups.flatten(2), n).view(groups.shape)
     # What one vector of words meets lies side by side: (passes, 1, m, G, 1, each, n).
     inputs = materialize(inputs.permute(0, 3, 2, 1, 4).contiguous())[:, None, :, :, None]
-    # The last field is without its highest value, which is half of what n bits hold.
-    top = groups[..., -1].sum(-1) * (1 << 32 // n - 1)
-    more = materialize(torch.stack([top, groups.sum((3, 4))]))[:, :, :, None, :, None]
+    more = torch.stack([last_field(groups, n), groups.sum((3, 4))])
+    more = materialize(more)[:, :, :, None, :, None]
     fields = word_fields(words, 32 // n, -2**31)
     tokens = []
     for t in range(each):
