@@ -273,8 +273,8 @@ def main():
         turns = turns_of(read_prompts(args.prompts), args.limit) if args.prompts else None
         stop = [check_text("--stop", stop_text) for stop_text in args.stop]
         template_args = template_args_of(args)
-        compiling = dict(compile=args.compile, compile_prefill=args.compile_prefill)
-        model, tokenizer = open_model(args.checkpoint, **compiling, **load_arguments(args))
+        model, tokenizer = open_model(args.checkpoint, compile=args.compile,
+                                      compile_prefill=args.compile_prefill, **load_arguments(args))
         n_sink = args.sink
         if args.pin_system is not None:
             if args.sink is not None:
@@ -285,7 +285,7 @@ def main():
             n_sink = len(tokenizer.system_turn(args.pin_system, template_args))
         cache = make_cache(model, n_sink, args.window)
         speculation = open_speculation(model, cache, tokenizer, **speculating)
-        compile_s, how = get_ready(model, cache, sampling_of(args), speculation, **compiling)
+        compile_s, how = get_ready(model, cache, sampling_of(args), speculation)
         talk = Conversation(model, tokenizer, cache, speculation, args.pin_system,
                             max_new_tokens=args.max_new_tokens, stop=stop,
                             ignore_eos=args.ignore_eos, template_args=template_args)
