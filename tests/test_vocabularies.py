@@ -92,6 +92,8 @@ def llama_library():
 
 def read_both(folder):
     """(ours, transformers 5's) of a folder."""
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24):
+        pytest.skip("before 5.24 transformers overlooks more and reads tokenizer.model otherwise")
     return Tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
 
 
