@@ -95,7 +95,9 @@ class TokenizerJson:
         if after == START or self.prefix_free:
             try:
                 return self.library.encode(text, add_special_tokens=False).ids
-            except Exception as error:
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # a panic of the library's is no Exception
                 raise cannot_encode(text, error) from None
         return self.finder.encode(text, after, self.encode_part)
 
