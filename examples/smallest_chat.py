@@ -19,10 +19,8 @@ def main():
         ends = chat_stop_ids(model, tokenizer)
         show("> ")
         for line in sys.stdin:
-            if last_id is None:
-                ids = tokenizer.first_turn(line.strip())
-            else:
-                ids = tokenizer.next_turn(line.strip(), last_id)
+            ids = (tokenizer.first_turn(line.strip()) if last_id is None
+                   else tokenizer.next_turn(line.strip(), last_id))
             text = tokenizer.stream()
             for last_id in generate(model, cache, ids, 256, stop_ids=ends, temperature=0.7,
                                     top_p=0.9):
