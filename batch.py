@@ -34,7 +34,7 @@ from cli import (
     sampling_of,
     template_args_of,
 )
-from draw import RowSampler, new_seed
+from draw import NOT_FINITE, UNDRAWN, RowSampler, new_seed
 from generate import (
     Transcript,
     chat_stop_ids,
@@ -102,6 +102,7 @@ class Stream:
     started: float  # time.perf_counter() when its prefill began
     prefilled: float = 0.0  # and when it ended, after steps of other streams in between
     length: int = 0  # tokens in its row
+    failed: bool = False  # it ended because no token could be drawn (draw.NOT_FINITE)
     # For each token yielded: its log-probability, and {id: log-probability} of the likeliest ones.
     logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
 
@@ -172,8 +173,8 @@ def generate_batch(model: Transformer, prompts: Iterable[Sequence[int] | Prompt 
                    stop_ids: Sequence[int] | None = None,
                    batch: Batch | None = None) -> Iterator[tuple[Stream, int | None]]:
     """Continue every prompt, B at a time: yields (stream, token id) as the tokens come, a stop id
-    too, and (stream, None) after a stream's last one. `stream.index` is its number, and
-    `stream.cancel()` ends it early.
+    too, and (stream, None) after a stream's last one. `stream.index` is its number,
+    `stream.cancel()` ends it early, and `stream.failed` says that its logits were not finite.
 
     A prompt is taken from the iterable when its prefill begins; None says that there is none now.
     A Prompt has its own settings; plain ids have these: sampling (default: greedy), the stop_ids
@@ -348,7 +349,8 @@ def compute_logprobs(batch: Batch, rows: list[int], logits: Tensor) -> None:
     (B, 1, V), or (1, 1, V) of one row."""
     for row in rows:
         raw, n = logits[row if len(logits) > 1 else 0], batch.rows[row].prompt.logprobs
-        batch.logprobs[row] = log_probabilities(raw, batch.tokens[row:row + 1], n)
+        token = batch.tokens[row:row + 1].clamp(min=0)
+        batch.logprobs[row] = log_probabilities(raw, token, n)
 
 
 def yield_tokens(batch: Batch, ids: list[int]) -> Iterator[tuple[Stream, int | None]]:
@@ -356,11 +358,13 @@ def yield_tokens(batch: Batch, ids: list[int]) -> Iterator[tuple[Stream, int | N
     for row, (stream, token_id) in enumerate(zip(batch.rows, ids, strict=True)):
         if stream is None:
             continue
-        if token_id in stream.prompt.stop_ids:
+        stream.failed = token_id == UNDRAWN
+        if stream.failed or token_id in stream.prompt.stop_ids:
             stream.new_tokens_left = 0
         stream.new_tokens_left = max(0, stream.new_tokens_left - 1)
         stream.length += 1
-        yield stream, token_id
+        if not stream.failed:
+            yield stream, token_id
         if not stream.new_tokens_left:
             yield stream, None
             batch.sampler.end(row)
@@ -376,8 +380,9 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
                   stop: Sequence[str], compile_s: float) -> None:
     """Print every stream's JSON line as soon as it ends, and the totals at last. On Ctrl-C the step
     is finished, the streams that have not ended are dropped, and the program ends. stop are texts
-    that end an answer."""
+    that end an answer. Raises ValueError, at the end, for streams that failed."""
     transcripts, done, new_tokens, steps, start = {}, 0, 0, 0, time.perf_counter()
+    failed = []
     samples, seed = prompts[0].samples, prompts[0].sampling.seed
     n_streams, what = len(prompts) * samples, "prompts" if samples == 1 else "answers"
 
@@ -389,7 +394,9 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
             if interrupted and batch.steps > steps:
                 break
             steps = batch.steps
-            if token_id is None:
+            if stream.failed:
+                failed.append(stream)
+            elif token_id is None:
                 record = record_of(model, batch, stream, transcripts.pop(stream))
                 show(json.dumps({**record, "compile_s": compile_s}) + "\n")
                 done += 1
@@ -405,6 +412,9 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
         f"compiled in {compile_s:.1f} s, seed {seed}")
     if interrupted:
         sys.exit(128 + interrupted[0])
+    if failed:
+        raise ValueError(f"{len(failed)} of {n_streams} {what} broke off, prompt "
+                         f"{failed[0].index // samples} the first: {NOT_FINITE}")
 
 
 def record_of(model: Transformer, batch: Batch, stream: Stream, transcript: Transcript) -> dict:
@@ -440,7 +450,8 @@ def main():
                                       compile_prefill=args.compile_prefill, **load_arguments(args))
         ids = broadcast_ids([tokenizer.opening(entry, template_args) for entry in entries])
         batch = Batch(model, args.batch, args.sink, args.window)
-        compile_s, how = get_ready(model, batch.staging[0], sampling_of(args))
+        how = sampling_of(args, model.suggested)
+        compile_s, how = get_ready(model, batch.staging[0], how)
         if args.compile:  # the step of all rows, as often as generate.warm runs the others
             start = time.perf_counter()
             list(generate_batch(model, [[0]] * 2, max_new_tokens=3, stop_ids=(), batch=batch))

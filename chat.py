@@ -285,7 +285,8 @@ def main():
             n_sink = len(tokenizer.system_turn(args.pin_system, template_args))
         cache = make_cache(model, n_sink, args.window)
         speculation = open_speculation(model, cache, tokenizer, **speculating)
-        compile_s, how = get_ready(model, cache, sampling_of(args), speculation)
+        how = sampling_of(args, model.suggested)
+        compile_s, how = get_ready(model, cache, how, speculation)
         talk = Conversation(model, tokenizer, cache, speculation, args.pin_system,
                             max_new_tokens=args.max_new_tokens, stop=stop,
                             ignore_eos=args.ignore_eos, template_args=template_args)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from formats.checkpoint import Checkpoint, Encoded
 from formats.config import check_tensors, config_from_hf, hf_parts
-from formats.files import import_optional
+from formats.files import import_optional, write_json
 from formats.folder import write_converted
 from formats.gguf_file import GGUFTensor, read_gguf
 from formats.gguf_tokenizer import write_tokenizer
@@ -38,6 +38,8 @@ SIZES = {"hidden_size": "embedding_length", "num_hidden_layers": "block_count",
          "max_position_embeddings": "context_length"}
 NOT_COMPUTED = ("expert_count", "attention.scale", "attention.temperature_scale", "logit_scale",
                 "residual_scale", "embedding_scale")
+SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
+            "penalty_repeat": "repetition_penalty"}  # as a generation_config.json names them
 NAMES = {"model.embed_tokens": "token_embd", "model.layers": "blk", "model.norm": "output_norm",
          "lm_head": "output", "input_layernorm": "attn_norm",
          "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output",
@@ -70,7 +72,10 @@ def read_settings(metadata: dict, tensors: dict[str, GGUFTensor]) -> tuple[dict,
         "eos_token_id": sorted({metadata[key] for end in ("eos", "eot", "eom")
                                 if (key := f"tokenizer.ggml.{end}_token_id") in metadata})}
     if metadata.get(key := f"{name}.attention.sliding_window"):
-        raw.update(sliding_window=read_number(metadata, key, int), use_sliding_window=True)
+        raw.update(sliding_window=read_number(metadata, key, int), use_sliding_window=True,
+                   max_window_layers=0)
+        if name == "llama":  # it is Mistral's: a Llama has none
+            raw.update(architectures=["MistralForCausalLM"], model_type="mistral")
     raw["rope_parameters"].update(read_scaling(metadata, name, tensors, config_from_hf(raw)))
     return raw, config_from_hf(raw)
 
@@ -255,8 +260,16 @@ def make_checkpoint(source: Path, folder: Path) -> Checkpoint:
     """A file as a Checkpoint, after writing its tokenizer's files to `folder`."""
     metadata, tensors = read_gguf(source)
     raw, config = read_settings(metadata, tensors)
-    blocks = read_blocks(config, tensors, interleaved=raw["model_type"] == "llama")
+    if len(metadata.get("tokenizer.ggml.tokens", [])) > config.vocab_size:
+        raise ValueError(f"tokenizer.ggml.tokens are {len(metadata['tokenizer.ggml.tokens'])}; "
+                         f"tensor token_embd.weight has rows for {config.vocab_size}")
+    interleaved = metadata["general.architecture"] == "llama"
+    blocks = read_blocks(config, tensors, interleaved)
+    suggested = {name: metadata[f"general.sampling.{key}"] for key, name in SAMPLING.items()
+                 if f"general.sampling.{key}" in metadata}
     try:
+        if suggested:
+            write_json(folder / "generation_config.json", suggested)
         write_tokenizer(folder, metadata)
     except OSError as error:  # temporary files may be on another disk, which is full
         raise OSError(f"{folder}: cannot be written: {error}") from None

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator
 
 from batch import LONG_PROMPT, Batch, Hooks, Prompt, Stream, generate_batch
+from draw import NOT_FINITE
 from generate import LARGE_CHUNK, chat_stop_ids, check_ids
 from kv_cache import KVCache
 from model import Transformer
@@ -33,6 +34,7 @@ from server.protocol import MAX_PROMPT, ApiError, Request
 from tokenizer import GeneratedText, Tokenizer
 
 log = logging.getLogger("gpt_stream")
+LEAST_LOGPROB = -9999.0
 
 
 class Engine:
@@ -291,11 +293,15 @@ class Engine:
 
     def on_end(self, stream: Stream) -> None:
         """Cache the conversation, and only then send the last event: the client may go on at once.
-        A stream that was cancelled before its first token has no answer."""
-        answer = self.answers.pop(stream, None)
-        if answer is None:
+        A stream that was cancelled before its first token has no answer. One that failed ends its
+        request with an error, and nothing of it is cached."""
+        job, answer = stream.prompt.hooks.owner, self.answers.pop(stream, None)
+        if stream.failed and not job.cancelled:
+            log.error("an answer broke off: %s", NOT_FINITE)
+            job.post(ApiError(500, f"The answer broke off: {NOT_FINITE}."))
+        if stream.failed or answer is None:
             return
-        job, rest = answer.job, answer.flush()
+        rest = answer.flush()
         if job.key and self.prefix_cache.max_bytes:
             self.cache_answer(answer, self.batch.rows.index(stream))
         if not job.cancelled:
@@ -316,8 +322,10 @@ class Engine:
             self.prefix_cache.add(key, prefix, job.parent_key)
 
     def token(self, token_id: int, logprob: float, likeliest: dict[int, float]) -> Token:
-        return Token(self.token_text(token_id), logprob,
-                     [(self.token_text(i), value) for i, value in likeliest.items()])
+        """A token with its log-probabilities. JSON has no -inf, and OpenAI's is LEAST_LOGPROB."""
+        return Token(self.token_text(token_id), max(logprob, LEAST_LOGPROB),
+                     [(self.token_text(i), max(value, LEAST_LOGPROB))
+                      for i, value in likeliest.items()])
 
     def token_text(self, token_id: int) -> str:
         """A token's text; special ones have a name."""

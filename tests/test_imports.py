@@ -12,7 +12,7 @@ from helpers import TINY
 
 ROOT = TINY.parent.parent
 # There is one order of files: each imports only earlier ones, at its top and inside its functions.
-ORDER = ["tp", "threads", "kv_cache", "linear", "attention", "model", "formats.files",
+ORDER = ["tp", "threads", "kv_cache", "linear", "layers", "attention", "model", "formats.files",
          "formats.tokenizer_config", "chat_template", "formats.added_tokens",
          "formats.tokenizer_model", "formats.tokenizer_json", "tokenizer", "sample", "draw",
          "terminal", "cli", "formats.config", "quantize", "formats.checkpoint", "formats.published",

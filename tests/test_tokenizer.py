@@ -7,13 +7,14 @@ import shutil
 import pytest
 import sentencepiece
 import tokenizers
-import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from chat_template import ChatTemplate
 from formats.tokenizer_model import TokenizerModel
 from helpers import TINY
 from tokenizer import GeneratedText, Tokenizer
+
+transformers = pytest.importorskip("transformers")
 
 TEXTS = ["Hello there, said the cat.", "  two  spaces\n\nand a line\n",
          "née 日本語 👩‍👩‍👧 ₿ \u200b.", "\n", " "]
