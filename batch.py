@@ -26,24 +26,26 @@ from torch import Tensor
 from cli import (
     add_generation,
     check_text,
+    grammar_arguments,
     load_arguments,
+    make_grammar,
     make_parser,
     number,
     read_prompts,
     sampling_of,
 )
-from draw import RowSampler, new_seed
+from draw import RowSampler, copy_to_host, new_seed
 from generate import (
     Transcript,
     check_ids,
-    copy_to_host,
     get_ready,
     make_cache,
     open_model,
     prefill_chunks,
 )
+from grammar import Grammar
 from kv_cache import KVCache
-from model import Transformer
+from model import ModelConfig, Transformer
 from sample import Sampling, check_range, log_probabilities
 from terminal import hold_interrupt, progress, say, show, user_errors
 from tokenizer import Tokenizer
@@ -99,7 +101,9 @@ class Stream:
     started: float  # time.perf_counter() when its prefill began
     prefilled: float = 0.0  # and when it ended, after steps of other streams in between
     length: int = 0  # tokens in its row
-    # For each token yielded: its log-probability, and {id: log-probability} of the likeliest ones.
+    error: str = ""  # at its end: why its grammar could not go on
+    # For each token yielded: its log-probability, and {id: log-probability} of the likeliest ones,
+    # as the model has them: no limit, penalty or grammar is in these.
     logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
 
     def cancel(self) -> None:
@@ -216,6 +220,8 @@ def streams_of(model: Transformer, prompts: Iterable[Sequence[int] | Prompt | No
         check_ids(model, prompt.ids)
         seed = new_seed() if prompt.sampling.seed is None else prompt.sampling.seed
         ends = model.config.eos_ids if prompt.stop_ids is None else prompt.stop_ids
+        if prompt.sampling.grammar:
+            prompt.sampling.grammar.check_fits(model.config.vocab_size, ends)
         each = [replace(prompt, sampling=replace(prompt.sampling, seed=seed + i), stop_ids=ends)
                 for i in range(prompt.samples)]
         yield [Stream(index + i, i, one, one.max_new_tokens, time.perf_counter(),
@@ -296,7 +302,7 @@ def start_row(batch: Batch, row: int, stream: Stream, prefill: Prefill) -> None:
     """Copy a prefilled prompt to a stream's row, and draw its first token."""
     batch.cache.copy_row(row, prefill.cache, n_tokens=stream.length)
     prompt, batch.rows[row], batch.is_busy[row] = stream.prompt, stream, 1
-    batch.sampler.begin(row, prompt.sampling, prompt.all_ids())
+    batch.sampler.begin(row, prompt.sampling, prompt.all_ids(), prompt.stop_ids)
     batch.tokens[row:row + 1] = batch.sampler.sample(prefill.logits, slice(row, row + 1))
     compute_logprobs(batch, [] if prompt.logprobs is None else [row], prefill.logits)
 
@@ -359,6 +365,7 @@ def yield_tokens(batch: Batch, ids: list[int]) -> Iterator[tuple[Stream, int | N
         stream.length += 1
         yield stream, token_id
         if not stream.new_tokens_left:
+            stream.error = batch.sampler.error(row)
             yield stream, None
             batch.sampler.end(row)
             batch.cache.clear_row(row, stream.length)
@@ -404,6 +411,20 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
         sys.exit(128 + interrupted[0])
 
 
+def make_grammars(path: str, entries: list[dict], asked: tuple[str, dict], tokenizer: Tokenizer,
+                  config: ModelConfig) -> list[Grammar | None]:
+    """Each prompt's grammar: of its line's "schema", or else the command line's, if any."""
+    made = {"": make_grammar(*asked, tokenizer, config)}  # by the text of the schema
+    grammars = []
+    for n, entry in enumerate(entries):
+        schema = entry.get("schema")
+        key = "" if schema is None else json.dumps(schema)
+        if key not in made:
+            made[key] = make_grammar(f"{path}, prompt {n}", {"schema": schema}, tokenizer, config)
+        grammars.append(made[key])
+    return grammars
+
+
 def record_of(model: Transformer, batch: Batch, stream: Stream, transcript: Transcript) -> dict:
     """A stream's JSON line, at its end."""
     prompt, which = stream.prompt, {"index": stream.index // stream.prompt.samples}
@@ -413,6 +434,8 @@ def record_of(model: Transformer, batch: Batch, stream: Stream, transcript: Tran
     length = len(prompt.ids) + len(transcript.said.ids)
     record = transcript.record(model, [batch.cache, *batch.staging], length, prompt.stop_ids,
                                prompt.sampling.seed)
+    if stream.error:
+        record.update(finish_reason="error", error=stream.error)
     return {**which, **record}
 
 
@@ -429,10 +452,12 @@ def main():
         for flag in ("draft", "lookup", "speculate"):
             if getattr(args, flag):
                 raise ValueError(f"--{flag} works on one stream, and batch.py has many")
+        asked = grammar_arguments(args)
         entries = read_prompts(args.prompts)[:args.limit]
         stop = [check_text("--stop", text) for text in args.stop]
         compiling = dict(compile=args.compile, compile_prefill=args.compile_prefill)
         model, tokenizer = open_model(args.checkpoint, **compiling, **load_arguments(args))
+        grammars = make_grammars(args.prompts, entries, asked, tokenizer, model.config)
         ids = broadcast_ids([tokenizer.opening(entry) for entry in entries])
         batch = Batch(model, args.batch, args.sink, args.window)
         compile_s, how = get_ready(model, batch.staging[0], sampling_of(args), **compiling)
@@ -442,8 +467,9 @@ def main():
             compile_s += time.perf_counter() - start
         stop_ids = () if args.ignore_eos else None
         # Every answer has a seed of its own, so no other prompt and no batch size changes it.
-        prompts = [Prompt(one, replace(how, seed=how.seed + n * args.samples),
-                          args.max_new_tokens, stop_ids, args.samples) for n, one in enumerate(ids)]
+        prompts = [Prompt(one, replace(how, seed=how.seed + n * args.samples, grammar=grammar),
+                          args.max_new_tokens, stop_ids, args.samples)
+                   for n, (one, grammar) in enumerate(zip(ids, grammars, strict=True))]
         write_results(model, tokenizer, prompts, batch, stop, compile_s)
 
 

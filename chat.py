@@ -28,7 +28,9 @@ from cli import (
     add_generation,
     check_text,
     figures,
+    grammar_arguments,
     load_arguments,
+    make_grammar,
     make_parser,
     number,
     read_prompts,
@@ -255,7 +257,7 @@ def main():
     add("--load-session", metavar="FILE", help="go on with one that was kept")
     with user_errors(parser):
         args = parser.parse_args()
-        speculating = speculation_arguments(args)
+        speculating, asked = speculation_arguments(args), grammar_arguments(args)
         if args.limit and not args.prompts:
             raise ValueError("--limit goes with --prompts")
         if n_ranks() > 1 and (args.save_session or args.load_session):
@@ -274,9 +276,11 @@ def main():
                 raise ValueError('--pin-system needs a template: {"prompt": ...} lines have none')
             check_text("--pin-system", args.pin_system)
             n_sink = len(tokenizer.system_turn(args.pin_system))
+        grammar = make_grammar(*asked, tokenizer, model.config)
         cache = make_cache(model, n_sink, args.window)
         speculation = open_speculation(model, cache, tokenizer, **speculating)
-        compile_s, how = get_ready(model, cache, sampling_of(args), speculation, **compiling)
+        compile_s, how = get_ready(model, cache, sampling_of(args, grammar), speculation,
+                                   **compiling)
         talk = Conversation(model, tokenizer, cache, speculation, args.pin_system,
                             max_new_tokens=args.max_new_tokens, stop=stop,
                             stop_ids=() if args.ignore_eos else None)
