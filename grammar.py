@@ -39,8 +39,8 @@ class Grammar:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, *, schema: dict | bool | None = None,
                  regex: str | None = None, lark: str | None = None):
-        """One of: a JSON Schema, a regular expression that the whole answer matches, a grammar as
-        llguidance writes them, which is much as Lark does. vocab_size is the model's.
+        """One of: a JSON Schema, a regular expression that the whole answer matches, a grammar in
+        llguidance's kind of Lark, or in llama.cpp's GBNF. vocab_size is the model's.
 
         Raises ValueError naming what is wrong with it, or what llguidance cannot do of it."""
         given = {"schema": schema, "regex": regex, "lark": lark}
@@ -52,6 +52,8 @@ class Grammar:
         self.vocab_size = vocab_size
         try:
             text = lark_of_schema(source) if self.kind == "schema" else source
+            if self.kind == "lark" and "::=" in text:
+                text = lark_of_gbnf(text)
             if len(text) > MAX_CHARS:
                 raise ValueError(f"it has {len(text)} characters; at most {MAX_CHARS} are read")
             if self.kind == "regex":
@@ -121,6 +123,15 @@ class Matcher:
                 mask[token_id // 8] |= bit
             else:
                 mask[token_id // 8] &= 255 - bit
+
+
+def lark_of_gbnf(text: str) -> str:
+    """A grammar in llama.cpp's form, as Lark. Raises ValueError where it is none."""
+    gbnf = import_optional("llguidance.gbnf_to_lark", "a grammar")
+    try:
+        return gbnf.gbnf_to_lark(text)
+    except Exception as error:  # the library raises nothing more specific
+        raise ValueError(in_one_line(str(error))) from None
 
 
 def in_one_line(error: str) -> str:

@@ -8,14 +8,17 @@ takes the next prompt when it has room, and the event loop gets every token's te
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 
 from batch import LONG_PROMPT, Batch, Hooks, Prompt, Stream, generate_batch
 from generate import LARGE_CHUNK, check_ids
+from grammar import Grammar, vocabulary
 from kv_cache import KVCache
 from model import Transformer
 from server.answers import Answer, Event, Job, Token
@@ -82,6 +85,23 @@ class Engine:
         if len(self.waiting) + n > self.max_queue:
             raise ApiError(429, f"{len(self.waiting)} requests are waiting already (--queue "
                                 f"{self.max_queue}); try again.", code="queue_full", retry_after=1)
+
+    def prepare_grammars(self) -> None:
+        """Make the table of tokens that grammars need, once. Raises ApiError where it cannot be."""
+        try:
+            vocabulary(self.tokenizer, self.model.config.vocab_size)
+        except ValueError as error:
+            raise ApiError(400, f"{error}.", code="unsupported_parameter") from None
+
+    def compile_grammar(self, request: Request) -> None:
+        """Compile what a request's answers must fit. Raises ApiError naming the field."""
+        (field, source), config = request.grammar, self.model.config
+        try:
+            grammar = Grammar(self.tokenizer, config.vocab_size, **source)
+            grammar.check_fits(config.vocab_size, config.eos_ids)
+        except ValueError as error:
+            raise ApiError(400, f"{field}: {error}.", field, "invalid_value") from None
+        request.sampling = replace(request.sampling, grammar=grammar)
 
     def make_jobs(self, request: Request, client: str) -> list[Job]:
         """Turn a request into token ids, a job for each prompt. A client goes on only from its own
@@ -287,6 +307,10 @@ class Engine:
         if answer is None:
             return
         job, rest = answer.job, answer.flush()
+        if stream.error:
+            field = job.request.grammar[0]
+            job.post(ApiError(400, f"{field}: {stream.error}.", field, "invalid_value"))
+            return
         if job.key and self.prefix_cache.max_bytes:
             self.cache_answer(answer, self.batch.rows.index(stream))
         if not job.cancelled:
@@ -315,7 +339,9 @@ class Engine:
         return self.special_names.get(token_id) or self.tokenizer.decode([token_id])
 
     def warm(self) -> None:
-        """Run every graph that answering needs, so that none is compiled later."""
+        """Make and run all that answering needs, so that nothing is compiled later."""
+        with contextlib.suppress(ApiError):  # llguidance is optional: a request says so
+            self.prepare_grammars()
         for _ in range(3 if self.batch.cache.length.is_cuda else 1):
             # Two rows, and then the step of one row alone, which is another graph.
             prompts = [[0] * (LARGE_CHUNK + 1), [0]]

@@ -1,11 +1,20 @@
 """Random JSON Schemas, for tests of structured output. Strings and arrays in them are bounded, so
 that a model with random weights comes to an end."""
 
+import json
 import random
 
-WORDS = ["name", "Größe", "naïve", "数量", "a b", 'say "hi"', "back\\slash", "line\nbreak", "", "🎈"]
-PATTERNS = ["^[a-z]{2,8}$", "^[A-Z][a-z]*[0-9]{1,3}$", "^(red|green|blue)(, (red|green|blue)){0,2}$",
-            "^\\d{3}-\\d{4}$", "^[^\"\\\\aeiou]{1,6}$", "^é+x?$", "^#[0-9a-fA-F]{6}$", "^[^\"]{0,3}$", "^a|b$"]
+import jsonschema
+
+from batch import Prompt, generate_batch
+from grammar import Grammar
+from sample import Sampling
+
+WORDS = ["name", "Größe", "naïve", "数量", "a b", 'say "hi"', "back\\slash", "line\nbreak", "",
+         "🎈"]
+PATTERNS = ["^[a-z]{2,8}$", "^[A-Z][a-z]*[0-9]{1,3}$", "^é+x?$", "^#[0-9a-fA-F]{6}$", "^a|b$",
+            "^(red|green|blue)(, (red|green|blue)){0,2}$", "^\\d{3}-\\d{4}$", "^[^\"]{0,3}$",
+            "^[^\"\\\\aeiou]{1,6}$"]
 FORMATS = ["date", "time", "date-time", "email", "uuid", "ipv4", "ipv6", "hostname", "duration",
            "uri"]
 
@@ -25,8 +34,10 @@ def random_schema(seed: int) -> dict:
 
 
 def any_schema(choose: random.Random, depth: int) -> dict:
-    leaves = [a_string, a_pattern, a_format, a_number, a_range, a_multiple, an_enum, a_const, a_type]
-    inner = [an_object, an_array, a_tuple, an_any_of, an_all_of, a_one_of, a_map, an_open_map, a_ref]
+    leaves = [a_string, a_pattern, a_format, a_number, a_range, a_multiple, an_enum, a_const,
+              a_type]
+    inner = [an_object, an_array, a_tuple, an_any_of, an_all_of, a_one_of, a_map, an_open_map,
+             a_ref]
     return choose.choice(leaves if depth <= 0 else leaves + 2 * inner)(choose, depth)
 
 
@@ -127,3 +138,30 @@ def a_const(choose, depth):
 
 def a_type(choose, depth):
     return {"type": choose.choice(["null", "boolean", ["boolean", "null"], ["integer", "null"]])}
+
+
+def check_answers(model, tokenizer, seeds, max_new_tokens=1500):
+    """Answer with a model at temperature 1.5, a random schema a seed. Returns how many ended by
+    themselves; each of those parses and validates, as jsonschema reads its schema."""
+    schemas = [random_schema(seed) for seed in seeds]
+    prompts = [Prompt([1], Sampling(1.5, seed=seed, grammar=Grammar(
+        tokenizer, model.config.vocab_size, schema=schema)), max_new_tokens)
+        for seed, schema in zip(seeds, schemas, strict=True)]
+    ids, ended = [[] for _ in seeds], 0
+    for stream, token_id in generate_batch(model, prompts, 8, 4, 60):
+        if token_id is not None:
+            ids[stream.index].append(token_id)
+        else:
+            assert not stream.error, (seeds[stream.index], stream.error)
+    for seed, schema, answer in zip(seeds, schemas, ids, strict=True):
+        if answer[-1] not in model.config.eos_ids:
+            continue
+        text, ended = tokenizer.decode(answer[:-1]), ended + 1
+        try:
+            jsonschema.validate(json.loads(text), schema, jsonschema.Draft202012Validator,
+                                format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER)
+        except ValueError as error:  # of JSON, or what jsonschema found
+            raise AssertionError(f"seed {seed}: {text!r}: {error}") from None
+        except jsonschema.ValidationError as error:
+            raise AssertionError(f"seed {seed}: {text!r}: {error.message}") from None
+    return ended

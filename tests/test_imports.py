@@ -13,8 +13,8 @@ from helpers import TINY
 ROOT = TINY.parent.parent
 # There is one order of files: each imports only earlier ones, at its top and inside its functions.
 ORDER = ["tp", "threads", "kv_cache", "linear", "attention", "model", "formats.files",
-         "formats.tokenizer_config", "chat_template", "tokenizer", "sample", "draw", "terminal",
-         "cli", "formats.config", "quantize", "formats.checkpoint", "formats.published",
+         "formats.tokenizer_config", "chat_template", "tokenizer", "grammar", "sample", "draw",
+         "terminal", "cli", "formats.config", "quantize", "formats.checkpoint", "formats.published",
          "formats.folder", "formats.gguf_tokenizer", "formats.gguf", "formats.adapters",
          "formats.hub", "load", "speculate", "formats.session", "generate", "chat", "batch",
          "eval", "convert_hf", "gptq"]
