@@ -201,8 +201,9 @@ def sampling_of(args, grammar: Grammar | None = None) -> Sampling:
 
 def grammar_arguments(args) -> tuple[str, dict]:
     """The flag or file that a command line's grammar comes from, and what Grammar takes of it:
-    {"schema": ...}, {"regex": ...}, {"lark": ...}, or nothing. Raises ValueError for flags that do not go together, and naming a file that holds no
-    text or no JSON, OSError naming one that cannot be read."""
+    {"schema": ...}, {"regex": ...}, {"lark": ...}, or nothing. Raises ValueError for flags that do
+    not go together, and naming a file that holds no text or no JSON, OSError naming one that cannot
+    be read."""
     given = {"--json-schema": args.json_schema, "--regex": args.regex, "--grammar": args.grammar}
     flags = [flag for flag, value in given.items() if value is not None]
     if len(flags) > 1:

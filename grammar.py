@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import random
 import re
 import types
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from decimal import Decimal
 
 import numpy as np
 import torch
@@ -192,7 +194,7 @@ def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> list[bytes]:
     return texts
 
 
-def bytes_by_decoder(decoder):
+def bytes_by_decoder(decoder) -> Callable[[str], bytes]:
     """A function from a token of tokenizer.json to its bytes, as the file's decoder makes them.
     Raises ValueError naming a decoder that is not known here."""
     steps = json.loads(decoder.__getstate__()) if decoder else {}
@@ -243,6 +245,7 @@ HOUR_AND_MINUTE = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
 TIME = f"{HOUR_AND_MINUTE}:[0-5][0-9](?:\\.[0-9]{{1,9}})?(?:[Zz]|[+-]{HOUR_AND_MINUTE})"
 EXACT = {"date": f"^{DATE}$", "time": f"^{TIME}$", "date-time": f"^{DATE}[Tt]{TIME}$"}
 BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
+MAX_MULTIPLE = 5000  # of multipleOf: llguidance counts remainders, and no limit of its own ends it
 MAX_VISITS = 20_000  # of schemas, while looking for an end of a recursion
 
 
@@ -256,9 +259,20 @@ def lark_of_schema(schema: dict | bool) -> str:
         if not has_an_end(schema, schema, [], [0]):
             raise ValueError("nothing that ends fits it: it asks for itself again and again")
         schema = {**exactly(schema), "x-guidance": ON_ONE_LINE}
-        return f"start: %json {json.dumps(schema, allow_nan=False)}"
+        text = json.dumps(schema, allow_nan=False)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    steps = re.findall(r'"multipleOf": ([0-9.e+-]+)', text)
+    if math.lcm(*map(whole_number, steps)) > MAX_MULTIPLE:
+        raise ValueError(f"multipleOf {' and '.join(steps)[:100]}: the least common multiple may "
+                         f"be at most {MAX_MULTIPLE}, without the point")
+    return f"start: %json {text}"
+
+
+def whole_number(text: str) -> int:
+    """The digits of a decimal number: 25 for 0.25, and 200 for 200."""
+    number = Decimal(text)
+    return abs(int(number.scaleb(max(0, -number.normalize().as_tuple().exponent))))
 
 
 def exactly(schema: dict | bool) -> dict | bool:

@@ -10,6 +10,7 @@ What is measured, with the peer that it can be held against:
     python -m bench --shape 1.1b --streams 64 [--batch 8] [--peer transformers]
     python -m bench --shape 1.1b --busy 2                        beside 2 programs that never sleep
     python -m bench --checkpoint smollm2 --sampling [--batch 8]  drawing a token, beside a step
+    python -m bench --checkpoint smollm2 --grammar [--batch 8]   what a JSON Schema adds to a step
     python -m bench --gpu limits|decode|peers|batches            a table, see gpu.py
 
 A step reads every weight once, so it takes at least bytes / bandwidth. The speed of shared machines
@@ -29,6 +30,7 @@ import torch
 
 from bench.busy import bench_busy
 from bench.gpu import bench_gpu
+from bench.grammar import bench_grammar
 from bench.models import SHAPES, open_model
 from bench.sampling import bench_sampling
 from bench.steps import bench_steps
@@ -42,13 +44,16 @@ from threads import keep_threads
 def check(args) -> None:
     """Raises ValueError for flags that do not go together, and fills in the defaults that depend on
     other flags."""
-    modes = [mode for mode in ("turns", "streams", "busy", "sampling") if getattr(args, mode)]
+    modes = [mode for mode in ("turns", "streams", "busy", "sampling", "grammar")
+             if getattr(args, mode)]
     steps, rows = not modes, args.batch or 1
     for given, together, rule in (
             (len(modes) > 1, False, " and ".join(f"--{mode}" for mode in modes)
              + " exclude each other"),
             (args.busy, not (args.peer or rows > 1), "--busy goes with one row and no --peer"),
             (args.sampling, not args.peer, "--sampling goes with no --peer"),
+            (args.grammar, not (args.peer or args.shape),
+             "--grammar goes with no --peer or --shape"),
             (args.gpt_fast, args.gpu == "peers", "--gpt-fast goes with --gpu peers"),
             (args.gpu, not (set(modes) - {"turns"} or args.batch or args.quantize or args.peer),
              "--gpu says itself what it measures: no --streams, --busy, --sampling, --batch, "
@@ -73,7 +78,8 @@ def check(args) -> None:
 def measured(args) -> Callable:
     """The function that measures what the flags ask for."""
     for flag, function in ((args.turns, bench_turns), (args.streams, bench_streams),
-                           (args.busy, bench_busy), (args.sampling, bench_sampling)):
+                           (args.busy, bench_busy), (args.sampling, bench_sampling),
+                           (args.grammar, bench_grammar)):
         if flag:
             return function
     return bench_steps
@@ -102,6 +108,7 @@ def main():
     add("--busy", type=number(int, 1), metavar="N",
         help="time decoding beside N programs that never sleep, and alone")
     add("--sampling", action="store_true", help="time how tokens are drawn")
+    add("--grammar", action="store_true", help="time what a JSON Schema adds to a step")
     add("--gpu", choices=["limits", "decode", "peers", "batches"], help="a part of gpu.py's table")
     add("--gpt-fast", metavar="DIR", help="a copy of gpt-fast, for --gpu peers")
     with user_errors(parser):

@@ -329,7 +329,7 @@ async def compile_grammar(engine: Engine, request: Request) -> None:
         await asyncio.wait_for(asyncio.to_thread(engine.compile_grammar, request), GRAMMAR_TIMEOUT)
     except asyncio.TimeoutError:
         field = request.grammar[0]
-        raise ApiError(400, f"{field}: reading it takes too long; it asks for too much.", field,
+        raise ApiError(400, f"Invalid {field!r}: it takes too long to read; ask for less.", field,
                        "invalid_value") from None
 
 

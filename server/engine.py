@@ -100,7 +100,7 @@ class Engine:
             grammar = Grammar(self.tokenizer, config.vocab_size, **source)
             grammar.check_fits(config.vocab_size, config.eos_ids)
         except ValueError as error:
-            raise ApiError(400, f"{field}: {error}.", field, "invalid_value") from None
+            raise ApiError(400, f"Invalid {field!r}: {error}.", field, "invalid_value") from None
         request.sampling = replace(request.sampling, grammar=grammar)
 
     def make_jobs(self, request: Request, client: str) -> list[Job]:
@@ -309,7 +309,7 @@ class Engine:
         job, rest = answer.job, answer.flush()
         if stream.error:
             field = job.request.grammar[0]
-            job.post(ApiError(400, f"{field}: {stream.error}.", field, "invalid_value"))
+            job.post(ApiError(400, f"Invalid {field!r}: {stream.error}.", field, "invalid_value"))
             return
         if job.key and self.prefix_cache.max_bytes:
             self.cache_answer(answer, self.batch.rows.index(stream))

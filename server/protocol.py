@@ -30,7 +30,8 @@ LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 # Fields that are refused unless they ask for nothing.
 NEUTRAL = {
     "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False),
-    "functions": ([],), "function_call": ("none", "auto"), "logit_bias": ({},), "modalities": (["text"],), "audio": (), "prediction": (),
+    "functions": ([],), "function_call": ("none", "auto"), "logit_bias": ({},),
+    "modalities": (["text"],), "audio": (), "prediction": (),
     "service_tier": ("auto", "default"), "reasoning_effort": ("none",), "verbosity": ("medium",),
     "web_search_options": (), "prompt_cache_retention": (), "echo": (False,), "suffix": ("",),
     "best_of": (1,), "store": (False,)}
@@ -117,7 +118,7 @@ class StreamOptions(Strict):
 class JsonSchema(Strict):
     """A schema with labels. It is obeyed exactly, `strict` or not."""
 
-    schema_: dict[str, Any] | bool = Field(alias="schema")
+    schema_: Any = Field(alias="schema")
     name: str = ""
     description: str = ""
     strict: bool = True
@@ -131,7 +132,7 @@ class ResponseFormat(Strict):
 class StructuredOutputs(Strict):
     """vLLM's field: one of these. The names in Python are those of its older fields."""
 
-    guided_json: dict[str, Any] | bool | str | None = Field(None, alias="json")
+    guided_json: Any = Field(None, alias="json")
     guided_regex: str | None = Field(None, alias="regex")
     guided_choice: list[str] | None = Field(None, alias="choice", min_length=1)
     guided_grammar: str | None = Field(None, alias="grammar")
@@ -160,7 +161,7 @@ class Options(Strict):
     stream_options: StreamOptions = StreamOptions()
     response_format: Annotated[ResponseFormat | None, BeforeValidator(without_none)] = None
     structured_outputs: Annotated[StructuredOutputs | None, BeforeValidator(without_none)] = None
-    guided_json: dict[str, Any] | bool | str | None = None  # vLLM's older fields
+    guided_json: Any = None  # vLLM's older fields
     guided_regex: str | None = None
     guided_choice: list[str] | None = Field(None, min_length=1)
     guided_grammar: str | None = None

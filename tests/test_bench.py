@@ -77,6 +77,13 @@ def test_drawing_beside_a_step(quick, monkeypatch):
         assert out[f"{kind}_share"] == out[f"{kind}_s"] / out["step_s"] > 0
 
 
+def test_a_grammar_beside_a_step(quick, monkeypatch):
+    monkeypatch.setattr("bench.grammar.STEPS", 2)
+    out = figures("--checkpoint", TINY, "--grammar", "--window", 60, "--batch", 3)
+    assert out["grammar_s"] > 0 < out["free_s"] and out["added_share"] * out["step_s"] < out[
+        "grammar_s"]
+
+
 @pytest.mark.slow
 def test_decoding_beside_others(quick, monkeypatch):
     monkeypatch.setattr(busy, "TURN", 0.3)

@@ -231,6 +231,9 @@ def test_a_row_that_ended_leaves_nothing_to_the_next(tiny):
      "schema: nothing that ends"),
     ({"schema": {"enum": ["x" * 10**6]}}, "schema: it has 1000"),
     ({"schema": {"const": 2**60}}, "schema: 1152921504606846976 is above 2**53"),
+    ({"schema": {"multipleOf": 99991}}, "schema: multipleOf 99991: the least common multiple"),
+    ({"schema": {"allOf": [{"multipleOf": 9.73}, {"multipleOf": 967}]}},
+     "schema: multipleOf 9.73 and 967: the least common multiple"),
     ({"schema": {"minProperties": 3}}, "schema: minProperties 3"),
     ({"regex": "(a{1,1000}){1,1000}"}, "regex: lexer error: too many expressions"),
     ({"regex": "("}, "regex: unclosed group"), ({"regex": "(a)\\1"}, "regex: backreferences"),
@@ -320,19 +323,23 @@ def test_a_line_of_a_prompts_file_brings_its_schema(tmp_path):
     texts = {record["index"]: record["text"] for record in map(json.loads, out.splitlines())}
     assert texts[0] == "bb" and texts[1] in ('"yes"', "5")
     prompts.write_text('{"prompt": "A"}\n{"prompt": "B", "schema": 7}\n')
-    refused_for("p.jsonl, prompt 1: schema: a JSON Schema is an object", "batch", "--prompts", prompts)
+    refused_for("p.jsonl, prompt 1: schema: a JSON Schema is an object", "batch", "--prompts",
+                prompts)
 
 
 def test_flags_that_do_not_go_together_are_named(tmp_path):
     schema = tmp_path / "s.json"
     schema.write_text("[1]")
-    refused_for("s.json: not a JSON Schema, which is an object", "generate", "--json-schema", schema)
+    refused_for("s.json: not a JSON Schema, which is an object", "generate", "--json-schema",
+                schema)
     schema.write_text("{")
     refused_for("s.json: not JSON in UTF-8", "generate", "--json-schema", schema)
     refused_for("--regex: regex: unclosed group", "generate", "--regex", "(")
     refused_for("--regex is empty", "chat", "--regex", "")
-    refused_for("--json-schema and --regex exclude", "chat", "--json-schema", schema, "--regex", "a")
-    refused_for("--regex works without --draft and --lookup", "generate", "--regex", "a", "--lookup")
+    refused_for("--json-schema and --regex exclude", "chat", "--json-schema", schema, "--regex",
+                "a")
+    refused_for("--regex works without --draft and --lookup", "generate", "--regex", "a",
+                "--lookup")
     refused_for("--regex and --ignore-eos exclude", "batch", "--prompts", schema, "--regex", "a",
                 "--ignore-eos")
     refused_for("nothing.lark", "generate", "--grammar", tmp_path / "nothing.lark")
