@@ -11,7 +11,7 @@ import torch
 from bench import apart, busy, clocks, gpu, gpu_figures, models, steps
 from bench.steps import seconds_a_token
 from bench.streams import synthetic
-from helpers import run
+from helpers import TINY, run
 from test_chat import write_turns
 from test_errors import refused
 
