@@ -455,12 +455,12 @@ def main():
         asked = grammar_arguments(args)
         entries = read_prompts(args.prompts)[:args.limit]
         stop = [check_text("--stop", text) for text in args.stop]
-        compiling = dict(compile=args.compile, compile_prefill=args.compile_prefill)
-        model, tokenizer = open_model(args.checkpoint, **compiling, **load_arguments(args))
+        model, tokenizer = open_model(args.checkpoint, compile=args.compile,
+                                      compile_prefill=args.compile_prefill, **load_arguments(args))
         grammars = make_grammars(args.prompts, entries, asked, tokenizer, model.config)
         ids = broadcast_ids([tokenizer.opening(entry) for entry in entries])
         batch = Batch(model, args.batch, args.sink, args.window)
-        compile_s, how = get_ready(model, batch.staging[0], sampling_of(args), **compiling)
+        compile_s, how = get_ready(model, batch.staging[0], sampling_of(args))
         if args.compile:  # the step of all rows, as often as generate.warm runs the others
             start = time.perf_counter()
             list(generate_batch(model, [[0]] * 2, max_new_tokens=3, stop_ids=(), batch=batch))

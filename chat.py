@@ -266,8 +266,8 @@ def main():
             check_target(args.save_session)  # fail before the conversation, not after it
         turns = turns_of(read_prompts(args.prompts), args.limit) if args.prompts else None
         stop = [check_text("--stop", stop_text) for stop_text in args.stop]
-        compiling = dict(compile=args.compile, compile_prefill=args.compile_prefill)
-        model, tokenizer = open_model(args.checkpoint, **compiling, **load_arguments(args))
+        model, tokenizer = open_model(args.checkpoint, compile=args.compile,
+                                      compile_prefill=args.compile_prefill, **load_arguments(args))
         n_sink = args.sink
         if args.pin_system is not None:
             if args.sink is not None:
@@ -279,8 +279,7 @@ def main():
         grammar = make_grammar(*asked, tokenizer, model.config)
         cache = make_cache(model, n_sink, args.window)
         speculation = open_speculation(model, cache, tokenizer, **speculating)
-        compile_s, how = get_ready(model, cache, sampling_of(args, grammar), speculation,
-                                   **compiling)
+        compile_s, how = get_ready(model, cache, sampling_of(args, grammar), speculation)
         talk = Conversation(model, tokenizer, cache, speculation, args.pin_system,
                             max_new_tokens=args.max_new_tokens, stop=stop,
                             stop_ids=() if args.ignore_eos else None)

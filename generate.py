@@ -37,7 +37,7 @@ from load import load, weight_bytes
 from model import ModelConfig, Transformer
 from sample import Sampling, either_sampling
 from speculate import Speculation, load_draft, speculate
-from terminal import hold_interrupt, received_signals, say, show, user_errors
+from terminal import hold_interrupt, received_signals, say, say_compiling, show, user_errors
 from tokenizer import GeneratedText, Tokenizer
 from tp import broadcast_ids
 
@@ -359,14 +359,12 @@ def open_speculation(model: Transformer, cache: KVCache, tokenizer: Tokenizer, *
 
 
 def get_ready(model: Transformer, cache: KVCache, sampling: Sampling,
-              speculation: Speculation | None = None, *, compile: bool = False,
-              compile_prefill: bool = False) -> tuple[float, Sampling]:
-    """Compile if asked to, and draw a seed where none is given. Returns the seconds that compiling
-    took, and the Sampling with its seed."""
+              speculation: Speculation | None = None) -> tuple[float, Sampling]:
+    """Compile the graphs of a model that runs as graphs, and draw a seed where none is given.
+    Returns the seconds that compiling took, and the Sampling with its seed."""
     compile_s = 0.0
-    if compile:
-        say("compiling: 10 to 30 s the first time, a few from then on"
-            + (", and as long again for each of two sizes of prompt" * compile_prefill))
+    if model.compiled:
+        say_compiling()
         compile_s = warm(model, cache, speculation, sampling)
     if sampling.seed is None:
         sampling = replace(sampling, seed=secrets.randbits(32))
@@ -382,13 +380,12 @@ def main():
         speculating, asked = speculation_arguments(args), grammar_arguments(args)
         text = check_text("--prompt", args.prompt)
         stop = [check_text("--stop", stop_text) for stop_text in args.stop]
-        compiling = dict(compile=args.compile, compile_prefill=args.compile_prefill)
-        model, tokenizer = open_model(args.checkpoint, **compiling, **load_arguments(args))
+        model, tokenizer = open_model(args.checkpoint, compile=args.compile,
+                                      compile_prefill=args.compile_prefill, **load_arguments(args))
         grammar = make_grammar(*asked, tokenizer, model.config)
         cache = make_cache(model, args.sink, args.window)
         speculation = open_speculation(model, cache, tokenizer, **speculating)
-        compile_s, how = get_ready(model, cache, sampling_of(args, grammar), speculation,
-                                   **compiling)
+        compile_s, how = get_ready(model, cache, sampling_of(args, grammar), speculation)
         say(text)
         with hold_interrupt() as interrupted:
             prompt = timed_prefill(model, cache, tokenizer.encode(text), speculation)

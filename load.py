@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -256,9 +257,17 @@ class CompiledStep:
             return model.step(tokens, cache, in_use, last)
         kind = (tokens.shape, last is None,
                 cache and (cache.batch_size, cache.n_sink, cache.window, cache.ring))
-        if kind not in self.graphs:
-            self.graphs[kind] = compile_graph(self.on_gpu), most_threads()
-            torch.set_num_threads(self.graphs[kind][1])
+        if kind in self.graphs:
+            return self.run(kind, model, tokens, cache, in_use, last)
+        self.graphs[kind] = compile_graph(self.on_gpu), most_threads()
+        torch.set_num_threads(self.graphs[kind][1])
+        start = time.perf_counter()
+        logits = self.run(kind, model, tokens, cache, in_use, last)
+        log.info("graph %d compiled in %.0f s", len(self.graphs), time.perf_counter() - start)
+        return logits
+
+    def run(self, kind: tuple, model: Transformer, tokens: Tensor, cache: KVCache | None,
+            in_use: Tensor | None, last: Tensor | None) -> Tensor:
         graph, n_threads = self.graphs[kind]
         if self.on_gpu:  # the next replay of a CUDA graph overwrites its output
             return graph(model, tokens, cache, in_use, last).clone()

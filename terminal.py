@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 import tp
-from formats.files import name_leftovers
+from formats.files import first_line, name_leftovers
 from threads import adapt_threads, keep_threads
 
 # The signals that have asked the program to end, in the order in which they came.
@@ -43,6 +43,8 @@ def user_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
     adapt_threads()
     # PyTorch advises to compute float32 in fewer bits; no program offers that.
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores for float32")
+    # PyTorch's compiler warns when a CUDA build finds no GPU. It then works as a CPU build does.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with log_to_stderr():
         try:
             with end_on_signals(), finish(parser):
@@ -84,7 +86,7 @@ def report(parser: argparse.ArgumentParser, error: BaseException) -> int | None:
         return 1
     if isinstance(error, KeyboardInterrupt):
         return 130
-    if isinstance(error, (ValueError, OSError, MemoryError, torch.OutOfMemoryError)):
+    if isinstance(error, (ValueError, OSError, MemoryError)):
         if sys.flags.dev_mode:  # python -X dev: whoever changes the code wants to see where
             return None
         if tp.local_rank() == 0 or not isinstance(error, ValueError):  # once a machine
@@ -96,6 +98,19 @@ def report(parser: argparse.ArgumentParser, error: BaseException) -> int | None:
     if isinstance(error, RuntimeError) and tp.n_ranks() > 1:
         fail(parser, f"rank {tp.rank()}: a process was lost, or failed: {error}")
         return 1
+    if isinstance(error, RuntimeError) and not sys.flags.dev_mode and (help := may_help(error)):
+        cause = getattr(error, "inner_exception", error)  # what the compiler's own error is about
+        fail(parser, f"{first_line(cause)[:300]}; {help} (python -X dev shows where it failed)")
+        return 2
+    return None
+
+
+def may_help(error: RuntimeError) -> str | None:
+    """What to try where a GPU failed, or PyTorch's compiler. None for other faults."""
+    if torch.cuda.is_initialized() or "CUDA" in str(error):
+        return "--device cpu, or leaving --compile out, may help"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return "leaving --compile out may help"
     return None
 
 
@@ -209,6 +224,13 @@ def say(line: str) -> None:
     """Write a line to stderr, on rank 0 only."""
     if tp.rank() == 0:
         print(line, file=sys.stderr, flush=True)
+
+
+def say_compiling() -> None:
+    """Say that graphs are about to be compiled. How long one takes depends on the machine by a
+    factor of ten, so each is then reported with its time (load.CompiledStep)."""
+    say("compiling: a few seconds a graph if it was compiled here before, else half a minute or "
+        "more, on a GPU minutes")
 
 
 def show(text: str) -> None:

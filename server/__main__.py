@@ -27,7 +27,7 @@ from cli import check_text, load_arguments, make_parser, number
 from load import load
 from server.app import Settings, make_app
 from server.engine import Engine
-from terminal import ending_signals, say, user_errors
+from terminal import ending_signals, say, say_compiling, user_errors
 from tp import n_ranks
 
 
@@ -135,7 +135,7 @@ def make_engine(checkpoint: str, batch_size: int, n_sink: int | None, window: in
     engine = Engine(model, tokenizer, batch_size, n_sink, window, cache_bytes, max_queue,
                     pin_system)
     if compile:
-        say("compiling: 10 to 30 s the first time, a few from then on")
+        say_compiling()
     engine.warm()
     return engine
 

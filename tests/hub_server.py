@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 
 from formats import hub
 
@@ -119,8 +119,10 @@ class Answer(http.server.BaseHTTPRequestHandler):
 def point_at(url, put=setattr):
     """Take the server at this address for the Hub."""
     put(constants, "ENDPOINT", url)
-    put(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
-        url + "/{repo_id}/resolve/{revision}/{filename}")
+    for module in (constants, file_download):  # versions before 1 read a copy
+        if hasattr(module, "HUGGINGFACE_CO_URL_TEMPLATE"):
+            put(module, "HUGGINGFACE_CO_URL_TEMPLATE",
+                url + "/{repo_id}/resolve/{revision}/{filename}")
 
 
 def commit(repo, revision):

@@ -372,6 +372,46 @@ def test_advice_on_faster_but_other_numbers_is_not_passed_on(monkeypatch):
     assert [str(warning.message) for warning in passed_on] == ["something else"]
 
 
+def test_a_cuda_build_without_a_gpu_warns_of_nothing(monkeypatch, caplog):
+    from torch.utils.cpp_extension import _find_cuda_home
+    monkeypatch.setenv("CUDA_HOME", "/usr")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.NOTSET)
+    _find_cuda_home()
+    assert "No CUDA runtime is found" in caplog.text
+    caplog.clear()
+    with user_errors(make_parser(DOC)):
+        _find_cuda_home()
+    assert not caplog.text
+
+
+@pytest.mark.slow
+def test_a_compiler_that_fails_is_a_line_that_says_what_may_help(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing is compiled there
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "false"))
+    argv = ["--checkpoint", TINY.parent / "tiny-draft", "--device", "cpu", "--compile"]
+    last = refused("generate", *argv, naming=["C++ compiler", "leaving --compile out may help"])
+    assert "--device cpu" not in last
+
+
+def test_a_gpu_that_fails_is_a_line_that_says_what_may_help(monkeypatch):
+    """Of what PyTorch raises there: a driver, a kernel, the compiler, memory."""
+    from torch._dynamo.exc import TorchDynamoException
+    compiler = TorchDynamoException("PassManager::run failed\nMore")
+    memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+    driver = RuntimeError("CUDA error: no kernel image is available\nMore")
+    for found, error in ((True, driver), (True, compiler), (True, memory), (False, driver)):
+        def fail(*args, error=error):
+            raise error
+
+        monkeypatch.setattr("generate.prefill", fail)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda found=found: found)
+        message = str(error).splitlines()[0]
+        refused("generate", naming=[message, "--device cpu, or leaving --compile out, may help"])
+    monkeypatch.setattr("generate.prefill", lambda *args: torch.zeros(2) + torch.zeros(3))
+    with pytest.raises(RuntimeError):  # a fault of the program's, without a GPU, is shown whole
+        run("generate")
+
+
 @pytest.mark.slow
 def test_bytes_that_are_not_utf8_on_the_command_line():
     done = subprocess.run([sys.executable, "generate.py", "--prompt", b"caf\xe9"], cwd=ROOT,

@@ -425,7 +425,7 @@ def test_a_download_that_breaks_off_is_finished_by_the_next_run(server, tiny, mo
     first = list(server.served)
     with monkeypatch.context() as patch:  # part of a model is not a model
         lose_the_network(server, patch)
-        refused("org/model", "org/model: ", "not all of it")
+        refused("org/model", "org/model: ", "run this again with a network")
     server.broken = set()
     folder, _ = hub.find("org/model")
     assert (folder / "model-00002-of-00002.safetensors").read_bytes() == tiny[

@@ -258,7 +258,7 @@ def test_compressed_tensors_in_activation_order(tmp_path):
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
     compress(tmp_path / "it", SCHEMES["pack-4-32"])
     path, layer = tmp_path / "it" / "model.safetensors", "model.layers.1.mlp.down_proj."
-    tensors = load_file(path)
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}  # unmapped
     groups = (torch.arange(128) // 32)[torch.randperm(128)].int()
     save_file({**tensors, layer + "weight_g_idx": groups}, path)
     steps = unpack_from_int32(tensors[layer + "weight_packed"], 4, (64, 128)).float()

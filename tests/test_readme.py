@@ -1,8 +1,7 @@
 """Every block of Python in README and docs runs as it stands.
 
-A block that needs more than this repository says so behind its language: ```python server runs
-against the tests' own server, ```python network is skipped by name. Blocks of one page run one
-after the other, as a reader would run them.
+A block that needs a server says so behind its language: ```python server runs against the tests'
+own. Blocks of one page run one after the other, as a reader would run them.
 """
 
 import re
@@ -23,7 +22,7 @@ def blocks(page):
 
 
 def test_all_fences_are_of_a_known_kind():
-    known = re.compile(r"python( server| network)?|sh|json|text|diff")
+    known = re.compile(r"python( server)?|sh|json|text|diff")
     for page in PAGES:
         for fence in re.findall(r"^```(.+)$", page.read_text(), re.MULTILINE):
             assert known.fullmatch(fence), f"{page.name}: ```{fence}"
@@ -44,11 +43,8 @@ def server():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_python_of_a_page_runs(page, monkeypatch, capsys, request):
     monkeypatch.chdir(ROOT)
-    names, skipped = {"__name__": "__main__"}, []
+    names = {"__name__": "__main__"}
     for line, needs, code in blocks(page):
-        if needs == ["network"]:
-            skipped.append(f"{page.name}:{line} needs a network")
-            continue
         if needs == ["server"]:  # the documented one is `python -m server`, with SmolLM2
             port = request.getfixturevalue("server").port
             code = code.replace("127.0.0.1:8000", f"127.0.0.1:{port}").replace("smollm2", "tiny")
@@ -56,5 +52,3 @@ def test_the_python_of_a_page_runs(page, monkeypatch, capsys, request):
     if page.name == "README.md":
         assert len(capsys.readouterr().out) > 20  # it tells a story
         assert names["client"].models.list().data[0].id == "tiny"
-    if skipped:
-        pytest.skip("; ".join(skipped))

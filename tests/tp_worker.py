@@ -78,7 +78,7 @@ def of_the_traffic(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def said(model, cache, **options) -> torch.Tensor:
-    return torch.tensor(list(generate(model, cache, PROMPT, 80, stop_ids=(), **options)))
+    return torch.tensor(list(generate(model, cache, PROMPT, 40, stop_ids=(), **options)))
 
 
 def of_the_compiled() -> dict[str, torch.Tensor]:
