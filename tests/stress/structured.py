@@ -1,6 +1,6 @@
 """Answers of random models at temperature 1.5 to random JSON Schemas: what ends by itself fits.
 
-    python tests/stress/structured.py --schemas 1000 --seed 7
+    python tests/stress/structured.py --schemas 1000 --first 7
 
 Half of the schemas with sentencepiece's kind of tokenizer, half with a tokenizer.json, where one
 is in the folder that --checkpoint names. The first answer that does not parse, or that jsonschema
@@ -9,12 +9,12 @@ finds wrong, ends this with its seed.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
+from cli import add_checkpoint, plain_parser  # noqa: E402
 from formats.hub import find  # noqa: E402
 from helpers import TINY, random_model  # noqa: E402
 from schemas import check_answers  # noqa: E402
@@ -22,10 +22,11 @@ from tokenizer import Tokenizer  # noqa: E402
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--schemas", type=int, default=1000, metavar="N")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first schema")
-    parser.add_argument("--checkpoint", default="smollm2", help="one with a tokenizer.json")
+    parser = plain_parser(__doc__)
+    add_checkpoint(parser, "smollm2")
+    parser.add_argument("--schemas", type=int, default=1000, metavar="N", help="how many")
+    parser.add_argument("--first", type=int, default=0, metavar="N",
+                        help="the seed of the first schema")
     args = parser.parse_args()
     models = []
     for folder, eos_id in ((TINY, 2), (find(args.checkpoint)[0], None)):
@@ -35,10 +36,10 @@ def main():
         size = 4096 if tokenizer.sentencepiece else tokenizer.tokenizers.get_vocab_size()
         models.append((random_model(vocab_size=size, eos_ids=(eos_id,)), tokenizer))
     ended = 0
-    for n, first in enumerate(range(args.seed, args.seed + args.schemas, 50)):
-        seeds = list(range(first, min(first + 50, args.seed + args.schemas)))
+    for n, first in enumerate(range(args.first, args.first + args.schemas, 50)):
+        seeds = list(range(first, min(first + 50, args.first + args.schemas)))
         ended += check_answers(*models[n % 2], seeds)
-        print(f"{first + len(seeds) - args.seed} schemas, {ended} answers ended, 0 wrong",
+        print(f"{first + len(seeds) - args.first} schemas, {ended} answers ended, 0 wrong",
               flush=True)
 
 
