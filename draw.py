@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grammar import Matcher, allowed_by, new_masks
+from grammar import Matcher, forbidden_by, new_masks
 from sample import (
     COLDEST,
     PENALTIES,
@@ -345,7 +345,8 @@ class RowSampler:
                 self.matchers[row].accept(read()[at])
             self.matchers[row].allow_next(self.masks[row])
         masks = self.masks[rows].to(logits.device, non_blocking=True)
-        return logits.masked_fill(allowed_by(masks, self.vocab_size) == 0, -math.inf)
+        forbidden = forbidden_by(masks, self.vocab_size, on_cpu(logits))
+        return logits.masked_fill(forbidden, -math.inf)
 
     def penalize(self, logits: Tensor, rows: slice, penalized: list[int]) -> Tensor:
         """The logits (B, V) of a slice of rows with penalties, which the rows `penalized` ask for.

@@ -119,12 +119,13 @@ class Matcher:
         if over:
             mask.zero_()
         may_end = over or self._matcher.is_accepting()
+        row = mask.numpy()
         for token_id in self.stop_ids:
             bit = 1 << token_id % 8
             if may_end:
-                mask[token_id // 8] |= bit
+                row[token_id // 8] |= bit
             else:
-                mask[token_id // 8] &= 255 - bit
+                row[token_id // 8] &= 255 - bit
 
 
 def lark_of_gbnf(text: str) -> str:
@@ -156,10 +157,13 @@ def new_masks(n_rows: int, vocab_size: int, pin_memory: bool = False) -> Tensor:
     return torch.full((n_rows, n_bytes), 255, dtype=torch.uint8, pin_memory=pin_memory)
 
 
-def allowed_by(masks: Tensor, vocab_size: int) -> Tensor:
-    """(..., V) uint8, other than 0 where a token is allowed, of masks (..., n_bytes)."""
+def forbidden_by(masks: Tensor, vocab_size: int, on_cpu: bool) -> Tensor:
+    """(..., V) bool: where a token is not allowed, of masks (..., n_bytes)."""
+    if on_cpu:  # after a step, each first call of a PyTorch operator is slow there
+        bits = np.unpackbits(~masks.numpy(), axis=-1, count=vocab_size, bitorder="little")
+        return torch.from_numpy(bits.view(np.bool_))
     bits = 2 ** torch.arange(8, dtype=torch.uint8, device=masks.device)
-    return (masks[..., None] & bits).flatten(-2)[..., :vocab_size]
+    return (masks[..., None] & bits).flatten(-2)[..., :vocab_size] == 0
 
 
 # ------------------------------------------------------------------------------ tokens
