@@ -24,9 +24,11 @@ def attend(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, at) -> Tensor
     """Attention over a cache -> (B, T, heads, D). q_sink and q_recent (B, T, heads, D) are one
     query, rotated for the sinks and for the ring; k and v are (B, kv_heads, S + R, D); `at` is the
     model's Step, of which the mask, n_sink and window are used."""
+    one_compiled = q_recent.shape[1] == 1 and torch.compiler.is_compiling()
     if k.is_cuda:
-        return attend_all(q_sink, q_recent, k, v, at.mask, at.n_sink)
-    if q_recent.shape[1] == 1 and torch.compiler.is_compiling():
+        return (attend_gpu_sums if one_compiled else attend_all)(
+            q_sink, q_recent, k, v, at.mask, at.n_sink)
+    if one_compiled:
         return attend_in_sums(q_sink, q_recent, k, v, at.mask, at.n_sink)
     return torch.ops.gpt_stream.attend_held(q_sink, q_recent, k, v, at.mask, at.n_sink, at.window)
 
@@ -75,6 +77,23 @@ def products(q: Tensor, k: Tensor) -> Tensor:
     """q k^T (B, kv_heads, rows, n). On a CPU it is computed as (k q^T)^T, which reads k in its
     order in memory and is faster for one token."""
     return q @ k.transpose(2, 3) if k.is_cuda else (k @ q.transpose(2, 3)).transpose(2, 3)
+
+
+def attend_gpu_sums(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, mask: Tensor,
+                    n_sink: int) -> Tensor:
+    """attend_all of one token (T = 1), written for inductor on a GPU: four kernels of its own,
+    which read what they need of q, and none of a library's, which would pad or copy first.
+
+    The queries and the softmax are written to memory, or they would be computed again for every
+    key and every element of a value."""
+    (B, n_kv_heads, n, D), dtype = k.shape, v.dtype
+    q_sink, q_recent = (materialize(q.reshape(B, n_kv_heads, -1, 1, D)).float()
+                        for q in (q_sink, q_recent))  # (B, kv_heads, G, 1, D)
+    is_sink = (torch.arange(n, device=k.device) < n_sink)[:, None]
+    scores = (torch.where(is_sink, q_sink, q_recent) * k[:, :, None].float()).sum(-1)
+    scores = scores / math.sqrt(D) + mask[:, None]  # (B, kv_heads, G, n)
+    weights = materialize(scores.softmax(-1))
+    return (weights[..., None] * v[:, :, None].float()).sum(-2).reshape(B, 1, -1, D).to(dtype)
 
 
 # ------------------------------------------------------------------------------ on a CPU

@@ -17,7 +17,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from cli import (
     add_generation,
+    add_template_args,
     check_text,
     grammar_arguments,
     load_arguments,
@@ -33,10 +34,12 @@ from cli import (
     number,
     read_prompts,
     sampling_of,
+    template_args_of,
 )
-from draw import RowSampler, copy_to_host, new_seed
+from draw import NOT_FINITE, UNDRAWN, RowSampler, copy_to_host, new_seed
 from generate import (
     Transcript,
+    chat_stop_ids,
     check_ids,
     get_ready,
     make_cache,
@@ -45,7 +48,7 @@ from generate import (
 )
 from grammar import Grammar
 from kv_cache import KVCache
-from model import ModelConfig, Transformer
+from model import Transformer
 from sample import Sampling, check_range, log_probabilities
 from terminal import hold_interrupt, progress, say, show, user_errors
 from tokenizer import Tokenizer
@@ -101,7 +104,7 @@ class Stream:
     started: float  # time.perf_counter() when its prefill began
     prefilled: float = 0.0  # and when it ended, after steps of other streams in between
     length: int = 0  # tokens in its row
-    error: str = ""  # at its end: why its grammar could not go on
+    error: str = ""  # at its end: the fault that ended it, a grammar's or draw.NOT_FINITE
     # For each token yielded: its log-probability, and {id: log-probability} of the likeliest ones,
     # as the model has them: no limit, penalty or grammar is in these.
     logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
@@ -173,8 +176,8 @@ def generate_batch(model: Transformer, prompts: Iterable[Sequence[int] | Prompt 
                    stop_ids: Sequence[int] | None = None,
                    batch: Batch | None = None) -> Iterator[tuple[Stream, int | None]]:
     """Continue every prompt, B at a time: yields (stream, token id) as the tokens come, a stop id
-    too, and (stream, None) after a stream's last one. `stream.index` is its number, and
-    `stream.cancel()` ends it early.
+    too, and (stream, None) after a stream's last one. `stream.index` is its number,
+    `stream.cancel()` ends it early, and `stream.error` says, at its end, what fault ended it.
 
     A prompt is taken from the iterable when its prefill begins; None says that there is none now.
     A Prompt has its own settings; plain ids have these: sampling (default: greedy), the stop_ids
@@ -351,7 +354,8 @@ def compute_logprobs(batch: Batch, rows: list[int], logits: Tensor) -> None:
     (B, 1, V), or (1, 1, V) of one row."""
     for row in rows:
         raw, n = logits[row if len(logits) > 1 else 0], batch.rows[row].prompt.logprobs
-        batch.logprobs[row] = log_probabilities(raw, batch.tokens[row:row + 1], n)
+        token = batch.tokens[row:row + 1].clamp(min=0)
+        batch.logprobs[row] = log_probabilities(raw, token, n)
 
 
 def yield_tokens(batch: Batch, ids: list[int]) -> Iterator[tuple[Stream, int | None]]:
@@ -359,13 +363,15 @@ def yield_tokens(batch: Batch, ids: list[int]) -> Iterator[tuple[Stream, int | N
     for row, (stream, token_id) in enumerate(zip(batch.rows, ids, strict=True)):
         if stream is None:
             continue
-        if token_id in stream.prompt.stop_ids:
+        drawn = token_id != UNDRAWN
+        if not drawn or token_id in stream.prompt.stop_ids:
             stream.new_tokens_left = 0
         stream.new_tokens_left = max(0, stream.new_tokens_left - 1)
         stream.length += 1
-        yield stream, token_id
+        if drawn:
+            yield stream, token_id
         if not stream.new_tokens_left:
-            stream.error = batch.sampler.error(row)
+            stream.error = batch.sampler.error(row) if drawn else NOT_FINITE
             yield stream, None
             batch.sampler.end(row)
             batch.cache.clear_row(row, stream.length)
@@ -380,8 +386,9 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
                   stop: Sequence[str], compile_s: float) -> None:
     """Print every stream's JSON line as soon as it ends, and the totals at last. On Ctrl-C the step
     is finished, the streams that have not ended are dropped, and the program ends. stop are texts
-    that end an answer."""
+    that end an answer. Raises ValueError, at the end, for streams that a fault ended."""
     transcripts, done, new_tokens, steps, start = {}, 0, 0, 0, time.perf_counter()
+    failed = []
     samples, seed = prompts[0].samples, prompts[0].sampling.seed
     n_streams, what = len(prompts) * samples, "prompts" if samples == 1 else "answers"
 
@@ -393,7 +400,9 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
             if interrupted and batch.steps > steps:
                 break
             steps = batch.steps
-            if token_id is None:
+            if stream.error:
+                failed.append(stream)
+            elif token_id is None:
                 record = record_of(model, batch, stream, transcripts.pop(stream))
                 show(json.dumps({**record, "compile_s": compile_s}) + "\n")
                 done += 1
@@ -409,18 +418,22 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
         f"compiled in {compile_s:.1f} s, seed {seed}")
     if interrupted:
         sys.exit(128 + interrupted[0])
+    if failed:
+        raise ValueError(f"{len(failed)} of {n_streams} {what} broke off, prompt "
+                         f"{failed[0].index // samples} the first: {failed[0].error}")
 
 
 def make_grammars(path: str, entries: list[dict], asked: tuple[str, dict], tokenizer: Tokenizer,
-                  config: ModelConfig) -> list[Grammar | None]:
+                  vocab_size: int, stop_ids: list[Collection[int]]) -> list[Grammar | None]:
     """Each prompt's grammar: of its line's "schema", or else the command line's, if any."""
-    made = {"": make_grammar(*asked, tokenizer, config)}  # by the text of the schema
-    grammars = []
-    for n, entry in enumerate(entries):
-        schema = entry.get("schema")
-        key = "" if schema is None else json.dumps(schema)
+    made, grammars = {}, []  # made: those so far, as prompts share them
+    for n, (entry, ends) in enumerate(zip(entries, stop_ids, strict=True)):
+        source, given = asked
+        if entry.get("schema") is not None:
+            source, given = f"{path}, prompt {n}", {"schema": entry["schema"]}
+        key = json.dumps([given, *ends])
         if key not in made:
-            made[key] = make_grammar(f"{path}, prompt {n}", {"schema": schema}, tokenizer, config)
+            made[key] = make_grammar(source, given, tokenizer, vocab_size, ends)
         grammars.append(made[key])
     return grammars
 
@@ -434,8 +447,6 @@ def record_of(model: Transformer, batch: Batch, stream: Stream, transcript: Tran
     length = len(prompt.ids) + len(transcript.said.ids)
     record = transcript.record(model, [batch.cache, *batch.staging], length, prompt.stop_ids,
                                prompt.sampling.seed)
-    if stream.error:
-        record.update(finish_reason="error", error=stream.error)
     return {**which, **record}
 
 
@@ -447,6 +458,7 @@ def main():
                         help="of --prompts, the first N prompts only; default: all")
     parser.add_argument("--batch", type=number(int, 1), default=8, metavar="B",
                         help="streams side by side")
+    add_template_args(parser)
     with user_errors(parser):
         args = parser.parse_args()
         for flag in ("draft", "lookup", "speculate"):
@@ -455,21 +467,26 @@ def main():
         asked = grammar_arguments(args)
         entries = read_prompts(args.prompts)[:args.limit]
         stop = [check_text("--stop", text) for text in args.stop]
+        template_args = template_args_of(args)
         model, tokenizer = open_model(args.checkpoint, compile=args.compile,
                                       compile_prefill=args.compile_prefill, **load_arguments(args))
-        grammars = make_grammars(args.prompts, entries, asked, tokenizer, model.config)
-        ids = broadcast_ids([tokenizer.opening(entry) for entry in entries])
+        chat_ends, ends = chat_stop_ids(model, tokenizer), model.config.eos_ids
+        stop_ids = [() if args.ignore_eos else chat_ends if "turns" in entry else ends
+                    for entry in entries]
+        grammars = make_grammars(args.prompts, entries, asked, tokenizer, model.config.vocab_size,
+                                 stop_ids)
+        ids = broadcast_ids([tokenizer.opening(entry, template_args) for entry in entries])
         batch = Batch(model, args.batch, args.sink, args.window)
-        compile_s, how = get_ready(model, batch.staging[0], sampling_of(args))
+        how = sampling_of(args, model.suggested)
+        compile_s, how = get_ready(model, batch.staging[0], how)
         if args.compile:  # the step of all rows, as often as generate.warm runs the others
             start = time.perf_counter()
             list(generate_batch(model, [[0]] * 2, max_new_tokens=3, stop_ids=(), batch=batch))
             compile_s += time.perf_counter() - start
-        stop_ids = () if args.ignore_eos else None
         # Every answer has a seed of its own, so no other prompt and no batch size changes it.
-        prompts = [Prompt(one, replace(how, seed=how.seed + n * args.samples, grammar=grammar),
-                          args.max_new_tokens, stop_ids, args.samples)
-                   for n, (one, grammar) in enumerate(zip(ids, grammars, strict=True))]
+        prompts = [Prompt(one, replace(how, seed=how.seed + n * args.samples, grammar=grammars[n]),
+                          args.max_new_tokens, stop_ids[n], args.samples)
+                   for n, one in enumerate(ids)]
         write_results(model, tokenizer, prompts, batch, stop, compile_s)
 
 

@@ -20,12 +20,13 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cli import (
     add_generation,
+    add_template_args,
     check_text,
     figures,
     grammar_arguments,
@@ -36,11 +37,13 @@ from cli import (
     read_prompts,
     sampling_of,
     speculation_arguments,
+    template_args_of,
 )
 from formats.files import check_target, name_leftovers
 from formats.session import load_session, save_session
 from generate import (
     answer,
+    chat_stop_ids,
     check_ids,
     discard,
     get_ready,
@@ -109,7 +112,8 @@ class Conversation:
     last_id: int | None = None  # the last token of the latest answer
     max_new_tokens: int = 512
     stop: Sequence[str] = ()  # texts
-    stop_ids: Collection[int] | None = None  # None: the EOS ids
+    ignore_eos: bool = False
+    template_args: dict = field(default_factory=dict)  # what else the chat template is given
 
     def caches(self) -> dict[str, tuple[Transformer, KVCache]]:
         """The caches by name, each with its model, as formats.session.save_session takes them."""
@@ -126,8 +130,8 @@ def turn_ids(talk: Conversation, text: str, raw: bool) -> list[int]:
     if raw:
         return talk.tokenizer.encode(text, bos=not held)
     if not held or talk.last_id is None and talk.system:
-        return talk.tokenizer.first_turn(text, talk.system)[held:]
-    return talk.tokenizer.next_turn(text, talk.last_id)
+        return talk.tokenizer.first_turn(text, talk.system, talk.template_args)[held:]
+    return talk.tokenizer.next_turn(text, talk.last_id, talk.template_args)
 
 
 def reset_conversation(talk: Conversation) -> None:
@@ -143,19 +147,21 @@ def save_conversation(path: str | Path, talk: Conversation) -> None:
     if not talk.cache.length.any():
         if talk.system is None:
             raise ValueError(f"{path}: not written, since nothing has been said yet")
-        ids = talk.tokenizer.system_turn(talk.system)
+        ids = talk.tokenizer.system_turn(talk.system, talk.template_args)
         prefill(talk.model, talk.cache, ids, talk.speculation)
     unread, caches = talk.speculation.unread if talk.speculation else [], talk.caches()
     if talk.speculation and not talk.speculation.size:
         caches.pop("draft", None)  # the draft has not read on since speculation stopped
-    save_session(path, caches, system=talk.system, last_id=talk.last_id, unread=unread)
+    save_session(path, caches, system=talk.system, template_args=talk.template_args or None,
+                 last_id=talk.last_id, unread=unread)
     say(f"saved {path}: {int(talk.cache.length)} tokens so far")
     name_leftovers(Path(path))
 
 
 def load_conversation(path: str | Path, talk: Conversation) -> None:
     """Go on with a conversation that was saved to a file."""
-    facts = load_session(path, talk.caches(), system=talk.system)
+    facts = load_session(path, talk.caches(), system=talk.system,
+                         template_args=talk.template_args or None)
     talk.last_id = facts.get("last_id")
     if talk.speculation:
         talk.speculation.restart(facts.get("unread") or [])
@@ -204,8 +210,9 @@ def take_turn(talk: Conversation, text: str, raw: bool, is_typed: bool, sampling
         say(str(error).splitlines()[0])  # and the conversation goes on
         return None
     prompt = timed_prefill(talk.model, talk.cache, ids, talk.speculation)
+    stop_ids = talk.model.config.eos_ids if raw else chat_stop_ids(talk.model, talk.tokenizer)
     record = answer(talk.model, talk.tokenizer, prompt, talk.max_new_tokens, sampling,
-                    stop=talk.stop, stop_ids=talk.stop_ids, emit=emit,
+                    stop=talk.stop, stop_ids=() if talk.ignore_eos else stop_ids, emit=emit,
                     speculation=talk.speculation)
     talk.last_id = record["token_ids"][-1]
     return record
@@ -253,6 +260,7 @@ def main():
     add("--limit", type=number(int, 1), metavar="N",
         help="of --prompts, the first N turns only; default: all")
     add("--pin-system", metavar="TEXT", help="a system turn that is never evicted")
+    add_template_args(parser)
     add("--save-session", metavar="FILE", help="keep the conversation at its end")
     add("--load-session", metavar="FILE", help="go on with one that was kept")
     with user_errors(parser):
@@ -266,6 +274,7 @@ def main():
             check_target(args.save_session)  # fail before the conversation, not after it
         turns = turns_of(read_prompts(args.prompts), args.limit) if args.prompts else None
         stop = [check_text("--stop", stop_text) for stop_text in args.stop]
+        template_args = template_args_of(args)
         model, tokenizer = open_model(args.checkpoint, compile=args.compile,
                                       compile_prefill=args.compile_prefill, **load_arguments(args))
         n_sink = args.sink
@@ -275,14 +284,17 @@ def main():
             if turns and any(raw for _, raw in turns):
                 raise ValueError('--pin-system needs a template: {"prompt": ...} lines have none')
             check_text("--pin-system", args.pin_system)
-            n_sink = len(tokenizer.system_turn(args.pin_system))
-        grammar = make_grammar(*asked, tokenizer, model.config)
+            n_sink = len(tokenizer.system_turn(args.pin_system, template_args))
+        raw = turns and any(raw for _, raw in turns)
+        ends = model.config.eos_ids if raw else chat_stop_ids(model, tokenizer)
+        grammar = make_grammar(*asked, tokenizer, model.config.vocab_size, ends)
         cache = make_cache(model, n_sink, args.window)
         speculation = open_speculation(model, cache, tokenizer, **speculating)
-        compile_s, how = get_ready(model, cache, sampling_of(args, grammar), speculation)
+        how = replace(sampling_of(args, model.suggested), grammar=grammar)
+        compile_s, how = get_ready(model, cache, how, speculation)
         talk = Conversation(model, tokenizer, cache, speculation, args.pin_system,
                             max_new_tokens=args.max_new_tokens, stop=stop,
-                            stop_ids=() if args.ignore_eos else None)
+                            ignore_eos=args.ignore_eos, template_args=template_args)
         if args.load_session:
             load_conversation(args.load_session, talk)
         is_typed = turns is None

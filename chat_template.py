@@ -1,6 +1,7 @@
 """A checkpoint's chat template, and the text of a conversation's turns.
 
-Everything here is text; tokenizer.py encodes it. The template runs in jinja2's sandbox.
+Everything here is text; tokenizer.py encodes it. The template runs in jinja2's sandbox, with the
+context that transformers gives it.
 
 A conversation is rendered piece by piece, as it goes on: `conversation` renders its beginning, and
 `next_turn` renders only what the template puts between one answer and the next. The cache holds the
@@ -15,10 +16,11 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 # Vicuna's prompt format. A checkpoint without a template gets this one.
 VICUNA_TEMPLATE = (
-    "{% for m in messages %}"
+    "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'system' %}{{ m.content }} "
     "{% elif m.role == 'user' %}USER: {{ m.content }} "
     "{% else %}ASSISTANT: {{ m.content }}{{ eos_token }}{% endif %}"
@@ -28,97 +30,99 @@ USER_MARK, ANSWER_MARK = "\ue000user\ue001", "\ue000answer\ue001"
 # A name is escaped by this character after its first one. Where a message contains the character
 # itself, it is doubled.
 ESCAPE = "\ue002"
+# What the engine itself gives a template. Template arguments can't replace these.
+ENGINE_ARGS = ("messages", "add_generation_prompt")
 
 
 @dataclass
 class ChatTemplate:
-    """A chat template, and the names that no message may turn into tokens.
+    """A checkpoint's chat templates, and the names that no message may turn into tokens.
 
     A message is {"role": ..., "content": text}. The methods return rendered text in which the
     special tokens' names are escaped wherever they come from a message. It is for
-    Tokenizer.encode_rendered. The methods raise ValueError for what the template refuses."""
+    Tokenizer.encode_rendered. `args` is what else a template is given, by name, such as
+    {"enable_thinking": False}. The methods raise ValueError for what the template refuses."""
 
-    source: str
+    sources: dict[str, str]  # by name: "default", and maybe "tool_use" for calls with tools
     special_names: set[str]
     added_words: set[str]  # added to the vocabulary as words, such as <think>; they aren't special
-    bos_token: str
-    eos_token: str
+    special_tokens: dict[str, str]  # by their names in a template, such as bos_token
 
     # -------------------------------------------------------------------------- turns
 
-    def system_turn(self, system: str) -> str:
+    def system_turn(self, system: str, args: dict | None = None) -> str:
         """What opens a conversation, before the user's turn."""
-        system = system.strip()  # many templates strip it
         turns = [{"role": "system", "content": system}]
-        escaped = self._escape(system)
-        with_user = self._render([*turns, {"role": "user", "content": USER_MARK}])
+        escaped = self._escape(system, self._reserved_pattern).strip()  # many templates strip it
+        with_user = self.render([*turns, {"role": "user", "content": USER_MARK}], args=args)
         opening, mark, _ = with_user.partition(USER_MARK)
         if not mark or escaped not in opening:
             raise ValueError("the chat template does not render a system turn")
         try:
-            alone = self._render(turns, add_generation_prompt=False)
+            alone = self.render(turns, False, args)
         except ValueError:
             # Some templates refuse a conversation without a user's turn. The header of the user's
             # turn then belongs to the opening.
             return opening
         return alone if escaped in alone and opening.startswith(alone) else opening
 
-    def conversation(self, messages: list[dict]) -> tuple[str, str]:
+    def conversation(self, messages: list[dict], args: dict | None = None) -> tuple[str, str]:
         """The beginning of a conversation, up to where an answer begins: (opening, rest).
 
         The opening is what system_turn returns. It is "" without a system turn, and where the
         template renders the system turn otherwise in this conversation."""
-        opening = ""
+        text, opening = self.render(messages, args=args), ""
         if messages[0]["role"] == "system" and messages[0]["content"].strip():
-            system = messages[0]["content"].strip()
-            messages = [{"role": "system", "content": system}, *messages[1:]]
-            opening = self.system_turn(system)
-        text = self._render(messages)
+            opening = self.system_turn(messages[0]["content"], args)
         if not text.startswith(opening):
             opening = ""
         return opening, text.removeprefix(opening)
 
-    def next_turn(self, user: str) -> str:
+    def next_turn(self, user: str, args: dict | None = None) -> str:
         """What stands between the end of an answer and the beginning of the next one."""
         return self.turns_after([{"role": "user", "content": USER_MARK},
                                  {"role": "assistant", "content": ANSWER_MARK},
-                                 {"role": "user", "content": user}], 1)
+                                 {"role": "user", "content": user}], 1, args)
 
-    def turns_after(self, messages: list[dict], answer: int) -> str:
+    def turns_after(self, messages: list[dict], answer: int, args: dict | None = None) -> str:
         """What follows the answer messages[answer], up to where the next one begins."""
         messages = [*messages]
         messages[answer] = {"role": "assistant", "content": ANSWER_MARK}
-        _, mark, rest = self._render(messages).partition(ANSWER_MARK)
+        _, mark, rest = self.render(messages, args=args).partition(ANSWER_MARK)
         if not mark or ANSWER_MARK in rest:
             raise ValueError("the chat template does not render the assistant's turns")
         return rest
 
     # -------------------------------------------------------------------------- rendering
 
-    def _render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        """The template's text for these messages, whose contents are escaped first."""
-        escaped = [{**turn, "content": self._escape(turn["content"])} for turn in messages]
-        return self._run_template(escaped, add_generation_prompt)
-
-    def _run_template(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+    def render(self, messages: list[dict], add_generation_prompt: bool = True,
+               args: dict | None = None) -> str:
+        """The template's text for these messages. All that they and the arguments say is escaped
+        first, but for the roles."""
+        escaped = []
+        for turn in messages:
+            names = self._answers_pattern if turn["role"] == "assistant" else self._reserved_pattern
+            escaped.append({"role": turn["role"], **{
+                key: self._escape(turn[key], names) for key in turn if key != "role"}})
         try:
-            return self._program.render(
-                messages=messages, add_generation_prompt=add_generation_prompt,
-                bos_token=self.bos_token, eos_token=self.eos_token)
+            check_args(args or {})
+            args = self._escape(args, self._reserved_pattern)
+        except RecursionError:
+            raise ValueError("the chat template's arguments are nested too deeply") from None
+        return self._run(escaped, add_generation_prompt, args or {})
+
+    def _run(self, messages: list[dict], add_generation_prompt: bool, args: dict) -> str:
+        """The text for messages and arguments that are escaped already."""
+        tools = args.get("tools")
+        name = "tool_use" if tools is not None and "tool_use" in self.sources else "default"
+        context = {"tools": None, "documents": None, **self.special_tokens, **args}
+        try:
+            return compile_template(self.sources[name]).render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **context)
         except Exception as error:  # a template is a program, which can raise anything
             raise ValueError(f"the chat template cannot render this: {error}") from None
 
-    @functools.cached_property
-    def _program(self):
-        """The template, compiled by jinja2 at its first use."""
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        environment.filters["tojson"] = to_json
-        environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
-        return environment.from_string(self.source)
-
-    # -------------------------------------------------------------------------- escaping
+    # -------------------------------------------------------------------------- marks
 
     @functools.cached_property
     def reserved(self) -> set[str]:
@@ -128,12 +132,14 @@ class ChatTemplate:
         Other added words may stand in a message. <think>, for one, is part of an answer, and
         clients send answers back as messages. Whitespace (an added word in Gemma's vocabulary) is
         in every message and marks no turn. A name of one character can't be cut."""
-        turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
-        names = any_of(self.special_names | self.added_words)
-        try:
-            marks = set(names.findall(self._run_template(turns)))
-        except ValueError:
-            marks = set()
+        roles = ("system", "user", "assistant", "user")
+        turns = [{"role": role, "content": "a"} for role in roles]
+        names, marks = any_of(self.special_names | self.added_words), set()
+        for some in (turns, turns[1:]):  # some templates refuse a system turn
+            try:
+                marks.update(names.findall(self._run(some, False, {})))
+            except ValueError:
+                continue
         marks = {mark for mark in marks if not mark.isspace()}
         return {name for name in self.special_names | marks if len(name) > 1}
 
@@ -141,13 +147,63 @@ class ChatTemplate:
     def _reserved_pattern(self) -> re.Pattern:
         return any_of(self.reserved)
 
-    def _escape(self, content: str) -> str:
-        """A message's content with every reserved name escaped. `unescape` undoes it."""
-        escaped = content.replace(ESCAPE, 2 * ESCAPE)
+    @functools.cached_property
+    def _answers_pattern(self) -> re.Pattern:
+        """Names that are escaped in an answer that comes back as a message: all but the words at
+        which the template itself takes an answer apart, such as </think>."""
+        return any_of(name for name in self.reserved if not self._takes_apart(name))
+
+    def _takes_apart(self, name: str) -> bool:
+        """Whether the template changes an answer because this name is in it."""
+        if not any(name in source for source in self.sources.values()):
+            return False
+        tag = re.fullmatch(r"</?(\w+)>", name)
+        names = [f"<{tag[1]}>", f"</{tag[1]}>"] if tag else [name]
+        answer = f"a{'b'.join(names)}c"
+        try:
+            return (self._keeps(any_of(names).sub(escape_name, answer))
+                    and not self._keeps(answer))
+        except ValueError:
+            return False
+
+    def _keeps(self, answer: str) -> bool:
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer},
+                 {"role": "user", "content": "a"}]
+        return answer in self._run(turns, False, {})
+
+    @functools.cached_property
+    def turn_end(self) -> str:
+        """The name that the template puts after an answer, "" where it puts text there."""
+        try:
+            found = self._reserved_pattern.match(self.next_turn("a").lstrip())
+        except ValueError:
+            return ""
+        return found[0] if found else ""
+
+    # -------------------------------------------------------------------------- escaping
+
+    def _escape(self, value: Any, names: re.Pattern) -> Any:
+        """A text, or all texts in lists and objects, with every name escaped. `unescape` undoes
+        it."""
+        if isinstance(value, dict):
+            return {self._escape(key, names): self._escape(item, names)
+                    for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._escape(item, names) for item in value]
+        if not isinstance(value, str):
+            return value
+        escaped = value.replace(ESCAPE, 2 * ESCAPE)
         # Names can overlap. Each pass escapes one of those that do.
-        while self._reserved_pattern.search(escaped):
-            escaped = self._reserved_pattern.sub(escape_name, escaped)
+        while names.search(escaped):
+            escaped = names.sub(escape_name, escaped)
         return escaped
+
+
+def check_args(args: dict) -> None:
+    """Raises ValueError for a template argument that the engine itself gives."""
+    for name in ENGINE_ARGS:
+        if name in args:
+            raise ValueError(f"{name} is no template argument; the engine gives it")
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern:
@@ -175,17 +231,47 @@ def unescaped_pieces(text: str) -> list[str]:
     return [unescape(piece) for piece in re.split(single_escape, text)]
 
 
-# ------------------------------------------------------------------------------ what templates call
+# ------------------------------------------------------------------------------ jinja2
+
+
+@functools.lru_cache(maxsize=16)
+def compile_template(source: str):
+    """A template as transformers compiles it: the same settings, functions and blocks."""
+    from jinja2.ext import Extension
+    from jinja2.nodes import CallBlock
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class GenerationBlock(Extension):
+        """{% generation %} ... {% endgeneration %} marks what a model is trained on. Here it only
+        renders its body, in a scope of its own."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return CallBlock(self.call_method("render_body"), [], [], body).set_lineno(line)
+
+        def render_body(self, caller):
+            return caller()
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True,
+        extensions=[GenerationBlock, "jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = to_json
+    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+    return environment.from_string(source)
 
 
 def raise_exception(message):
     raise ValueError(message)
 
 
-def strftime_now(form: str) -> str:
+def strftime_now(format: str) -> str:
     from datetime import datetime
-    return datetime.now().strftime(form)
+    return datetime.now().strftime(format)
 
 
-def to_json(value, **options) -> str:
-    return json.dumps(value, ensure_ascii=False, **options)
+def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                      sort_keys=sort_keys)

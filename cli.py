@@ -9,20 +9,24 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
 
+from chat_template import check_args
 from grammar import Grammar
-from linear import GROUP_SIZES, MODES
-from model import ModelConfig
+from layers import GROUP_SIZES, MODES
 from sample import Sampling
+from terminal import say
 from tokenizer import Tokenizer
 
 EMBEDDED = Path(__file__).parent / "checkpoints" / "tiny"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EXAMPLES = "examples:"
+# How tokens are drawn where neither a flag nor the model says it; other settings are off.
+DEFAULTS = {"temperature": 0.8, "top_p": 0.95}
+OWN = "; default: the model's own (generation_config.json), else"
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -114,15 +118,18 @@ def add_generation(parser: argparse.ArgumentParser, samples=False) -> argparse.A
     add("--compile", action="store_true", help="compile the model for this machine first")
     add("--compile-prefill", action="store_true",
         help="compile how prompts are read, too: worth it for long ones")
-    add("--temperature", type=number(float, 0), default=0.8, metavar="T",
-        help="below 1, likely tokens get likelier; 0 takes the likeliest")
-    add("--top-k", type=number(int, 1), metavar="K", help="only the K likeliest tokens")
-    add("--top-p", type=number(float, 0, 1), default=0.95, metavar="P",
-        help="only the likeliest tokens that together reach the probability P")
+    add("--temperature", type=number(float, 0), metavar="T",
+        help=f"below 1, likely tokens get likelier; 0 takes the likeliest{OWN} "
+        f"{DEFAULTS['temperature']}")
+    add("--top-k", type=number(int, 1), metavar="K", help=f"only the K likeliest tokens{OWN} all")
+    add("--top-p", type=number(float, 0, 1), metavar="P",
+        help="only the likeliest tokens that together reach the probability P"
+        f"{OWN} {DEFAULTS['top_p']}")
     add("--min-p", type=number(float, 0, 1), metavar="P",
-        help="only tokens at least P times as likely as the likeliest")
-    add("--repetition-penalty", type=number(float, 1e-3), default=1.0, metavar="R",
-        help="above 1, what the prompt (in chat: the turn) and the answer say is said less again")
+        help=f"only tokens at least P times as likely as the likeliest{OWN} off")
+    add("--repetition-penalty", type=number(float, 1e-3), metavar="R",
+        help="above 1, what the prompt (in chat: the turn) and the answer say is said less again"
+        f"{OWN} off")
     add("--seed", type=number(int, 0, 2**63 - 1), metavar="N",
         help="where random numbers begin; default: random, reported")
     add("--stop", action="append", default=[], metavar="TEXT", help="end here; may be repeated")
@@ -137,6 +144,29 @@ def add_generation(parser: argparse.ArgumentParser, samples=False) -> argparse.A
     add("--speculate", type=number(int, 1), metavar="K",
         help="tokens proposed a round; default: as many as pay")
     return parser
+
+
+def add_template_args(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--template-arg", action="append", default=[], metavar="NAME=VALUE",
+        help="what the chat template is given, such as enable_thinking=false; may be repeated")
+
+
+def template_args_of(args) -> dict:
+    """The arguments for the chat template, as the command line says: JSON values where they are
+    that, else texts. Raises ValueError naming one that is not NAME=VALUE."""
+    values = {}
+    for pair in args.template_arg:
+        name, equals, text = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"--template-arg {pair!r:.80} must be NAME=VALUE")
+        check_text("--template-arg", pair)
+        try:
+            values[name] = json.loads(text)
+        except (ValueError, RecursionError):
+            values[name] = text
+    check_args(values)
+    return values
 
 
 def check_text(source: str, text: str) -> str:
@@ -193,10 +223,26 @@ def load_arguments(args) -> dict:
                 group_size=args.group_size, adapters=args.adapter)
 
 
-def sampling_of(args, grammar: Grammar | None = None) -> Sampling:
-    """How tokens are drawn, as the command line says."""
-    return Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty,
-                    seed=args.seed, grammar=grammar)
+def sampling_of(args, suggested: dict[str, float]) -> Sampling:
+    """How tokens are drawn: as the command line says, else as the model suggests, which is told,
+    else as DEFAULTS say."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    taken = {name: value for name, value in suggested.items() if name not in given}
+    if args.draft or args.lookup:  # which no penalty goes with
+        taken.pop("repetition_penalty", None)
+    if {**DEFAULTS, **taken, **given}["temperature"] == 0:  # greedy: there is no more to say
+        taken = {name: value for name, value in taken.items()
+                 if name in ("temperature", "repetition_penalty")}
+    say_suggested(taken)
+    return Sampling(**{**DEFAULTS, **taken, **given}, seed=args.seed)
+
+
+def say_suggested(settings: dict[str, float]) -> None:
+    """Say which settings of a model's are in force."""
+    if settings:
+        said = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in settings.items())
+        say(f"tokens are drawn as the model's generation_config.json says: {said}")
 
 
 def grammar_arguments(args) -> tuple[str, dict]:
@@ -235,14 +281,15 @@ def read_schema(path: str) -> dict:
     return schema
 
 
-def make_grammar(source: str, asked: dict, tokenizer: Tokenizer,
-                 config: ModelConfig) -> Grammar | None:
-    """The grammar of grammar_arguments, if any. Raises ValueError naming where it comes from."""
+def make_grammar(source: str, asked: dict, tokenizer: Tokenizer, vocab_size: int,
+                 stop_ids: Collection[int]) -> Grammar | None:
+    """The grammar of grammar_arguments, if any, of answers that one of stop_ids ends. Raises
+    ValueError naming where it comes from."""
     if not asked:
         return None
     try:
-        grammar = Grammar(tokenizer, config.vocab_size, **asked)
-        grammar.check_fits(config.vocab_size, config.eos_ids)
+        grammar = Grammar(tokenizer, vocab_size, **asked)
+        grammar.check_fits(vocab_size, stop_ids)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     return grammar
@@ -257,7 +304,7 @@ def speculation_arguments(args) -> dict:
         raise ValueError("--speculate goes with --draft or --lookup")
     if args.draft or args.lookup:
         for flag in ("samples", "repetition_penalty"):
-            if getattr(args, flag, 1) != 1:
+            if getattr(args, flag, None) not in (None, 1):
                 raise ValueError(f"--{flag.replace('_', '-')} works without --draft and --lookup")
     return dict(draft=args.draft, lookup=args.lookup, size=args.speculate, device=args.device,
                 dtype=DTYPES.get(args.dtype), compile=args.compile,

@@ -33,6 +33,17 @@ from tp import broadcast_tokens
 BLOCK = 64  # neighbouring tokens that are summed first, so that a draw looks into one block only
 GREEDY = Sampling()
 FAST = {"temperature", "top_k", "top_p", "min_p"}  # the limits that a CPU's fast draws know
+UNDRAWN = -1  # for an id where no token can be drawn: a logit is NaN or inf, or all are -inf
+NOT_FINITE = ("the model's logits are NaN or infinite: its numbers overflow in this dtype, or its "
+              "weights are damaged; try another --dtype, such as fp32")
+
+
+def check_drawn(token_id: int) -> int:
+    """The id of a token that was drawn. Raises ValueError if it is UNDRAWN."""
+    if token_id == UNDRAWN:
+        raise ValueError(NOT_FINITE)
+    return token_id
+
 
 # ------------------------------------------------------------------------------ keys and numbers
 
@@ -66,6 +77,13 @@ def random_keys(n: int, device, generator: torch.Generator | None = None) -> Ten
     return torch.randint(2**32, (n,), device=device, generator=generator)
 
 
+def likeliest(scores: Tensor) -> Tensor:
+    """Ids (...) of the largest of scores (..., V), be they logits or weights; UNDRAWN where that is
+    NaN or infinite. A NaN counts as the largest of all, so the others need no look."""
+    largest, ids = scores.max(-1)
+    return ids.masked_fill_(~largest.isfinite(), UNDRAWN)
+
+
 def block_cdf(weights: Tensor) -> Tensor:
     """(..., V / BLOCK) float64: the mass of weights (..., V) up to the end of each block."""
     size = math.gcd(weights.shape[-1], BLOCK)
@@ -74,7 +92,8 @@ def block_cdf(weights: Tensor) -> Tensor:
 
 def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
     """Ids (B,) drawn in proportion to weights (B, V): in each row the first token at which the
-    cumulative mass exceeds the share u (B,) of all mass. A token of weight 0 is never drawn.
+    cumulative mass exceeds the share u (B,) of all mass. A token of weight 0 is never drawn. A row
+    without mass, or with a NaN, gives UNDRAWN.
 
     The block is found first, so that cumulative sums are needed of one block a row only."""
     cdf = block_cdf(weights)  # (B, V / BLOCK)
@@ -87,12 +106,16 @@ def inverse_cdf(weights: Tensor, u: Tensor) -> Tensor:
     # The block's sum above and this one differ in their last bits.
     target = target.minimum(inner_cdf[:, -1:] * (1 - 1e-12))
     inner = torch.searchsorted(inner_cdf, target, right=True).clamp_(max=blocks.shape[-1] - 1)
-    return (block * blocks.shape[-1] + inner)[:, 0]
+    ids = (block * blocks.shape[-1] + inner)[:, 0]
+    return ids.masked_fill_(~(cdf[:, -1] > 0), UNDRAWN)  # a NaN is not above 0
 
 
 def inverse_cdf_one(weights: Tensor, cdf: Tensor, u: float) -> int:
     """`inverse_cdf` of one row (V,) on a CPU; cdf is the row's block_cdf."""
-    target, blocks = u * cdf[-1].item(), weights.view(len(cdf), -1)
+    mass, blocks = cdf[-1].item(), weights.view(len(cdf), -1)
+    if not mass > 0:
+        return UNDRAWN
+    target = u * mass
     block = min(torch.searchsorted(cdf, target, right=True).item(), len(blocks) - 1)
     target -= cdf[block - 1].item() if block else 0
     inner_cdf = list(accumulate(blocks[block].tolist()))
@@ -106,7 +129,7 @@ def draw_from_weights(weights: Tensor, sampling: Sampling,
     """Ids (...) int64 drawn in proportion to weights (..., V); at temperature 0 the likeliest.
     Unlike torch.multinomial, this never waits for the GPU."""
     if sampling.temperature == 0:
-        return weights.argmax(-1)
+        return likeliest(weights)
     flat = weights.reshape(-1, weights.shape[-1])
     keys = random_keys(len(flat), weights.device, generator)
     return inverse_cdf(flat, uniform(keys)).view(weights.shape[:-1])
@@ -114,28 +137,28 @@ def draw_from_weights(weights: Tensor, sampling: Sampling,
 
 def sample(logits: Tensor, sampling: Sampling = GREEDY,
            generator: torch.Generator | None = None) -> Tensor:
-    """Token ids (...) int64 for logits (..., V); the likeliest at temperature 0. Random numbers
-    come from the generator. (A seed, penalties and a grammar are for RowSampler, which knows the
-    past.)"""
+    """Token ids (...) int64 for logits (..., V), or UNDRAWN; the likeliest at temperature 0. Random
+    numbers come from the generator. (A seed, penalties and a grammar are for RowSampler, which
+    knows the past.)"""
     rows = logits.reshape(-1, logits.shape[-1])
     if sampling.temperature == 0:
-        ids = rows.argmax(-1)
+        ids = likeliest(rows)
     else:
         keys = random_keys(len(rows), rows.device, generator)
         if on_cpu(rows):
             ids = draw_on_cpu(rows, [sampling] * len(rows), keys.tolist())
         else:
-            ids = draw_on_gpu(rows, sampling.limits(), keys)
+            ids = draw_on_gpu(rows, sampling.limits(), uniform(keys))
     return broadcast_tokens(ids).view(logits.shape[:-1])
 
 
-def draw_on_gpu(logits: Tensor, limits: dict[str, float | Tensor], keys: Tensor) -> Tensor:
-    """Ids (B,) of rows (B, V), by the same operations whatever the tensors hold. The limits are
-    those of `probabilities`, by name: numbers, or tensors (B,)."""
-    ids = inverse_cdf(probabilities(logits, **limits), uniform(keys))
+def draw_on_gpu(logits: Tensor, limits: dict[str, float | Tensor], u: Tensor) -> Tensor:
+    """Ids (B,) of rows (B, V) for numbers u (B,) in [0, 1), by the same operations whatever the
+    tensors hold. The limits are those of `probabilities`, by name: numbers, or tensors (B,)."""
+    ids = inverse_cdf(probabilities(logits, **limits), u)
     if not isinstance(limits["temperature"], Tensor):
         return ids
-    return torch.where(limits["temperature"] == 0, logits.argmax(-1), ids)
+    return torch.where(limits["temperature"] == 0, likeliest(logits), ids)
 
 
 def draw_on_cpu(logits: Tensor, asked: list[Sampling], keys: list[int]) -> Tensor:
@@ -150,12 +173,16 @@ def draw_on_cpu(logits: Tensor, asked: list[Sampling], keys: list[int]) -> Tenso
     for row, (one, key) in enumerate(zip(asked, keys, strict=True)):
         if not one.temperature:
             ids[row] = logits[row].argmax().item()
+            if not math.isfinite(logits[row, ids[row]].item()):
+                ids[row] = UNDRAWN
         elif not FAST.issuperset(limits := one.limits()):
             probs = probabilities(logits[row], **limits)
             ids[row] = inverse_cdf_one(probs, block_cdf(probs), uniform(key))
         elif 0 < one.top_k < size:
             likely, at = blockwise_topk(logits[row], one.top_k)
-            ids[row] = at[draw_in_order(likely.tolist(), one, uniform(key))].item()
+            likely = likely.tolist()
+            ids[row] = (at[draw_in_order(likely, one, uniform(key))].item()
+                        if math.isfinite(likely[0]) else UNDRAWN)
         else:
             unsorted.append(row)
     if unsorted:
@@ -202,6 +229,8 @@ def draw_by_rejection(probs: Tensor, cdf: Tensor, sampling: Sampling, key: int) 
     accepted at once, and a few passes over the vocabulary cost far less than sorting it."""
     top_p, min_p = sampling.top_p, sampling.min_p
     token = inverse_cdf_one(probs, cdf, uniform(key))
+    if token == UNDRAWN:
+        return token
     least = min_p * probs.max().item() if min_p else 0
     again = 0
     while top_p < 1 or least:
@@ -214,7 +243,7 @@ def draw_by_rejection(probs: Tensor, cdf: Tensor, sampling: Sampling, key: int) 
         before = F.threshold(probs, p, 0)  # tokens that are likelier
         before[:token] += p * (probs[:token] == p)  # and equal ones with a lower id
         mass = before.sum().item()
-        dropped = p < least or top_p < 1 and mass >= top_p  # False where p is NaN
+        dropped = p < least or top_p < 1 and mass >= top_p
         if not dropped or not mass:  # the likeliest token is always kept
             break
         again += 1
@@ -253,7 +282,7 @@ class RowSampler:
     def __init__(self, n_rows: int, vocab_size: int, device="cpu"):
         self.asked = [GREEDY] * n_rows
         self.keys, self.drawn = [0] * n_rows, [0] * n_rows  # the seeds' keys; tokens drawn so far
-        self.on_gpu = {}  # the settings, keys and drawn as tensors (B,), by name; empty: outdated
+        self.on_gpu = {}  # the settings as tensors (B,), by name; empty: outdated
         # (B, V), made for the first row with a penalty. seen: the token is in the prompt or the
         # answer; counts: how often it is in the answer.
         self.seen = self.counts = None
@@ -298,15 +327,26 @@ class RowSampler:
         """on_gpu, copied to the device anew when a row has begun or ended."""
         if not self.on_gpu:
             columns = [[getattr(one, name) for one in self.asked] for name in RANGES]
-            table = torch.tensor([*columns, self.keys, self.drawn], dtype=torch.float64)
-            table = table.to(self.device, non_blocking=True)  # the host does not wait
-            self.on_gpu = {
-                name: column.long() if name in ("top_k", "key", "drawn") else column.float()
-                for name, column in zip((*RANGES, "key", "drawn"), table, strict=True)}
+            table = self.to_device(columns)
+            self.on_gpu = {name: column.long() if name == "top_k" else column.float()
+                           for name, column in zip(RANGES, table, strict=True)}
         return self.on_gpu
 
+    def to_device(self, numbers: list) -> Tensor:
+        """Numbers as a float64 tensor on the device. The host does not wait for the copy."""
+        return torch.tensor(numbers, dtype=torch.float64).to(self.device, non_blocking=True)
+
+    def limits(self, rows: slice) -> dict[str, float | Tensor]:
+        """The limits of a slice of rows, for draw_on_gpu: numbers where all rows have the same,
+        which takes fewer operations, or else tensors."""
+        limits = [one.limits() for one in self.asked[rows]]
+        if all(other == limits[0] for other in limits):
+            return limits[0]
+        return {name: self.tensors()[name][rows] for one in limits for name in one}
+
     def sample(self, logits: Tensor, rows: slice = slice(None)) -> Tensor:
-        """The next token (B, 1) of all rows, or of a slice of them, for their logits (B, 1, V)."""
+        """The next token (B, 1), or UNDRAWN, of all rows, or of a slice of them, for their logits
+        (B, 1, V)."""
         asked, logits = self.asked[rows], logits[:, -1].float()
         penalized = [row for row, one in enumerate(asked) if one.penalizes]
         if penalized:
@@ -315,21 +355,20 @@ class RowSampler:
         if masked:
             logits = self.mask(logits, rows, masked)
         if not any(one.temperature for one in asked):
-            ids = logits.argmax(-1)
-        elif on_cpu(logits):
-            keys = [mix(key ^ n) for key, n in zip(self.keys[rows], self.drawn[rows], strict=True)]
-            ids = draw_on_cpu(logits, asked, keys)
+            ids = likeliest(logits)
         else:
-            on = {name: column[rows] for name, column in self.tensors().items()}
-            limits = {name: on[name] for one in asked for name in one.limits()}
-            ids = draw_on_gpu(logits, limits, mix(on["key"] ^ on["drawn"]))
+            keys = [mix(key ^ n) for key, n in zip(self.keys[rows], self.drawn[rows], strict=True)]
+            if on_cpu(logits):
+                ids = draw_on_cpu(logits, asked, keys)
+            else:
+                u = self.to_device([uniform(key) for key in keys])
+                ids = draw_on_gpu(logits, self.limits(rows), u)
         ids = broadcast_tokens(ids)[:, None]
         self.drawn[rows] = [n + 1 for n in self.drawn[rows]]
-        if self.on_gpu:
-            self.on_gpu["drawn"][rows].add_(1)
         if penalized:
-            self.seen[rows].scatter_(-1, ids, True)
-            self.counts[rows].scatter_add_(-1, ids, torch.ones_like(ids).float())
+            said = ids.clamp(min=0)  # of UNDRAWN, token 0: that row ends
+            self.seen[rows].scatter_(-1, said, True)
+            self.counts[rows].scatter_add_(-1, said, torch.ones_like(said).float())
         if masked:
             read = copy_to_host(ids)
             first = range(len(self.asked))[rows].start
@@ -338,7 +377,7 @@ class RowSampler:
 
     def mask(self, logits: Tensor, rows: slice, masked: list[int]) -> Tensor:
         """The logits (B, V) of a slice of rows, -inf where a grammar does not allow a token. The
-        rows `masked` have one."""
+        rows `masked` have one. A logit that is NaN or inf becomes NaN, so that it shows."""
         for row in masked:
             if row in self.unread:
                 read, at = self.unread.pop(row)
@@ -346,7 +385,7 @@ class RowSampler:
             self.matchers[row].allow_next(self.masks[row])
         masks = self.masks[rows].to(logits.device, non_blocking=True)
         forbidden = forbidden_by(masks, self.vocab_size, on_cpu(logits))
-        return logits.masked_fill(forbidden, -math.inf)
+        return torch.where(forbidden, logits - math.inf, logits)
 
     def penalize(self, logits: Tensor, rows: slice, penalized: list[int]) -> Tensor:
         """The logits (B, V) of a slice of rows with penalties, which the rows `penalized` ask for.

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cli import load_arguments, make_parser, number
+from draw import NOT_FINITE
 from formats.files import atomic_write, check_target, import_optional
 from generate import default_window, make_cache
 from kv_cache import KVCache
@@ -48,6 +49,11 @@ def read_text(path: str) -> str:
 def nll(logits: Tensor, targets: Tensor) -> Tensor:
     """Nats (T,) float32 that each target (T,) cost under logits (T, V)."""
     return F.cross_entropy(logits, targets, reduction="none")
+
+
+def perplexity(nats: float) -> float:
+    """e to the mean of nats; beyond what a float holds, the largest power that it does."""
+    return math.exp(min(nats, 709))
 
 
 @torch.no_grad()
@@ -76,7 +82,8 @@ def recomputed(model: Transformer, ids: Tensor, context: int, every: int) -> Ite
 def measure(model: Transformer, ids: Tensor, mode: str, n_sink: int, window: int,
             every: int = 1) -> Tensor:
     """Nats of the tokens of ids (N + 1,) but the first, with a progress bar: of each n-th of them,
-    n = every, so (N // n,). Modes without sinks see no further than the model's sliding window."""
+    n = every, so (N // n,). Modes without sinks see no further than the model's sliding window.
+    Raises ValueError where a token's are not finite."""
     longest = model.config.sliding_window or math.inf
     size = min(n_sink + window, longest)
     if mode == "dense":
@@ -93,8 +100,10 @@ def measure(model: Transformer, ids: Tensor, mode: str, n_sink: int, window: int
         for part in parts:
             done.append(part)
             count, total = count + len(part), total + part.sum().item()
+            if not math.isfinite(total):
+                raise ValueError(NOT_FINITE)
             advance(count, (len(ids) - 1) // (every if mode == "recompute" else 1),
-                    f"perplexity {math.exp(total / max(count, 1)):.3f}")
+                    f"perplexity {perplexity(total / max(count, 1)):.3f}")
     nats = torch.cat(done)
     return nats if mode == "recompute" else nats[every - 1::every]
 
@@ -170,7 +179,7 @@ def main():
                 curves[name] = nats
                 marks[f"{name} slides from"] = n_sink + window
                 record = dict(mode=mode, sink=n_sink, window=window, tokens=len(nats),
-                              nats=nats.mean().item(), perplexity=nats.mean().exp().item(),
+                              nats=nats.mean().item(), perplexity=perplexity(nats.mean().item()),
                               seconds=time.perf_counter() - start)
                 show((json.dumps(record) if args.json else f"{name:20} {record['tokens']} tokens  "
                       f"perplexity {record['perplexity']:.3f}") + "\n")

@@ -4,7 +4,7 @@
     python generate.py --checkpoint smollm2 --prompt "Once upon a time" --max-new-tokens 5000
 
 Read it from the top: a cache, prefill, decode, an answer, and last the command line; load.py makes
-the model. Every call of the model is a token or a chunk of one of a few sizes, so nothing is
+the model. Every compiled call of it is a token or a chunk of one of a few sizes, so nothing is
 compiled again however long a prompt or an answer is.
 """
 
@@ -31,12 +31,12 @@ from cli import (
     sampling_of,
     speculation_arguments,
 )
-from draw import RowSampler, copy_to_host, new_seed, sample
+from draw import RowSampler, check_drawn, copy_to_host, new_seed, sample
 from kv_cache import KVCache
 from load import load, weight_bytes
 from model import ModelConfig, Transformer
 from sample import Sampling, either_sampling
-from speculate import Speculation, load_draft, speculate
+from speculate import Speculation, known_ids, load_draft, speculate
 from terminal import hold_interrupt, received_signals, say, say_compiling, show, user_errors
 from tokenizer import GeneratedText, Tokenizer
 from tp import broadcast_ids
@@ -81,7 +81,7 @@ def prefill(model: Transformer, cache: KVCache, prompt_ids: list[int],
             *read, last = speculation.unread + prompt_ids
             speculation.unread = [last]
             if read:
-                prefill(speculation.draft, speculation.cache, read)
+                prefill(speculation.draft, speculation.cache, known_ids(speculation.draft, read))
     return logits
 
 
@@ -91,15 +91,18 @@ def prefill_chunks(model: Transformer, cache: KVCache,
     """`prefill`, a chunk at a time: yields None after each chunk, after the last one the logits
     (1, 1, V).
 
-    A prompt of any length is cut into chunks of two fixed sizes. The last one is padded, and the
-    padding is rolled back."""
+    A prompt of any length is cut into chunks. In compiled prefill they have two fixed sizes, and
+    the last one is padded, and the padding is rolled back."""
     check_ids(model, prompt_ids)
     large, small = min(LARGE_CHUNK, cache.max_chunk), min(SMALL_CHUNK, cache.max_chunk)
+    padded = model.compiled is not None and model.compiled.prefill
     done = 0
     while done < len(prompt_ids):
-        # A padded large chunk is faster than small ones if more than half of it is used.
-        size = large if len(prompt_ids) - done > large // 2 else small
-        chunk = prompt_ids[done:done + size]
+        chunk = prompt_ids[done:done + large]
+        size = len(chunk)
+        if padded:  # a large chunk is faster than small ones if more than half of it is used
+            size = large if len(chunk) > large // 2 else small
+            chunk = chunk[:size]
         tokens = torch.zeros(1, size, dtype=torch.int64)
         tokens[0, :len(chunk)] = torch.tensor(chunk)
         last = torch.tensor([len(chunk) - 1])
@@ -126,12 +129,12 @@ def decode(model: Transformer, cache: KVCache, token: Tensor, max_new_tokens: in
 
     A token that is yielded is in the cache, or queued for it: the host reads it while a GPU
     computes the next step. So the caller may stop at any token, and the cache holds just those that
-    were yielded."""
+    were yielded. Raises ValueError where no token can be drawn."""
     for _ in range(max_new_tokens):
         read = copy_to_host(token)
         following = draw(model(token, cache))
         [token_id] = read()
-        yield token_id
+        yield check_drawn(token_id)
         if token_id in stop_ids:
             return
         token = following
@@ -260,6 +263,12 @@ def discard(text: str) -> None:
     """Does not show a piece of an answer, as with --json."""
 
 
+def chat_stop_ids(model: Transformer, tokenizer: Tokenizer) -> set[int]:
+    """The tokens that end an answer of a chat: the model's EOS ids, and those that only the
+    tokenizer and the chat template know as ends of a turn."""
+    return {*model.config.eos_ids, *tokenizer.turn_end_ids}
+
+
 class Transcript:
     """What one stream says, shown as it comes, with the times that --json prints."""
 
@@ -382,10 +391,11 @@ def main():
         stop = [check_text("--stop", stop_text) for stop_text in args.stop]
         model, tokenizer = open_model(args.checkpoint, compile=args.compile,
                                       compile_prefill=args.compile_prefill, **load_arguments(args))
-        grammar = make_grammar(*asked, tokenizer, model.config)
+        grammar = make_grammar(*asked, tokenizer, model.config.vocab_size, model.config.eos_ids)
         cache = make_cache(model, args.sink, args.window)
         speculation = open_speculation(model, cache, tokenizer, **speculating)
-        compile_s, how = get_ready(model, cache, sampling_of(args, grammar), speculation)
+        how = replace(sampling_of(args, model.suggested), grammar=grammar)
+        compile_s, how = get_ready(model, cache, how, speculation)
         say(text)
         with hold_interrupt() as interrupted:
             prompt = timed_prefill(model, cache, tokenizer.encode(text), speculation)

@@ -31,7 +31,8 @@ from formats.checkpoint import check_not_ours_quantized, stack
 from formats.config import block_layers
 from formats.folder import check_out, open_checkpoint, our_config, write_checkpoint
 from formats.hub import find
-from linear import GROUP_SIZES, pack_nibbles
+from layers import GROUP_SIZES
+from linear import pack_nibbles
 from load import check_device
 from model import Block, ModelConfig, Step, rope, rope_frequencies
 from quantize import (

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from formats.files import import_optional
-from tokenizer import SentencePieceStream, Tokenizer
+from formats.tokenizer_model import TokenizerModel
+from tokenizer import Tokenizer
 
 MAX_CHARS = 1 << 17  # of a schema or a grammar: reading more takes longer than a client waits
 # A mask that needs more of these makes the other rows of a batch wait for it.
@@ -70,6 +71,7 @@ class Grammar:
 
     def matcher(self, stop_ids: Collection[int]) -> Matcher:
         """The state of a new answer, which one of stop_ids ends."""
+        stop_ids = [token_id for token_id in stop_ids if token_id < self.vocab_size]
         return Matcher(self._start.deep_copy(), stop_ids)
 
     def check_fits(self, vocab_size: int, stop_ids: Collection[int]) -> None:
@@ -77,7 +79,7 @@ class Grammar:
         if self.vocab_size != vocab_size:
             raise ValueError(f"the grammar is for {self.vocab_size} tokens, and the model has "
                              f"{vocab_size}")
-        if not stop_ids:
+        if not any(token_id < vocab_size for token_id in stop_ids):
             raise ValueError("an answer with a grammar needs a token that ends it, and stop_ids "
                              "has none")
 
@@ -175,9 +177,9 @@ def vocabulary(tokenizer: Tokenizer, vocab_size: int):
     special token spell it <name>, and no text in an answer can be one."""
     llguidance = import_optional("llguidance", "a grammar")
     texts = token_bytes(tokenizer, vocab_size)
-    words = tokenizer.added_words
-    special = {token_id: text for text, token_id in tokenizer.specials.items()
-               if token_id < vocab_size and (text not in words or text[:1] + text[-1:] == "<>")}
+    special = {token_id: text for text, token_id in tokenizer.named_ids.items()
+               if token_id < vocab_size
+               and (token_id in tokenizer.hidden_ids or text[:1] + text[-1:] == "<>")}
     for token_id, text in special.items():
         texts[token_id] = text.encode(errors="replace")
     return llguidance.LLTokenizer(types.SimpleNamespace(
@@ -187,13 +189,14 @@ def vocabulary(tokenizer: Tokenizer, vocab_size: int):
 
 def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> list[bytes]:
     """What each token adds to an answer. Nothing for one that is not there, or has no text."""
-    if tokenizer.sentencepiece:
-        sp, bytes_of = tokenizer.sentencepiece, SentencePieceStream(tokenizer).bytes_of
+    vocabulary, hidden_ids = tokenizer.vocabulary, tokenizer.hidden_ids
+    if isinstance(vocabulary, TokenizerModel):
+        sp, bytes_of = vocabulary.sp, vocabulary.stream(hidden_ids).bytes_of
         silent = {i for i in range(sp.get_piece_size()) if sp.is_unknown(i) or sp.is_unused(i)}
         return [b"" if i in silent else bytes_of(i) for i in range(vocab_size)]
-    texts, to_bytes = [b""] * vocab_size, bytes_by_decoder(tokenizer.tokenizers.decoder)
-    for text, token_id in tokenizer.tokenizers.get_vocab(with_added_tokens=True).items():
-        if token_id < vocab_size:
+    texts, to_bytes = [b""] * vocab_size, bytes_by_decoder(vocabulary.library.decoder)
+    for text, token_id in vocabulary.library.get_vocab(with_added_tokens=True).items():
+        if token_id < vocab_size and token_id not in hidden_ids:
             texts[token_id] = to_bytes(text)
     return texts
 

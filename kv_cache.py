@@ -30,7 +30,8 @@ from torch import Tensor
 
 
 class KVCache:
-    """K and V of every layer, (B, n_kv_heads, S + R, head_dim), and each row's `length`."""
+    """K and V of every layer, (B, n_kv_heads, S + R, head_dim), and each row's `length`. On a GPU
+    a few slots more are allocated, which are never written and never seen."""
 
     def __init__(self, config, batch_size: int = 1, n_sink: int = 4, window: int = 252,
                  max_chunk: int = 256, dtype: torch.dtype = torch.float32, device="cpu"):
@@ -42,11 +43,12 @@ class KVCache:
         self.batch_size, self.n_sink, self.window, self.max_chunk = (
             batch_size, n_sink, window, max_chunk)
         self.ring = window + max_chunk - 1
-        shape = (batch_size, config.n_kv_heads, n_sink + self.ring, config.head_dim)
+        self.n_slots = allocated_slots(n_sink + self.ring, device)
+        shape = (batch_size, config.n_kv_heads, self.n_slots, config.head_dim)
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
         self.length = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.every_slot = torch.arange(n_sink + self.ring, device=device)
+        self.every_slot = torch.arange(self.n_slots, device=device)
         # The overhang of a row is its high-water mark (padding and rejected tokens counted) minus
         # its length. It is kept on the host, which knows of every write and rollback.
         self.overhang = [0] * batch_size
@@ -57,6 +59,14 @@ class KVCache:
         unless it is marked."""
         for tensor in (*self.k, *self.v, self.length, self.every_slot):
             torch._dynamo.mark_static_address(tensor, guard=False)
+
+    def check_static(self) -> None:
+        """Raises RuntimeError unless every tensor is marked: a compiled step would write K and V to
+        copies, and say nothing."""
+        for tensor in (*self.k, *self.v, self.length, self.every_slot):
+            if not hasattr(tensor, "_dynamo_static_input_type"):
+                raise RuntimeError("a cache's tensor is not marked as static; KVCache.mark_static "
+                                   "marks those of a cache that was not made by KVCache")
 
     def __setstate__(self, state: dict) -> None:
         """Mark the tensors of a copy too."""
@@ -127,6 +137,8 @@ class KVCache:
     def mask(self, positions: Tensor, slot: Tensor) -> Tensor:
         """(B, T, n) float32 to add to the scores: 0 where `visible`, -inf elsewhere."""
         seen = self.visible(positions, slot)
+        if self.n_slots > self.n_sink + self.ring:
+            seen = seen & (slot < self.n_sink + self.ring)
         return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -math.inf)
 
     # Callers use these methods between calls of the model.
@@ -182,7 +194,10 @@ class KVCache:
         self.overhang[row] = 0
 
     def row(self, row: int) -> KVCache:
-        """A cache of this row alone. It shares this cache's memory, but has its own `overhang`."""
+        """A cache of this row alone, on a CPU. It shares this cache's memory, but has its own
+        `overhang`. On a GPU a view's writes would be lost (check_static)."""
+        if self.length.is_cuda:
+            raise ValueError("a row of a cache on a GPU is no cache of its own; step all rows")
         one = object.__new__(type(self))
         k, v = ([layer[row:row + 1] for layer in layers] for layers in (self.k, self.v))
         one.__dict__.update(self.__dict__, batch_size=1, length=self.length[row:row + 1], k=k, v=v,
@@ -191,6 +206,12 @@ class KVCache:
 
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (*self.k, *self.v))
+
+
+def allocated_slots(n: int, device) -> int:
+    """The slots to allocate where n are used. A GPU attends to all of them, and does so best where
+    rows of scores begin at aligned addresses."""
+    return -(-n // 64) * 64 if torch.device(device).type == "cuda" else n
 
 
 def write(cache: Tensor, slots: Tensor, new: Tensor) -> None:

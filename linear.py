@@ -1,20 +1,24 @@
-"""y = x W^T + b with W in floating point, int8 or int4, laid out as the device reads it fastest.
+"""How x W^T is computed, with W in floating point, int8 or int4: one table says it (TABLE).
 
 A model that decodes one token at a time is as fast as its weights are read from memory. On a GPU
-the libraries and the compiler see to that; most of this file is for CPUs.
+the libraries and the compiler see to that; most of this file is for CPUs. layers.py has the modules
+that store W.
 
 Shapes: x (..., K), W (N, K), y (..., N). A group is group_size columns of a row of W.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+import os
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-# Smaller weights stay in rows: to read one takes less time than to call oneDNN does.
-PACKED_BYTES = 1 << 22
-MODES, GROUP_SIZES = ("int8", "int4"), (32, 64, 128)
+PART = 1 << 20  # weights turned to float32 at a time, which stay in a CPU's caches until used
 
 
 def pack_nibbles(nibbles: Tensor) -> Tensor:
@@ -65,251 +69,401 @@ def int4_matmul_fake(x, weight, group_size, scales_and_zeros):
     return x.new_empty(x.shape[0], scales_and_zeros.shape[1])
 
 
+# For a graph it is one call: inductor would only write the parts' code out, one by one.
+define("gpt_stream::linear_in_parts", "(Tensor x, Tensor weight) -> Tensor")
+
+
+@implement("gpt_stream::linear_in_parts", "cpu")
+def linear_in_parts(x, weight):
+    (N, K), x32 = weight.shape, x.flatten(0, -2).float()  # (T, K)
+    T = len(x32)
+    x32 = F.pad(x32, (0, 0, 0, max(0, 16 - T)))  # the library is slower for fewer than 16 columns
+    n_parts = math.ceil(N * K / PART)
+    size = math.ceil(N / n_parts)
+    rows, y = x32.new_empty(size, K), x32.new_empty(N, len(x32))
+    for part, out in zip(weight.split(size), y.split(size)):
+        torch.mm(rows[:len(part)].copy_(part), x32.t(), out=out)
+    return y[:, :T].t().type_as(x).contiguous().unflatten(0, x.shape[:-1])
+
+
+@torch.library.register_fake("gpt_stream::linear_in_parts")
+def linear_in_parts_fake(x, weight):
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+define("gpt_stream::lanes_in_parts",
+       "(Tensor x, Tensor words, Tensor scale, Tensor zero) -> Tensor")
+
+
+@implement("gpt_stream::lanes_in_parts", "cpu")
+def lanes_in_parts_cpu(x, words, scale, zero):
+    (B, m, G, lanes), K = words.shape, x.shape[-1]
+    fields = K // (m * G)
+    bits = 32 // fields
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)[:, None]  # (fields, 1)
+    # W's columns in the order in which the fields of a group's words lie side by side.
+    x = x.reshape(-1, G, m, fields).permute(0, 3, 2, 1).reshape(-1, K)
+    T = len(x)
+    x = F.pad(x, (0, 0, 0, max(0, 16 - T)))  # as in linear_in_parts
+    y = x.new_empty(B * lanes, len(x))
+    size = math.ceil(B / math.ceil(B * lanes * K / PART))
+    buffer = torch.empty(size * lanes, fields, m * G, dtype=torch.int32)
+    for part, out in zip(range(0, B, size), y.split(size * lanes)):
+        w = words[part:part + size].view(torch.int32).permute(0, 3, 1, 2).reshape(-1, 1, m * G)
+        s, z = (t[part:part + size].transpose(1, 2).repeat(1, 1, m).view(-1, 1, m * G)
+                for t in (scale, zero))  # (rows, 1, m G) each
+        integers = torch.bitwise_right_shift(w, shifts, out=buffer[:len(w)])
+        integers.bitwise_and_(2**bits - 1)
+        rows = integers.view(torch.float32).copy_(integers).sub_(z).mul_(s)  # in place
+        torch.mm(rows.view(len(w), K).type_as(x), x.t(), out=out)
+    return y[:, :T].t().contiguous()
+
+
+@torch.library.register_fake("gpt_stream::lanes_in_parts")
+def lanes_in_parts_fake(x, words, scale, zero):
+    return x.new_empty(x.numel() // x.shape[-1], words.shape[0] * words.shape[3])
+
+
 def materialize(x: Tensor) -> Tensor:
     """x itself. Inductor writes it to memory here and does not compute it again at every use."""
     return x.as_strided(x.shape, x.stride())
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear. For a chunk of a prompt, in a graph compiled for a CPU, it is W x^T: for x W^T the
-    library would first copy W into another layout."""
-    tokens = x.numel() // x.shape[-1]
-    if x.is_cuda or not torch.compiler.is_compiling() or not 12 <= tokens <= 512:
-        return F.linear(x, weight, bias)
-    y = (weight @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
-    return y if bias is None else y + bias
+# ------------------------------------------------------------------------------ products
+
+# Each takes x (..., K) and what a layer stores, and returns x W^T (..., N) in x's dtype.
 
 
-def is_single_token(x: Tensor) -> bool:
-    """Whether x is one token, in a graph compiled for a CPU."""
-    return x.numel() == x.shape[-1] and not x.is_cuda and torch.compiler.is_compiling()
+def onednn(x: Tensor, packed: Tensor) -> Tensor:
+    """x W^T with W in oneDNN's own layout, which reads it at the memory's speed, for one token and
+    for several."""
+    return torch.ops.gpt_stream.packed_linear(x, packed, packed.shape[0])
+
+
+def transposed(x: Tensor, weight: Tensor) -> Tensor:
+    """W x^T, transposed: for x W^T the library would first copy W into another layout."""
+    return (weight @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
+
+
+def in_parts(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in float32, with a part of W at a time turned to float32, which meets x transposed. It
+    is for many tokens where the library has no fast kernel of W's dtype."""
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return F.linear(x, weight)  # while training: the parts have no gradient
+    return torch.ops.gpt_stream.linear_in_parts(x, weight)
+
+
+def one_pass(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T of one token, in a graph."""
+    return matvec(x, weight).type_as(x)
 
 
 def matvec(x: Tensor, weight: Tensor) -> Tensor:
-    """x (1, 1, K) times W (N, K) transposed -> (1, 1, N) float32. Inductor makes one pass over W
-    of it, a product and a sum, which is faster than a library's matmul of one row.
+    """x W^T of one token, in float32. Inductor makes one pass over W of it, a product and a sum,
+    which is faster than a library's matmul of one row.
 
     Several parts of W are read side by side and each row is summed in pieces, since that keeps
-    more of the memory busy. Inductor's sum is also slower over more than 4096 terms."""
+    more of the memory busy. A short row is one piece, since a sum's end costs more than its terms.
+    Inductor's sum is also slower over more than 4096 terms."""
     K = weight.shape[1]
-    # The fewest pieces, at least two, that are equal and have at most 4096 terms.
-    pieces = next(n for n in range(min(2, K), K + 1) if K % n == 0 and K // n <= 4096)
+    short = weight.is_floating_point() and K <= 512
+    pieces = pieces_of(K, at_least=1 if short else 2)
     # In memory, or inductor would fuse what computes x and compute it again for every row of W.
-    x = materialize(x.reshape(-1).float())  # (K,)
-    n_parts = max(1, 4 // weight.itemsize)  # four of int8, two of bf16: the fastest where measured
-    sums = [(part.float() * x).view(-1, pieces, K // pieces).sum(-1)
+    token = materialize(x.reshape(-1).float())  # (K,)
+    n_parts = 1 if short else max(1, 4 // weight.itemsize)  # the fastest where measured
+    sums = [(part.float() * token).view(-1, pieces, K // pieces).sum(-1)
             for part in weight.chunk(n_parts)]  # (N / n_parts, pieces) each
-    return torch.cat(sums).sum(-1)[None, None]
+    return torch.cat(sums).sum(-1).view(*x.shape[:-1], -1)
 
 
-# ------------------------------------------------------------------------------ modules
+def pieces_of(K: int, at_least: int) -> int:
+    """The fewest pieces of K terms that are equal and have at most 4096 terms."""
+    return next(n for n in range(min(at_least, K), K + 1) if K % n == 0 and K // n <= 4096)
 
 
-class Linear(nn.Linear):
-    """y = x W^T + b with W in floating point."""
-
-    packed = False  # whether `weight` is in oneDNN's layout
-
-    def pack(self) -> None:
-        """Put W into oneDNN's own layout, where PyTorch has oneDNN and it supports the dtype. It
-        then reads W at the memory's speed, for one token and for several."""
-        dtype = self.weight.dtype
-        if self.packed or not torch.backends.mkldnn.is_available():
-            return
-        if dtype == torch.float32 or (
-                dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-            packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data, None)
-            self.weight, self.packed = nn.Parameter(packed, requires_grad=False), True
-
-    def unpack(self) -> None:
-        """Put W into rows again."""
-        if self.packed:
-            self.weight, self.packed = nn.Parameter(self.weight.to_dense(), False), False
-
-    def __getstate__(self) -> dict:
-        """The state of a copy, with W in rows: a tensor in oneDNN's layout cannot be copied."""
-        if not self.packed:
-            return self.__dict__
-        rows = nn.Parameter(self.weight.to_dense(), requires_grad=False)
-        return {**self.__dict__, "packed": False, "_parameters": {**self._parameters,
-                                                                  "weight": rows}}
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.packed:
-            y = torch.ops.gpt_stream.packed_linear(x, self.weight, self.out_features)
-        elif is_single_token(x):
-            y = matvec(x, self.weight).type_as(x)
-        else:
-            return linear(x, self.weight, self.bias)
-        return y if self.bias is None else y + self.bias
+def few_passes(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T of a few tokens, in a graph: for 32 rows of W, which stay in a core's cache, a pass for
+    every four tokens, since the sums of more do not fit the registers."""
+    (N, K), T = weight.shape, x.numel() // x.shape[-1]
+    n_passes = math.ceil(T / 4)
+    at_once = math.ceil(T / n_passes)  # tokens
+    R, pieces = math.gcd(N, 32), pieces_of(K, at_least=1)
+    tokens = F.pad(x.reshape(T, K).float(), (0, 0, 0, n_passes * at_once - T))
+    tokens = materialize(tokens).view(n_passes, at_once, 1, pieces, -1)
+    rows = weight.view(N // R, 1, R, pieces, -1).float()  # (N / R, 1, R, pieces, K / pieces)
+    sums = [(rows * tokens[:, i]).sum(-1) for i in range(at_once)]  # (N / R, n_passes, R, pieces)
+    y = torch.stack(sums).sum(-1)  # (at_once, N / R, n_passes, R)
+    return y.permute(2, 0, 1, 3).reshape(-1, N)[:T].type_as(x).view(*x.shape[:-1], N)
 
 
-def reorder(x: Tensor, order: Tensor | None) -> Tensor:
-    """The inputs x (..., K) in the order of W's stored columns; None leaves them as they are."""
-    return x if order is None else x.index_select(-1, order)
+def int8_one_pass(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x W^T of one token, in a graph."""
+    return (matvec(x, weight) * scale).type_as(x)
 
 
-class Int8Linear(nn.Module):
-    """y = x W^T + b with W in int8, and a scale for each row."""
-
-    def __init__(self, K: int, N: int, bias: bool):
-        super().__init__()
-        self.register_buffer("weight", torch.empty(N, K, dtype=torch.int8))
-        self.register_buffer("scale", torch.empty(N))
-        self.bias = nn.Parameter(torch.empty(N)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        few = x.numel() // x.shape[-1] <= 16  # tokens; for more, it is faster to dequantize W first
-        if is_single_token(x):
-            y = (matvec(x, self.weight) * self.scale).type_as(x)
-        elif few and not x.is_cuda:
-            y = torch.ops.gpt_stream.int8_matmul(x.flatten(0, -2).contiguous(), self.weight,
-                                                 self.scale.type_as(x))
-            y = y.unflatten(0, x.shape[:-1])
-        else:  # 1024 dequantized rows at a time stay in a CPU's caches until they are used
-            parts = [self.weight] if x.is_cuda else self.weight.split(1024)
-            y = torch.cat([linear(x, part.float().type_as(x)) for part in parts], dim=-1)
-            y = (y * self.scale).type_as(x)
-        return y if self.bias is None else y + self.bias
+# For AVX2, inductor's code loads floats fast and narrow integers slowly, since it copies them to
+# the stack first. So a graph reads W as float32 words, which hold four int8 or eight nibbles each.
 
 
-class GroupedInt8Linear(nn.Module):
-    """y = x W^T + b with W in int8, and a scale and a zero for each group of columns, a format of
-    published checkpoints. `order` is the order of the columns, where it is not the inputs'."""
-
-    def __init__(self, K: int, N: int, bias: bool, group_size: int, order: bool = False):
-        super().__init__()
-        self.register_buffer("weight", torch.empty(N, K, dtype=torch.int8))
-        self.register_buffer("scale", torch.empty(N, K // group_size))
-        self.register_buffer("zero", torch.empty(N, K // group_size, dtype=torch.int16))
-        self.register_buffer("order", torch.empty(K, dtype=torch.int32) if order else None)
-        self.bias = nn.Parameter(torch.empty(N)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = reorder(x, self.order)
-        if is_single_token(x):
-            groups = self.scale.shape[1]
-            row = materialize(x.reshape(-1).float())
-            sums = (self.weight.float() * row).view(len(self.weight), groups, -1).sum(-1)  # (N, G)
-            sums = sums - self.zero.float() * row.view(groups, -1).sum(-1)
-            y = (sums * self.scale).sum(-1)[None, None].type_as(x)
-        else:  # 1024 rows at a time, as in Int8Linear
-            size = len(self.weight) if x.is_cuda else 1024
-            parts = zip(*(t.split(size) for t in (self.weight, self.scale, self.zero)))
-            y = torch.cat([linear(x, self.dequantize(*part).type_as(x)) for part in parts], dim=-1)
-        return y if self.bias is None else y + self.bias
-
-    def dequantize(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        """Rows of W in float32, for these rows of the three tensors."""
-        groups = weight.float().unflatten(1, (scale.shape[1], -1))
-        return ((groups - zero[..., None]) * scale[..., None]).flatten(1)
+def word_fields(words: Tensor, bits: int, flip: int) -> list[Tensor]:
+    """The 32 / bits integers in each of the float32 `words`, as float32. A mask leaves each where
+    it lies, so the j-th is 2^(bits j) times as large. They are unsigned but for the last, which
+    has the word's sign. Bits of the word that `flip` has are inverted first."""
+    w = words.view(torch.int32) ^ flip
+    masks = [(1 << bits) - 1 << j for j in range(0, 32 - bits, bits)] + [-1 << 32 - bits]
+    return [(w & mask).float() for mask in masks]
 
 
-class Int8Embedding(nn.Module):
-    """An embedding in int8, with a scale for each token."""
-
-    def __init__(self, vocab_size: int, dim: int):
-        super().__init__()
-        self.register_buffer("weight", torch.empty(vocab_size, dim, dtype=torch.int8))
-        self.register_buffer("scale", torch.empty(vocab_size))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.weight[tokens] * self.scale[tokens][..., None]
+def word_inputs(x: Tensor, n: int) -> Tensor:
+    """x (..., K) as (..., K / n, n) float32, the j-th of n as many times smaller as word_fields' is
+    larger."""
+    powers = torch.tensor([2.0**(-32 // n * j) for j in range(n)])
+    return x.unflatten(-1, (-1, n)).float() * powers
 
 
-class Int4Linear(nn.Module):
-    """y = x W^T + b with W in int4, and a scale and a zero for each group of columns. The tensors
-    are as they are stored, two nibbles a byte, until `pack`."""
-
-    def __init__(self, K: int, N: int, bias: bool, group_size: int, order: bool = False):
-        super().__init__()
-        self.group_size = group_size
-        self.register_buffer("weight", torch.empty(N, K // 2, dtype=torch.uint8))
-        self.register_buffer("scale", torch.empty(N, K // group_size))
-        self.register_buffer("zero", torch.empty(N, K // group_size, dtype=torch.uint8))
-        self.register_buffer("order", torch.empty(K, dtype=torch.int32) if order else None)
-        self.bias = nn.Parameter(torch.empty(N)) if bias else None
-
-    def pack(self, dtype: torch.dtype) -> None:
-        """Put the stored tensors into the layout of the device's kernel, which computes
-        (nibble - 8) * scale + zero in the given dtype."""
-        zero = (8 - self.zero / 16) * self.scale
-        both = torch.stack([self.scale, zero], dim=-1).transpose(0, 1)  # (K / g, N, 2)
-        self.register_buffer("scales_and_zeros", both.to(dtype).contiguous())
-        if self.weight.is_cuda:  # its kernel expects the even column in the high four bits
-            swapped = self.weight << 4 | self.weight >> 4
-            K = 2 * self.weight.shape[1]
-            tiles = next(tiles for tiles in (8, 4, 2) if K % (16 * tiles) == 0)
-            self.weight = torch._convert_weight_to_int4pack(swapped, tiles)
-        else:
-            nibbles = unpack_nibbles(self.weight).int()
-            self.weight = torch._convert_weight_to_int4pack_for_cpu(nibbles, 1)
-        del self.scale, self.zero
-
-    def forward(self, x: Tensor) -> Tensor:
-        kernel = torch._weight_int4pack_mm if x.is_cuda else torch.ops.gpt_stream.int4_matmul
-        rows = reorder(x, self.order).flatten(0, -2).contiguous()
-        y = kernel(rows, self.weight, self.group_size, self.scales_and_zeros)
-        y = y.unflatten(0, x.shape[:-1])
-        return y if self.bias is None else y + self.bias
+def int8_words(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x W^T of one token, in a graph, with rows of W in words (N, K / 4). The first three int8 of a
+    word become unsigned: 128 larger. Two parts of W are read side by side, as in matvec."""
+    inputs = materialize(word_inputs(x.reshape(-1), 4).t().contiguous())  # (4, K / 4)
+    more = materialize(128 * x.reshape(-1, 4)[:, :3].float().sum().view(1))
+    sums = []
+    for part in weight.chunk(2):
+        terms = [field * row for field, row in zip(word_fields(part, 8, 0x808080), inputs)]
+        sums.append((terms[0] + terms[1] + terms[2] + terms[3]).sum(-1))
+    return ((torch.cat(sums) - more) * scale).view(*x.shape[:-1], -1).type_as(x)
 
 
-class ConcatLinear(nn.ModuleList):
-    """Layers of one input whose outputs are concatenated: q, k and v that were quantized in
-    different ways, or whose columns are in different orders."""
-
-    def __init__(self, parts: list[nn.Module], bias: int | None):
-        super().__init__(parts)
-        self.bias = None if bias is None else nn.Parameter(torch.empty(bias))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.cat([part(x) for part in self], dim=-1)
-        return y if self.bias is None else y + self.bias
+def to_lanes(rows: Tensor) -> Tensor:
+    """What 16 rows have for their groups side by side, as lanes of a vector: (N, G, ...) as
+    (N / 16, ..., G, 16)."""
+    blocks = rows.unflatten(0, (-1, 16))  # (N / 16, 16, G, ...)
+    return blocks.permute(0, *range(rows.ndim, 0, -1)).contiguous()
 
 
-def quantized(name: str, plain: nn.Module, kind: dict | list | None, rows: list[int]) -> nn.Module:
-    """The empty quantized layer that replaces a plain one. kind is its quantization, a dict of
-    "mode", "group_size" and "order"; None leaves the layer in floating point. A list has one kind
-    for each layer that it stacks (q, k, v), and `rows` says how many rows each has. Raises
-    ValueError naming the layer and a size that its kind does not allow."""
-    if isinstance(plain, nn.Embedding):
-        return Int8Embedding(plain.num_embeddings, plain.embedding_dim)
-    N, K, bias = plain.out_features, plain.in_features, plain.bias is not None
-    if isinstance(kind, list):
-        parts = [quantized(f"{name}.{i}", Linear(K, n, bias=False), part, [n])
-                 for i, (part, n) in enumerate(zip(kind, rows))]
-        return ConcatLinear(parts, N if bias else None)
-    if kind is None:
-        return plain
-    kind = kind if isinstance(kind, dict) else {"mode": kind}
-    mode, group_size, order = kind.get("mode"), kind.get("group_size"), kind.get("order", False)
-    if mode not in MODES or isinstance(group_size, float) or group_size not in (
-            GROUP_SIZES if mode == "int4" else (None, *GROUP_SIZES)):
-        raise ValueError(f"quantization {kind} is unknown; it is int8, or int4 with group_size "
-                         f"{', '.join(map(str, GROUP_SIZES))}")
-    if group_size and K % group_size:
-        raise ValueError(
-            f"group size {group_size} does not divide the {K} inputs of {name}; "
-            f"of {GROUP_SIZES} {[g for g in GROUP_SIZES if K % g == 0] or 'none'} would")
-    if mode == "int8":
-        return (GroupedInt8Linear(K, N, bias, group_size, order) if group_size
-                else Int8Linear(K, N, bias))
-    if N % 16:
-        raise ValueError(f"int4 needs outputs in 16s; {name} has {N}; use int8")
-    return Int4Linear(K, N, bias, group_size, order)
+def lane_sums(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """x W^T of a few tokens, in a graph, with W in lanes (to_lanes): y = sum of u x - zero x, times
+    the scale, over groups. Each field of a vector of words meets one number of x, and the sums
+    of 16 rows grow side by side.
+
+    A pass over W serves two tokens. The sum of a word's fields is made of two halves, since
+    inductor writes longer ones to memory."""
+    (_, m, G, _), K = words.shape, x.shape[-1]
+    n, T = K // (m * G), x.numel() // K
+    passes = math.ceil(T / 2)
+    each = math.ceil(T / passes)
+    x32 = F.pad(x.reshape(T, K).float(), (0, 0, 0, passes * each - T))
+    groups = x32.view(passes, each, G, m, n)
+    inputs = word_inputs(groups.flatten(2), n).view(groups.shape)
+    # What one vector of words meets lies side by side: (passes, 1, m, G, 1, each, n).
+    inputs = materialize(inputs.permute(0, 3, 2, 1, 4).contiguous())[:, None, :, :, None]
+    # The last field is without its highest value, which is half of what n bits hold.
+    top = groups[..., -1].sum(-1) * (1 << 32 // n - 1)
+    more = materialize(torch.stack([top, groups.sum((3, 4))]))[:, :, :, None, :, None]
+    fields = word_fields(words, 32 // n, -2**31)
+    tokens = []
+    for t in range(each):
+        y = (scale * (more[0][:, t] - zero * more[1][:, t])).sum(2)  # (passes, N / 16, 16)
+        for j in range(0, n, 4):
+            a, b, c, d = (fields[j + i] * inputs[..., t, j + i] for i in range(4))
+            y = y + ((a + b + c + d) * scale[:, None]).sum((2, 3))
+        tokens.append(y.flatten(1))
+    return torch.stack(tokens, 1).flatten(0, 1)[:T].view(*x.shape[:-1], -1).type_as(x)
 
 
-def check_types(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Raises ValueError naming a tensor whose dtype is not the model's, or an order of columns that
-    is no permutation. Any floating-point dtype will do for another."""
-    for name, empty in model.state_dict().items():
-        if (tensor := weights.get(name)) is None:
-            continue  # tied, so stored under another name
-        # Integers must have the model's very dtype, but zeros are stored in two widths.
-        exact = not empty.is_floating_point() and not name.endswith(".zero")
-        if tensor.is_floating_point() != empty.is_floating_point() or (
-                exact and tensor.dtype != empty.dtype):
-            raise ValueError(f"tensor {name} holds {tensor.dtype}; it must be {empty.dtype}")
-        if name.endswith(".order") and not torch.equal(
-                tensor.sort().values.cpu(), torch.arange(len(tensor), dtype=tensor.dtype)):
-            raise ValueError(f"tensor {name} is no order of {len(tensor)} columns")
+def lanes_in_parts(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """x W^T with W in lanes, a part of W at a time turned to x's dtype."""
+    return torch.ops.gpt_stream.lanes_in_parts(x, words, scale, zero).unflatten(0, x.shape[:-1])
+
+
+def in_float32(product: Callable) -> Callable:
+    """The same product in float32, where the library is slow in x's dtype."""
+    return lambda x, *stored: product(x.float(), *stored).type_as(x)
+
+
+def int8_kernel(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x W^T by PyTorch's int8 kernel."""
+    y = torch.ops.gpt_stream.int8_matmul(x.flatten(0, -2).contiguous(), weight, scale.type_as(x))
+    return y.unflatten(0, x.shape[:-1])
+
+
+def int8_few(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x W^T of a few tokens, in rows or words, by PyTorch's int8 kernel, which is fast in bf16."""
+    weight = weight.view(torch.int8)
+    if x.dtype == torch.bfloat16:
+        return int8_kernel(x, weight, scale)
+    return int8_in_parts(x.float(), weight, scale).type_as(x)
+
+
+def int8_in_float32(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x W^T in float32, with rows of W in words or not."""
+    return (in_parts(x.float(), weight.view(torch.int8)) * scale).type_as(x)
+
+
+def int8_in_parts(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x W^T with W turned to x's dtype first, 1024 rows at a time: they stay in the caches until
+    they are used."""
+    parts = weight.split(1024)
+    y = torch.cat([product_of_rows(x, part.float().type_as(x)) for part in parts], dim=-1)
+    return (y * scale).type_as(x)
+
+
+def grouped_one_pass(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """x W^T of one token, in a graph."""
+    groups = scale.shape[1]
+    row = materialize(x.reshape(-1).float())
+    sums = (weight.float() * row).view(len(weight), groups, -1).sum(-1)  # (N, G)
+    sums = sums - zero.float() * row.view(groups, -1).sum(-1)
+    return (sums * scale).sum(-1).view(*x.shape[:-1], -1).type_as(x)
+
+
+def grouped_in_parts(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """x W^T with W turned to x's dtype first, in parts as in int8_in_parts."""
+    parts = zip(*(t.split(1024) for t in (weight, scale, zero)))
+    return torch.cat([product_of_rows(x, dequantize_groups(*part).type_as(x)) for part in parts],
+                     dim=-1)
+
+
+def dequantize_groups(weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Rows of W in float32, for these rows of the three tensors."""
+    groups = weight.float().unflatten(1, (scale.shape[1], -1))
+    return ((groups - zero[..., None]) * scale[..., None]).flatten(1)
+
+
+def int4_in_parts(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """x W^T with W as it is stored."""
+    return grouped_in_parts(x, unpack_nibbles(weight), scale, zero / 16)
+
+
+def gpu_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T on a GPU. Where inductor writes the product itself, it would compute x again for every
+    few rows of W, unless x is in memory."""
+    return F.linear(materialize(x), weight)
+
+
+def gpu_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x W^T on a GPU. W is cast to x's dtype at once, which is exact: in a graph no copy of it is
+    written (load.gpu_options)."""
+    return (gpu_linear(x, weight.to(x.dtype)) * scale).type_as(x)
+
+
+def gpu_grouped(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """x W^T on a GPU, in a graph without a copy of W, as in gpu_int8."""
+    return gpu_linear(x, dequantize_groups(weight, scale, zero).to(x.dtype))
+
+
+def int4_kernel(x: Tensor, weight: Tensor, group_size: int, scales_and_zeros: Tensor) -> Tensor:
+    """x W^T by the device's int4 kernel."""
+    kernel = torch._weight_int4pack_mm if x.is_cuda else torch.ops.gpt_stream.int4_matmul
+    rows = x.flatten(0, -2).contiguous()
+    return kernel(rows, weight, group_size, scales_and_zeros).unflatten(0, x.shape[:-1])
+
+
+def gpu_int4_chunk(x: Tensor, weight: Tensor, group_size: int, scales_and_zeros: Tensor) -> Tensor:
+    """x W^T of many tokens on a GPU, in a graph: W is dequantized first, in one pass. The int4
+    kernel would read and dequantize it again for every 16 tokens."""
+    if x.numel() // x.shape[-1] < 64:
+        return int4_kernel(x, weight, group_size, scales_and_zeros)
+    scale, zero = scales_and_zeros.transpose(0, 1).unsqueeze(-2).unbind(-1)  # (N, K / g, 1)
+    nibbles = unpack_gpu_int4(weight).unflatten(1, (-1, group_size))  # (N, K / g, g)
+    return gpu_linear(x, ((nibbles.to(x.dtype) - 8) * scale + zero).flatten(1))
+
+
+def unpack_gpu_int4(packed: Tensor) -> Tensor:
+    """(N, K) uint8 from the layout of a GPU's int4 kernel (N / 8, K / 16 tiles, 32, tiles / 2)
+    int32: 16 columns of 8 rows are a tile, in the order in which its threads hold them."""
+    n_rows, n_columns, _, pairs = packed.shape
+    nibbles = torch.stack([packed >> shift & 15 for shift in range(0, 32, 4)], dim=-1)
+    nibbles = nibbles.to(torch.uint8).view(n_rows, n_columns, 8, 4, pairs, 2, 4)
+    # The last two: whether the column is odd, and which four bytes of the pair of tiles it is in.
+    return nibbles.permute(0, 2, 1, 4, 6, 3, 5).reshape(8 * n_rows, -1)
+
+
+# ------------------------------------------------------------------------------ the table
+
+# Layouts. WORDS are rows of int8 whose dtype is float32, PACKED is the int4 kernel's, and LANES is
+# of int4 and int8 in groups (to_lanes).
+ROWS, ONEDNN, WORDS, LANES, PACKED = "rows", "onednn", "words", "lanes", "packed"
+KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+CPUS, ALL = "avx2 avx512 amx generic", "eager small large"
+TOKENS = (1, 8, 16)  # the most that the first three columns are for
+LARGE = 1 << 22  # bytes; to read a smaller weight takes less time than to call oneDNN does
+
+# How x W^T is computed, by kind of weight, processor and layout. The layout is that of an "eager"
+# model's weights, and of a compiled one's "small" and "large" ones (a table that is shared with the
+# embedding is small, since another layout would be a copy). Of the eight functions, four are for
+# graphs: for 1 token, for 2 to 8, for 9 to 16, and for more; and four for the same in eager calls.
+# `python -m bench --products` measures which are the fastest on a machine.
+TABLE = {
+    # kinds of weight, processors, layout, the weights that are laid out so
+    ("bf16", "avx512 amx", ROWS, "small"):
+        (one_pass, F.linear, transposed, transposed, *4 * [F.linear]),
+    ("bf16", "avx512 amx", ONEDNN, "eager large"): 8 * [onednn],
+    ("fp16", "avx512 amx", ROWS, ALL):
+        (one_pass, F.linear, transposed, transposed, *4 * [F.linear]),
+    ("bf16 fp16", "avx2", ROWS, ALL):
+        (one_pass, few_passes, in_parts, in_parts, F.linear, F.linear, in_parts, in_parts),
+    ("bf16 fp16", "generic", ROWS, ALL):
+        (one_pass, F.linear, transposed, transposed, *4 * [F.linear]),
+    ("fp32", CPUS, ROWS, "eager small"):
+        (one_pass, F.linear, transposed, transposed, *4 * [F.linear]),
+    ("fp32", CPUS, ONEDNN, "large"): 8 * [onednn],
+    ("bf16 fp16 fp32", "cuda", ROWS, ALL): 8 * [gpu_linear],
+
+    ("int8", "avx2", WORDS, "small large"):
+        (int8_words, int8_few, int8_few, int8_in_float32, *3 * [int8_few], int8_in_float32),
+    ("int8", "avx2", ROWS, "eager"): 2 * [*3 * [int8_few], int8_in_float32],
+    ("int8", "avx512 amx generic", ROWS, ALL):
+        (int8_one_pass, *2 * [int8_kernel], int8_in_parts, *3 * [int8_kernel], int8_in_parts),
+    ("int8", "cuda", ROWS, ALL): 8 * [gpu_int8],
+    ("int4 grouped_int8", "avx2", LANES, "small large"):
+        (*3 * [lane_sums], *5 * [in_float32(lanes_in_parts)]),
+    ("grouped_int8", CPUS, ROWS, ALL): (grouped_one_pass, *7 * [grouped_in_parts]),
+    ("grouped_int8", "cuda", ROWS, ALL): 8 * [gpu_grouped],
+    ("int4", CPUS, ROWS, ""): 8 * [int4_in_parts],
+    ("int4", CPUS, PACKED, ALL): 8 * [int4_kernel],
+    ("int4", "cuda", PACKED, ALL): (*3 * [int4_kernel], gpu_int4_chunk, *4 * [int4_kernel]),
+}
+ROW = {(kind, processor, layout): (uses.split(), functions)
+       for (kinds, processors, layout, uses), functions in TABLE.items()
+       for kind in kinds.split() for processor in processors.split()}
+
+
+@torch.compiler.assume_constant_result
+def cpu_kind() -> str:
+    """The instruction set that counts on this machine: "avx2", "avx512", "amx" or "generic". The
+    environment variable GPT_STREAM_CPU says another. Nothing else asks about the processor."""
+    if asked := os.environ.get("GPT_STREAM_CPU"):
+        if asked not in CPUS.split():
+            raise ValueError(f"GPT_STREAM_CPU is {asked!r}; it is one of {', '.join(CPUS.split())}")
+        return asked
+    return found_kind()
+
+
+@functools.cache  # to ask takes longer than a small product
+def found_kind() -> str:
+    """cpu_kind, where the environment says nothing."""
+    found = torch.backends.cpu.get_cpu_capability()
+    if found == "AVX512":
+        return "amx" if torch.cpu._is_amx_tile_supported() else "avx512"
+    return "avx2" if found == "AVX2" else "generic"
+
+
+def layout_of(kind: str, weight: Tensor, compiled: bool, shared: bool = False) -> str:
+    """The layout of a weight in a model that is about to be compiled, or in an eager one."""
+    use = "eager" if not compiled else "large" if weight.nbytes >= LARGE and not shared else "small"
+    processor = "cuda" if weight.is_cuda else cpu_kind()
+    return next(layout for (k, p, layout), (uses, _) in ROW.items()
+                if (k, p) == (kind, processor) and use in uses)
+
+
+def product(kind: str, layout: str, x: Tensor) -> Callable:
+    """The table's function for x (..., K)."""
+    tokens = x.numel() // x.shape[-1]
+    column = sum(tokens > most for most in TOKENS)
+    _, functions = ROW[kind, "cuda" if x.is_cuda else cpu_kind(), layout]
+    return functions[column if torch.compiler.is_compiling() else column + 4]
+
+
+def product_of_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T with W in floating point, in rows."""
+    return product(KINDS[weight.dtype], ROWS, x)(x, weight)

@@ -19,18 +19,34 @@ from torch import Tensor
 
 import tp
 from formats.adapters import Lora, adapter_hash, merge_adapters, read_adapter
-from formats.checkpoint import Checkpoint, check_not_ours_quantized, stack, stored_tensors
-from formats.config import Layer, hf_parts, layer_name, model_layers
+from formats.checkpoint import (
+    Checkpoint,
+    check_not_ours_quantized,
+    stack,
+    stored_tensors,
+    untied,
+)
+from formats.config import (
+    FLOATS,
+    Layer,
+    hf_parts,
+    layer_name,
+    model_layers,
+    suggested_sampling,
+)
 from formats.folder import in_dtype, open_checkpoint
 from formats.hub import find, find_adapter
 from kv_cache import KVCache
-from linear import PACKED_BYTES, Int4Linear, Linear, check_types
+from layers import GroupedInt8Linear, Int4Linear, Int8Linear, Linear, check_types
+from linear import ROWS, WORDS
 from model import ModelConfig, Transformer, rope_frequencies
 from quantize import asked_quantization, empty_model, kind_of_tensor, store
 from threads import at_most, most_threads
 from tokenizer import Tokenizer
 
 log = logging.getLogger("gpt_stream")
+# Whether compiling for a GPU searches for the fastest blocks, which takes most of its time.
+TUNE = os.environ.get("GPT_STREAM_TUNE", "1") != "0"
 
 
 def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype | None = None,
@@ -56,9 +72,13 @@ def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype |
         if adapters and source.quantization:
             raise ValueError(f"{folder}: is stored quantized; an adapter needs the original, which "
                              "--quantize quantizes after merging")
-        lora = [read_adapter(path, source.config) for path in adapter_folders]
+        lora = [read_adapter(path, source) for path in adapter_folders]
+        if source.config.tied_embeddings and any("lm_head.weight" in one for one in lora):
+            source = untied(source)  # LoRA of the output projection leaves the embedding as it is
         tokenizer = Tokenizer(folder)
+        suggested = suggested_sampling(folder / "generation_config.json")
         model = build_model(source, asked, lora, dtype, device, tp.n_ranks() if parallel else 1)
+        model.suggested = suggested
         if compile:
             compile_model(model, compile_prefill)
         elif device.type == "cpu":
@@ -74,7 +94,7 @@ def build_model(source: Checkpoint, asked: dict | None, lora: list[Lora], dtype:
     group = (quantization or {}).get("group_size")
     model = empty_model(config if n == 1 else tp.shard_config(config, n, group), quantization)
     weights = read_weights(source, asked, lora, dtype, n, device)
-    dtype = dtype or default_dtype(weights)
+    dtype = dtype or default_dtype(weights, source.raw)
     check_int4(weights, dtype, device)
     for name, tensor in weights.items():
         weights[name] = in_dtype(name, tensor, dtype)
@@ -133,15 +153,21 @@ def has_int4(weights: dict[str, Tensor]) -> bool:
                for name, tensor in weights.items())
 
 
-def default_dtype(weights: dict[str, Tensor]) -> torch.dtype:
-    """The dtype that a model computes in unless one is given. In mixed-dtype files it is the
-    embedding's, or the final norm's if the embedding is quantized. For int4 fp16 becomes bf16, the
-    only one that a GPU's kernel has."""
+def default_dtype(weights: dict[str, Tensor], raw: dict) -> torch.dtype:
+    """The dtype that a model computes in unless one is given. As in transformers 5 it is the one
+    that config.json (raw) names, as dtype or under the older name torch_dtype; else that of the
+    embedding, or of the final norm if the embedding is quantized. float64 becomes float32. For
+    int4 fp16 becomes bf16, the only one that a GPU's kernel has."""
     embed = weights["embed.weight"]
     dtype = (embed if embed.is_floating_point() else weights["norm.weight"]).dtype
+    named = raw.get("dtype") or raw.get("torch_dtype")
+    dtype = {str(known).removeprefix("torch."): known for known in FLOATS}.get(str(named), dtype)
     if dtype == torch.float16 and has_int4(weights):
         log.info("the checkpoint is in fp16; int4 computes in bf16 (--dtype says otherwise)")
         return torch.bfloat16
+    if dtype == torch.float64:
+        log.info("the checkpoint is in float64; this computes in fp32")
+        return torch.float32
     return dtype
 
 
@@ -175,34 +201,33 @@ def finish(model: Transformer, weights: dict[str, Tensor], device: torch.device)
     model.frequencies = rope_frequencies(model.config, device)
     model.requires_grad_(False).eval()
     for module in model.modules():
-        if isinstance(module, Int4Linear):
+        if isinstance(module, Int4Linear) and device.type == "cuda":
             module.pack(model.norm.weight.dtype)
 
 
 def pack(model: Transformer, compile: bool) -> None:
-    """Lay weights out as a CPU reads them fastest: in its library's layout, or in rows if the model
-    is about to be compiled and a graph's own loop is as fast (linear.py)."""
+    """Lay weights out as a CPU reads them fastest, in a model that is about to be compiled or in an
+    eager one (linear.TABLE)."""
     for module in model.modules():
-        if isinstance(module, Linear):
+        if isinstance(module, Linear | Int8Linear):
             module.unpack()
     model.tie()
     for module in model.modules():
         if isinstance(module, Linear):
-            shared = module.weight is model.embed.weight  # packing it would need a copy
-            if compile:
-                wanted = module.weight.nbytes >= PACKED_BYTES and not shared
-            else:
-                wanted = module.weight.dtype == torch.bfloat16
-            if wanted:
-                module.pack()
+            module.pack(compile, shared=module.weight is model.embed.weight)
+        elif isinstance(module, Int4Linear):
+            module.pack(model.norm.weight.dtype, compile)
+        elif isinstance(module, Int8Linear | GroupedInt8Linear):
+            module.pack(compile)
 
 
 def weight_bytes(model: Transformer) -> int:
     """The bytes of this process's weights. A tied layer's weight counts once, unless it is laid out
     anew."""
     layers = model_layers(model.config)
-    tied = [name for name, layer in layers.items()
-            if layer.tied_to and not getattr(model.get_submodule(name), "packed", False)]
+    in_place = ROWS, WORDS
+    tied = [name for name, layer in layers.items() if layer.tied_to
+            and getattr(model.get_submodule(name), "layout", ROWS) in in_place]
     return sum(tensor.nbytes for name, tensor in model.state_dict(keep_vars=True).items()
                if layer_name(name, layers) not in tied)
 
@@ -259,7 +284,10 @@ class CompiledStep:
                 cache and (cache.batch_size, cache.n_sink, cache.window, cache.ring))
         if kind in self.graphs:
             return self.run(kind, model, tokens, cache, in_use, last)
-        self.graphs[kind] = compile_graph(self.on_gpu), most_threads()
+        if self.on_gpu and cache is not None:
+            cache.check_static()
+        options = gpu_options(model, tokens.numel()) if self.on_gpu else {}
+        self.graphs[kind] = compile_graph(options), most_threads()
         torch.set_num_threads(self.graphs[kind][1])
         start = time.perf_counter()
         logits = self.run(kind, model, tokens, cache, in_use, last)
@@ -277,22 +305,34 @@ class CompiledStep:
             return graph(model, tokens, cache, in_use, last)
 
 
-def compile_graph(on_gpu: bool) -> Callable:
+def gpu_options(model: Transformer, n_tokens: int) -> dict[str, bool]:
+    """How inductor compiles a step of n_tokens for a GPU.
+
+    One token's products are inductor's own sums, and it searches for the fastest sizes of their
+    blocks. The products of several are cuBLAS', but for int8 weights: of those a library would need
+    a copy in the model's dtype at every step. So inductor writes these, too, and they read the
+    weights as they are stored."""
+    int8 = any(isinstance(module, Int8Linear | GroupedInt8Linear) for module in model.modules())
+    return {"triton.cudagraphs": True, "coordinate_descent_tuning": n_tokens == 1 and TUNE,
+            "triton.native_matmul": n_tokens > 1 and int8}
+
+
+def compile_graph(options: dict[str, bool]) -> Callable:
     """Transformer.step, to be compiled at its first call. Dynamo stores graphs by code object, and
     their guards do not tell models apart (needed_guards). So each graph gets a code object of its
     own, and no two models ever share a graph."""
     step = Transformer.step
     own = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
     return torch.compile(own, fullgraph=True, dynamic=False, options={
-        "guard_filter_fn": needed_guards,
-        "triton.cudagraphs": on_gpu, "coordinate_descent_tuning": on_gpu,
+        "guard_filter_fn": needed_guards, **options,
         # These checks of shapes run in Python before every kernel and slow small steps down.
         "size_asserts": False, "alignment_asserts": False, "scalar_asserts": False})
 
 
 def needed_guards(guards: list) -> list[bool]:
     """Which of dynamo's guards to keep. A graph checks them before every step, so those of what
-    never changes are dropped: the weights', and the number of threads, which CompiledStep looks
-    after."""
-    return [kept and guard.guard_type != "GLOBAL_STATE" for kept, guard in
-            zip(torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards), guards, strict=True)]
+    never changes are dropped: the weights', the table of products', and the number of threads,
+    which CompiledStep looks after."""
+    kept = torch.compiler.skip_guard_on_all_nn_modules_unsafe(guards)
+    return [keep and guard.guard_type != "GLOBAL_STATE" and "__import_linear" not in guard.name
+            for keep, guard in zip(kept, guards, strict=True)]

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from attention import attend, attend_causal
 from kv_cache import KVCache, write
-from linear import Linear, materialize
+from layers import Linear
+from linear import ROWS, materialize
 from threads import timed_step
 from tp import all_gather, all_reduce
 
@@ -187,6 +188,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.fingerprint = "random"  # load.fingerprint: says in saved sessions which model it is
+        self.suggested = {}  # settings of sample.Sampling for this model, which programs heed
         self.compiled = None  # load.compile_model: `step` as graphs of this model alone
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
@@ -199,7 +201,7 @@ class Transformer(nn.Module):
         """Make the output projection's weight the embedding's, where the config ties them. A weight
         that is packed, quantized or one rank's shard has another layout and stays untied."""
         if (self.config.tied_embeddings and self.config.n_ranks == 1
-                and isinstance(self.output, Linear) and not self.output.packed):
+                and isinstance(self.output, Linear) and self.output.layout == ROWS):
             self.output.weight = self.embed.weight
 
     def __getstate__(self) -> dict:
@@ -254,7 +256,8 @@ class Transformer(nn.Module):
                       mask=materialize(cache.mask(positions, in_use).repeat_interleave(groups, 1)),
                       n_sink=cache.n_sink, window=cache.window)
             cache.length.add_(tokens.shape[1])  # in place: += would make it an output of the graph
-        x = self.embed(tokens).type_as(self.norm.weight)  # (B, T, dim)
+        # draw.UNDRAWN is read as token 0: whoever reads the ids drops what follows.
+        x = self.embed(tokens.clamp(min=0)).type_as(self.norm.weight)  # (B, T, dim)
         for layer, block in enumerate(self.layers):
             k, v = (None, None) if cache is None else (cache.k[layer], cache.v[layer])
             x = block(x, at, k, v)

@@ -12,7 +12,7 @@ kernel. Each weight (N, K) of a matrix multiplication has its scales beside it, 
 
 Embedding and output projection are int8 in both modes; the README says what int4 would save there
 and cost. Norms and biases stay as they are. The layouts that int4 kernels need are made after
-loading (linear.Int4Linear.pack).
+loading (layers.Int4Linear.pack).
 
 Published models (formats/published.py) keep their integers, so their folders may mix kinds and have
 
@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from formats.config import Layer, layer_name, model_layers
-from linear import GROUP_SIZES, MODES, pack_nibbles, quantized, unpack_nibbles
+from layers import GROUP_SIZES, MODES, quantized
+from linear import pack_nibbles, unpack_nibbles
 from model import ModelConfig, Transformer
 
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of a group's range, for the scale to cover

@@ -167,9 +167,11 @@ def within(likely: Tensor, total: Tensor | None, top_k: int | Tensor | None,
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     """(..., V) float32: what draw.sample draws from; all on the likeliest token at temperature 0.
-    """
+    With logits of which nothing can be drawn, it has NaN."""
     if sampling.temperature == 0:
-        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        largest, ids = logits.max(-1, keepdim=True)
+        mass = torch.where(largest.isfinite(), 1.0, math.nan)
+        return torch.zeros_like(logits).scatter_(-1, ids, mass)
     return probabilities(logits, **sampling.limits())
 
 

@@ -12,6 +12,7 @@ of the latest few tokens. Rejected tokens are rolled back, in both caches.
 from __future__ import annotations
 
 import logging
+import math
 from array import array
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from draw import draw_from_weights, sample
+from draw import UNDRAWN, check_drawn, draw_from_weights, sample
 from kv_cache import KVCache
 from load import load
 from model import Transformer
@@ -32,6 +33,9 @@ log = logging.getLogger("gpt_stream")
 SIZES = (2, 5)  # proposals a round that are tried where no number is given; 0 when neither pays
 LOOKUP_TOKENS = 1 << 14  # a lookup searches this many of the latest tokens
 TRIAL = 32  # proposals after which the size may change
+# Tokenizers that read this alike are taken for the same one.
+PROBE = ("Does it read \u00e9t\u00e9, 12:30 and\n two lines alike?\n\n\tdef f(x): return x['y']"
+         " != 2.5 # \u042f\u0437\u044b\u043a \u4e2d\u6587 \u0639\u0631\u0628 \U0001f642")
 
 
 @dataclass
@@ -86,12 +90,11 @@ class Speculation:
 
 def load_draft(checkpoint: str, model: Transformer, tokenizer: Tokenizer,
                **load_options) -> Transformer:
-    """A draft for a model, whole on every rank; load_options are what load.load takes. Raises
-    ValueError naming one with another tokenizer."""
+    """A draft for a model, whole on every rank; load_options are what load.load takes. Its
+    vocabulary may be padded to another size. Raises ValueError naming one with another
+    tokenizer."""
     draft, its_tokenizer = load(checkpoint, parallel=False, **load_options)
-    text = "Does it read \u00e9t\u00e9, 12:30 and\n two lines alike?"
-    if (draft.config.vocab_size != model.config.vocab_size
-            or its_tokenizer.encode(text) != tokenizer.encode(text)):
+    if its_tokenizer.encode(PROBE) != tokenizer.encode(PROBE):
         raise ValueError(f"--draft {checkpoint} has another tokenizer than the model; "
                          "a draft needs the same one")
     return draft
@@ -110,13 +113,28 @@ def propose(speculation: Speculation, token: Tensor, size: int, vocab_size: int,
     # The draft's cache is one token behind the model's, so the draft reads that token first. It
     # never reads its own last proposal.
     reads = torch.cat([torch.tensor([speculation.unread], device=token.device), token], dim=1)
+    reads = reads.clamp(max=speculation.draft.config.vocab_size - 1)  # as `known_ids` does
     tokens, distributions = [], []
     for _ in range(size):
-        logits = speculation.draft(reads, speculation.cache)[:, -1]  # (1, V)
+        logits = speculation.draft(reads, speculation.cache)[:, -1]
+        logits = over_vocabulary(logits, vocab_size)  # (1, V)
         distributions.append(distribution(logits, sampling))
         reads = draw_from_weights(distributions[-1], sampling, generator)[None]
         tokens.append(reads)
     return broadcast_tokens(torch.cat(tokens, dim=1)), torch.cat(distributions)
+
+
+def over_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
+    """A draft's logits over the model's vocabulary (..., V): what it has beyond that is cut off,
+    and what it lacks is never proposed."""
+    extra = vocab_size - logits.shape[-1]
+    return F.pad(logits, (0, extra), value=-math.inf) if extra else logits
+
+
+def known_ids(draft: Transformer, ids: list[int]) -> list[int]:
+    """Ids as a draft reads them: one beyond its vocabulary is read as its last one. That may spoil
+    proposals, and nothing else."""
+    return [min(token_id, draft.config.vocab_size - 1) for token_id in ids]
 
 
 def look_up(history: array, size: int) -> list[int] | None:
@@ -140,11 +158,13 @@ def verify(p: Tensor, q: Tensor, proposals: Tensor, sampling: Sampling,
     """The number of proposals (K,) that are accepted, and the token that follows those, each (1,).
 
     p (K + 1, V) is the model's distribution at each proposal and after the last, q (K, V) the
-    proposer's. Nothing here waits for the device."""
+    proposer's. Either has NaN where no token can be drawn: a proposal there is not accepted, and
+    what follows is UNDRAWN only if it is the model that has them. Nothing here waits for the
+    device."""
     size = len(proposals)
-    index = proposals[:, None]
+    index = proposals.clamp(min=0)[:, None]
     u = torch.rand(size, 1, device=p.device, generator=generator)
-    accepts = u * q.gather(1, index) < p[:size].gather(1, index)  # never where p is 0
+    accepts = u * q.gather(1, index) < p[:size].gather(1, index)  # never where p is 0, or with NaN
     n = accepts[:, 0].long().cumprod(0).sum(0, keepdim=True)
     q = torch.cat([q, torch.zeros_like(p[:1])])  # after the last proposal, draw from p itself
     residual = (p[n] - q[n]).clamp(min=0)
@@ -163,8 +183,9 @@ def speculate_one_round(model: Transformer, cache: KVCache, token: Tensor, specu
                         sampling: Sampling,
                         generator: torch.Generator) -> tuple[list[int], Tensor]:
     """Propose and verify once. Returns the ids that the round wrote to the cache, `token` (1, 1)
-    and the accepted proposals, and the token (1, 1) that follows them."""
-    size, token_id = speculation.size, token.item()
+    and the accepted proposals, and the token (1, 1) that follows them. Raises ValueError where
+    `token` could not be drawn."""
+    size, token_id = speculation.size, check_drawn(token.item())
     speculation.history.append(token_id)
     proposed = propose(speculation, token, size, model.config.vocab_size, sampling, generator)
     if proposed is None:
@@ -178,6 +199,9 @@ def speculate_one_round(model: Transformer, cache: KVCache, token: Tensor, specu
     n, _, *ids = decided.tolist()  # the only time in a round that the host waits for the device
     rollback_both(cache, speculation, size - n)
     speculation.record_round(size, n)
+    if UNDRAWN in ids:
+        log.warning("speculation stopped: the draft's logits are NaN or infinite")
+        speculation.size = 0
     return [token_id, *ids[:n]], following[None]
 
 

@@ -183,13 +183,17 @@ def open_streams() -> None:
 
     A standard stream that the shell closed (`2>&-`) is opened to /dev/null: otherwise a file opened
     later would get its number, and what is printed would go into that file. What stderr cannot
-    write is dropped: a full disk or a closed terminal must not stop the work. The Hub's progress
-    bars are off where the cursor cannot move, since they take several lines."""
+    write is dropped: a full disk or a closed terminal must not stop the work. What an encoding
+    lacks, as ASCII does, is written as \\xe9, and bytes that it does not know can be read. The
+    Hub's progress bars are off where the cursor cannot move, since they take several lines."""
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:
         os.set_inheritable(number, True)
     os.close(number)
     sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)
     if sys.stderr is sys.__stderr__:  # not replaced, as a test's capture does
         sys.stderr = io.TextIOWrapper(
             io.BufferedWriter(DroppingFileIO(2, "w", closefd=False)), line_buffering=True,

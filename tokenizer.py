@@ -1,27 +1,35 @@
 """Text to token ids and back, and generated text as it comes.
 
-sentencepiece reads a checkpoint's `tokenizer.model`. The optional package `tokenizers` reads the
-`tokenizer.json` of a checkpoint that has no `tokenizer.model` (Llama 3, Qwen). chat_template.py
-renders a conversation's turns, which are encoded here.
+A checkpoint's vocabulary is its tokenizer.json, which the optional package `tokenizers` reads
+(formats/tokenizer_json.py), or its tokenizer.model, which sentencepiece reads
+(formats/tokenizer_model.py). chat_template.py renders a conversation's turns, which are encoded
+here.
 """
 
 from __future__ import annotations
 
-import codecs
 import functools
-from collections.abc import Callable, Sequence
+import importlib.util
+import logging
+import re
+import string
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import sentencepiece
-
 from chat_template import ESCAPE, VICUNA_TEMPLATE, ChatTemplate, any_of, unescape, unescaped_pieces
-from formats.files import import_optional, read_json
-from formats.tokenizer_config import read_specials, read_template, token_text
+from formats.added_tokens import AFTER_TEXT, START, read_extra_tokens
+from formats.files import read_json
+from formats.tokenizer_config import read_templates
+from formats.tokenizer_json import JsonStream, TokenizerJson
+from formats.tokenizer_model import ModelStream, TokenizerModel
 
-# sentencepiece puts a space in front of a text. Text that goes on must not get it, and only the
-# model's file can switch it off. That file is a protocol buffer, into which appended fields are
-# merged. This appends field 3 (normalizer_spec), whose field 3 (add_dummy_prefix) is false.
-NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+log = logging.getLogger("gpt_stream")
+# The ends of a turn that a vocabulary may hold though no file says that they end anything.
+TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>")
+# What may follow a text: its last piece can merge with one of these, or with none. Only the text's
+# last characters decide about that.
+FOLLOWING, SETTLING = string.printable + "\u00e9\u65e5\u0301", 80
 
 
 class Tokenizer:
@@ -33,251 +41,204 @@ class Tokenizer:
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         settings = read_json(folder / "tokenizer_config.json")
-        template = read_template(folder, settings)
-        self.template = VICUNA_TEMPLATE if template is None else template
+        self.vocabulary = open_vocabulary(folder, settings)
+        self.added = self.vocabulary.added  # by text, all tokens that are beside the vocabulary
         # specials maps the text of each special token and of each added word to its id. Added words
         # are shown in answers, special tokens aren't.
-        self.specials, self.added_words = read_specials(folder, settings)
-        self.sentencepiece = self.tokenizers = None  # the library's tokenizer is in one of these
-        if (folder / "tokenizer.model").exists():
-            self._open_sentencepiece(folder / "tokenizer.model", settings)
-        elif (folder / "tokenizer.json").exists():
-            self._open_tokenizers(folder / "tokenizer.json")
-        else:
-            raise ValueError(f"{folder}: no tokenizer; it needs tokenizer.model or tokenizer.json")
-        self.special_pattern = any_of(self.specials)
-        names = {token_id: text for text, token_id in self.specials.items()}
-        self.bos_token = token_text(settings, "bos_token", names.get(self.bos_id, ""))
-        self.eos_token = token_text(settings, "eos_token", names.get(self.eos_id, ""))
-        self.chat_template = ChatTemplate(
-            self.template, set(self.specials) - self.added_words, self.added_words,
-            self.bos_token, self.eos_token)
+        self.specials = {token.text: token.id for token in self.added.values()}
+        self.added_words = {token.text for token in self.added.values() if not token.special}
+        self.user_defined = self.vocabulary.user_defined
+        self.named_ids = {**self.user_defined, **self.specials}
+        # The special tokens that have a name, such as bos_token, as a chat template asks for them.
+        self.special_tokens = {name: text for name, text in self.vocabulary.named.items() if text}
+        self.bos_token = self.special_tokens.get("bos_token", "")
+        self.eos_token = self.special_tokens.get("eos_token", "")
+        self.front = self.vocabulary.front  # the ids that are put in front of a text, such as BOS
+        self.bos_id = self.front[0] if self.front else None
+        self.eos_id = self.named_ids.get(self.eos_token)
+        self.chat_template = self._read_chat_template(folder, settings)
 
-    def _open_sentencepiece(self, path: Path, settings: dict) -> None:
-        proto = path.read_bytes()
-        try:
-            self.sentencepiece = sentencepiece.SentencePieceProcessor(model_proto=proto)
-            # inner encodes text that goes on: without a space in front.
-            self.inner = sentencepiece.SentencePieceProcessor(model_proto=proto + NO_DUMMY_PREFIX)
-        except RuntimeError:
-            raise ValueError(f"{path}: not a sentencepiece model") from None
-        sp = self.sentencepiece
-        for token_id in range(sp.get_piece_size()):
-            if sp.is_control(token_id):
-                self.specials.setdefault(sp.id_to_piece(token_id), token_id)
-        # Text after a special token gets a space in front, too. A checkpoint with "legacy": false
-        # was trained without this space, except after BOS.
-        self.space_after_specials = settings.get("legacy") is not False
-        adds_bos = sp.bos_id() >= 0 and settings.get("add_bos_token") is not False
-        self.bos_id = sp.bos_id() if adds_bos else None
-        self.eos_id = sp.eos_id() if sp.eos_id() >= 0 else None
-
-    def _open_tokenizers(self, path: Path) -> None:
-        tokenizers = import_optional("tokenizers", path)
-        try:
-            self.tokenizers = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing more specific
-            raise ValueError(f"{path}: not a tokenizer: {error}") from None
-        added = self.tokenizers.get_added_tokens_decoder()
-        self.specials = {token.content: token_id for token_id, token in added.items()}
-        self.added_words = {token.content for token in added.values() if not token.special}
-        # The post-processor puts BOS in front of a text, or nothing.
-        before_text = library_ids(self.tokenizers, "", post_process=True)
-        self.bos_id = before_text[0] if before_text else None
-        self.eos_id, self.space_after_specials = None, False
+    def _read_chat_template(self, folder: Path, settings: dict) -> ChatTemplate:
+        context = dict(self.special_tokens)
+        if extra := [token.text for token in read_extra_tokens(folder, settings)]:
+            context["additional_special_tokens"] = extra
+        templates = read_templates(folder, settings)
+        if not templates:  # Vicuna's form puts BOS in front where the tokenizer does
+            templates = {"default": VICUNA_TEMPLATE}
+            if self.bos_id is None:
+                context.pop("bos_token", None)
+        words = self.added_words | self.user_defined.keys()
+        return ChatTemplate(templates, set(self.specials) - self.added_words, words, context)
 
     # -------------------------------------------------------------------------- text and ids
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
-        """Ids of a text, BOS first where the checkpoint uses one. `bos=False` is for text that goes
-        on. The name of a special token in the text becomes that token, as in transformers."""
-        if self.tokenizers:
-            ids = library_ids(self.tokenizers, text)
-        else:
-            ids = self._encode_around_specials(text, bos, self._encode_plain)
-        return self._with_bos(ids, bos)
+        """Ids of a text, behind BOS where the checkpoint uses one, unless the text itself begins
+        with it. `bos=False` is for text that goes on. The name of a special token in the text
+        becomes that token, as in transformers."""
+        check_characters(text)
+        if not bos:
+            return self.vocabulary.encode(text, AFTER_TEXT)
+        ids = self.vocabulary.encode(text)
+        return ids if ids[:len(self.front)] == self.front else self.front + ids
 
-    def encode_rendered(self, text: str, bos: bool = True) -> list[int]:
-        """Ids of text that ChatTemplate rendered. A name that it escaped becomes the ids of its
-        characters."""
-        if ESCAPE not in text:
-            return self.encode(text, bos)
-        ids = self._encode_around_specials(text, bos, self._encode_escaped)
-        return self._with_bos(ids, bos)
-
-    def _with_bos(self, ids: list[int], bos: bool) -> list[int]:
-        """The ids with one BOS in front, or with none. Templates write one of their own."""
-        if self.bos_id is None:
-            return ids
-        others = [token_id for token_id in ids if token_id != self.bos_id]
-        return [self.bos_id, *others] if bos else others
-
-    def _encode_around_specials(self, text: str, space_in_front: bool,
-                                encode_part: Callable[[str, bool], list[int]]) -> list[int]:
-        """Ids of the special tokens in a text, and of the parts between them.
-
-        encode_part(part, space_in_front) encodes a part. Only sentencepiece puts spaces in front.
+    def encode_rendered(self, text: str, start: bool = True) -> list[int]:
+        """Ids of text that ChatTemplate rendered: the template's own tokens, to the last BOS, and a
+        name that it escaped as the ids of its characters. `start=False` is for text that goes on.
         """
+        check_characters(text)
+        after = START if start else AFTER_TEXT
+        if ESCAPE not in text:
+            ids = self.vocabulary.encode(text, after)
+            names = self._mark_pattern.findall(text)
+            marks = Counter(self.named_ids[name] for name in names)
+            found = Counter(token_id for token_id in ids if token_id in self._reserved_ids)
+            if found <= marks:
+                return ids
+            # A message holds what the tokenizer normalizes to a mark, such as one in wide letters.
+        return self.vocabulary.finder.encode(text, after, self._encode_escaped)
+
+    def _encode_escaped(self, part: str, after: int) -> list[int]:
+        """Ids of text without added tokens, in which names are escaped. The template's own marks
+        are in it where sentencepiece itself finds them."""
         ids = []
-        for part in self.special_pattern.split(text):
-            if part in self.specials:
-                ids.append(self.specials[part])
-                space_in_front = self.space_after_specials or self.specials[part] == self.bos_id
-            elif part:
-                ids += encode_part(part, space_in_front)
-                space_in_front = False
+        for piece in filter(None, self._user_defined_pattern.split(part)):
+            if piece in self.user_defined:
+                ids += self.vocabulary.encode_part(piece, after)
+            else:
+                ids += self._encode_without_marks(piece, after)
+            after = AFTER_TEXT
         return ids
 
-    def _encode_plain(self, part: str, space_in_front: bool) -> list[int]:
-        """Ids of text without special tokens: a name in it becomes the ids of its characters."""
-        if self.tokenizers:
-            return library_ids(self._without_specials, part)
-        return (self.sentencepiece if space_in_front else self.inner).encode(part)
-
-    def _encode_escaped(self, part: str, space_in_front: bool) -> list[int]:
-        """Ids of text without special tokens, in which names are escaped."""
-        ids = self._encode_plain(unescape(part), space_in_front)
-        reserved_ids = {self.specials[text] for text in self.chat_template.reserved}
-        if reserved_ids.isdisjoint(ids):
+    def _encode_without_marks(self, text: str, after: int) -> list[int]:
+        """Ids of escaped text that holds no mark, though the vocabulary itself may find one in it.
+        """
+        ids = self.vocabulary.encode_part(unescape(text), after)
+        if self._reserved_ids.isdisjoint(ids) or len(text) < 2:
             return ids
-        # The vocabulary itself holds a name as a word. Cut inside the names.
+        pieces = unescaped_pieces(text)  # cut inside the names
+        if len(pieces) == 1:  # or anywhere, where the text only becomes one by being normalized
+            pieces = [pieces[0][:len(text) // 2], pieces[0][len(text) // 2:]]
         ids = []
-        for piece in unescaped_pieces(part):
-            ids += self._encode_plain(piece, space_in_front)
-            space_in_front = False
+        for piece in filter(None, pieces):
+            ids += self._encode_without_marks(piece.replace(ESCAPE, 2 * ESCAPE), after)
+            after = AFTER_TEXT
         return ids
-
-    @functools.cached_property
-    def _without_specials(self):
-        """A copy of the library's tokenizer that encodes a special token's name as text."""
-        import tokenizers
-        copy = tokenizers.Tokenizer.from_str(self.tokenizers.to_str())
-        copy.encode_special_tokens = True  # encodes them as text, despite its name
-        # "first" puts a space in front of a text. Here a text goes on from a special token.
-        if getattr(copy.pre_tokenizer, "prepend_scheme", None) == "first":
-            copy.pre_tokenizer.prepend_scheme = "never"
-        return copy
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids that go on from others. The first token keeps its space in front."""
         stream = self.stream()
         return "".join(stream(token_id) for token_id in ids) + stream(None)
 
-    def stream(self) -> SentencePieceStream | TokenizersStream:
+    def stream(self) -> ModelStream | JsonStream:
         """A callable that decodes ids one by one and returns the text that each completes.
 
         It holds half a character back until the rest comes. None ends the stream: the callable then
         returns what is still held back."""
-        return TokenizersStream(self) if self.tokenizers else SentencePieceStream(self)
+        return self.vocabulary.stream(self.hidden_ids)
 
     # -------------------------------------------------------------------------- turns
 
-    def system_turn(self, system: str) -> list[int]:
-        """Ids of what opens a conversation, before the user's turn."""
-        return self.encode_rendered(self.chat_template.system_turn(system))
+    def system_turn(self, system: str, template_args: dict | None = None) -> list[int]:
+        """Ids of what opens a conversation, before the user's turn. A last piece that could merge
+        with what follows is left out; it belongs to the next turn."""
+        return self._settled_ids(self.chat_template.system_turn(system, template_args))
 
-    def opening(self, entry: dict) -> list[int]:
+    def opening(self, entry: dict, template_args: dict | None = None) -> list[int]:
         """Ids of an entry of a prompts file, {"prompt": raw text} or {"turns": [text, ...]}: of its
         prompt, or of its first turn."""
         if "prompt" in entry:
             return self.encode(entry["prompt"])
-        return self.first_turn(entry["turns"][0])
+        return self.first_turn(entry["turns"][0], template_args=template_args)
 
-    def first_turn(self, user: str, system: str | None = None) -> list[int]:
+    def first_turn(self, user: str, system: str | None = None,
+                   template_args: dict | None = None) -> list[int]:
         """Ids of a conversation's first turn, up to where the answer begins."""
         turns = [{"role": "system", "content": system}] if system else []
-        return self.conversation(turns + [{"role": "user", "content": user}])
+        return self.conversation(turns + [{"role": "user", "content": user}], template_args)
 
-    def conversation(self, messages: list[dict]) -> list[int]:
+    def conversation(self, messages: list[dict], template_args: dict | None = None) -> list[int]:
         """Ids of messages, each {"role": ..., "content": text}, up to where an answer begins.
 
+        template_args is what else the chat template is given, such as {"enable_thinking": False}.
         Where the first message is a system turn, the ids begin with those of system_turn, so that
         its cache can be shared. Raises ValueError for what the chat template refuses."""
-        opening, rest = self.chat_template.conversation(messages)
-        if not opening:
-            return self.encode_rendered(rest)
-        return self.encode_rendered(opening) + self.encode_rendered(rest, bos=False)
+        opening, rest = self.chat_template.conversation(messages, template_args)
+        ids = self.encode_rendered(opening + rest)
+        settled = self._settled_ids(opening) if opening else []
+        if ids[:len(settled)] == settled:
+            return ids
+        # What follows reaches farther back into the opening than _settled_ids foresees.
+        return self.encode_rendered(opening) + self.encode_rendered(rest, start=False)
 
-    def next_turn(self, user: str, last_id: int | None = None) -> list[int]:
+    def _settled_ids(self, text: str) -> list[int]:
+        """Ids of a text's beginning that are the same whatever follows the text: those before the
+        last piece with which a following character can merge."""
+        tail = text[-SETTLING:]
+        ids = self.encode_rendered(tail, start=False)
+        n_same = len(ids)
+        for following in FOLLOWING:
+            longer = self.encode_rendered(tail + following, start=False)
+            n_same = next((n for n in range(n_same) if longer[n:n + 1] != ids[n:n + 1]), n_same)
+        whole = self.encode_rendered(text)
+        return whole[:len(whole) - len(ids) + n_same]
+
+    def next_turn(self, user: str, last_id: int | None = None,
+                  template_args: dict | None = None) -> list[int]:
         """Ids from the end of an answer to where the next one begins.
 
         last_id is the answer's last token. If the model ended its turn itself, the ids leave the
-        end-of-turn token out."""
-        return self._encode_after_answer(self.chat_template.next_turn(user), last_id)
+        end-of-turn token out. An answer's own ids are never encoded again."""
+        text = self.chat_template.next_turn(user, template_args)
+        return self._encode_after_answer(text, last_id)
 
-    def turns_after(self, messages: list[dict], answer: int,
-                    last_id: int | None = None) -> list[int]:
+    def turns_after(self, messages: list[dict], answer: int, last_id: int | None = None,
+                    template_args: dict | None = None) -> list[int]:
         """Ids of what follows the answer messages[answer], up to where the next one begins. last_id
         is as in next_turn."""
-        return self._encode_after_answer(self.chat_template.turns_after(messages, answer), last_id)
+        text = self.chat_template.turns_after(messages, answer, template_args)
+        return self._encode_after_answer(text, last_id)
+
+    @functools.cached_property
+    def _reserved_ids(self) -> set[int]:
+        """Ids that only the template's marks may have. What the vocabulary does not know has the id
+        of unk_token, too."""
+        names = self.chat_template.reserved - {self.special_tokens.get("unk_token")}
+        return {self.named_ids[name] for name in names}
+
+    @functools.cached_property
+    def _mark_pattern(self) -> re.Pattern:
+        return any_of(self.chat_template.reserved)
+
+    @functools.cached_property
+    def _user_defined_pattern(self) -> re.Pattern:
+        return any_of(self.chat_template.reserved & self.user_defined.keys())
+
+    @functools.cached_property
+    def turn_end_ids(self) -> set[int]:
+        """The tokens that end an answer of a chat, beside the EOS ids of the checkpoint's config:
+        eos_token, what the template puts after an answer, and marks that end nothing else."""
+        return self._ids_of({self.eos_token, self.chat_template.turn_end, *TURN_ENDS})
+
+    @functools.cached_property
+    def hidden_ids(self) -> set[int]:
+        """The tokens that are not shown in an answer: the special ones, and the ends of a turn."""
+        names = self.specials.keys() - self.added_words | {*self.special_tokens.values()}
+        return self._ids_of(names) | self.turn_end_ids
+
+    def _ids_of(self, names: Iterable[str]) -> set[int]:
+        """The ids of the tokens with these names, as far as the vocabulary has them."""
+        ids = (self.vocabulary.find(name) for name in names if name)
+        return {token_id for token_id in ids if token_id is not None}
 
     def _encode_after_answer(self, rendered: str, last_id: int | None) -> list[int]:
-        ids = self.encode_rendered(rendered, bos=False)
+        ids = self.encode_rendered(rendered, start=False)
+        marks = self.hidden_ids | self._reserved_ids
+        first = next((n for n, token_id in enumerate(ids) if token_id in marks), len(ids))
         # Some templates put a space before the end-of-turn token.
-        if last_id in ids and not self.decode(ids[:ids.index(last_id)]).strip():
-            ids = ids[ids.index(last_id) + 1:]
+        if ids[first:first + 1] == [last_id] and not self.decode(ids[:first]).strip():
+            return ids[first + 1:]
         return ids
-
-
-# ------------------------------------------------------------------------------ decoding
-
-
-class SentencePieceStream:
-    """Decodes ids one by one with sentencepiece. See Tokenizer.stream."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.sentencepiece = tokenizer.sentencepiece
-        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds half characters
-        self.special_ids = set(tokenizer.specials.values())
-        ends = (tokenizer.bos_id, tokenizer.eos_id)
-        self.added_words = {tokenizer.specials[word]: word.encode(errors="replace")
-                            for word in tokenizer.added_words
-                            if tokenizer.specials[word] not in ends}
-
-    def __call__(self, token_id: int | None) -> str:
-        if token_id is None:
-            return self.utf8.decode(b"", final=True)
-        return self.utf8.decode(self.bytes_of(token_id))
-
-    def bytes_of(self, token_id: int) -> bytes:
-        """The bytes that a token stands for: none for a special one, or one out of range."""
-        if token_id in self.added_words:
-            return self.added_words[token_id]
-        if token_id in self.special_ids or token_id >= self.sentencepiece.get_piece_size():
-            return b""
-        piece = self.sentencepiece.id_to_piece(token_id)
-        if self.sentencepiece.is_byte(token_id):  # such as "<0x0A>"
-            return bytes([int(piece[3:-1], 16)])
-        return piece.replace("\u2581", " ").encode()
-
-
-class TokenizersStream:
-    """Decodes ids one by one with the package tokenizers. See Tokenizer.stream."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizers = tokenizer.tokenizers
-        # The library strips the space in front of a stream's first token. These ids come before it.
-        self.ids_before = library_ids(self.tokenizers, "a")
-        self.held_ids: list[int] = []  # they have not completed any text yet
-        self.decode_stream = self.new_decode_stream()
-
-    def new_decode_stream(self):
-        from tokenizers.decoders import DecodeStream
-        return DecodeStream(ids=self.ids_before, skip_special_tokens=True)
-
-    def __call__(self, token_id: int | None) -> str:
-        if token_id is None:
-            return self.tokenizers.decode(self.held_ids)
-        self.held_ids.append(token_id)
-        try:
-            text = self.decode_stream.step(self.tokenizers, token_id)
-        except Exception:
-            # These bytes can't become a character any more. Show them as they are and start again.
-            text = self.tokenizers.decode(self.held_ids)
-            self.decode_stream = self.new_decode_stream()
-        if text:
-            self.held_ids.clear()
-        return text or ""
 
 
 # ------------------------------------------------------------------------------ generated text
@@ -330,9 +291,27 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, str, bool]:
     return text[:end], text[end:], False
 
 
-def library_ids(tokenizer, text: str, post_process: bool = False) -> list[int]:
-    """A text's ids by the package tokenizers. Its post-processor adds BOS to them, if asked."""
+# ------------------------------------------------------------------------------ vocabularies
+
+
+def open_vocabulary(folder: Path, settings: dict) -> TokenizerJson | TokenizerModel:
+    """The vocabulary in a folder: tokenizer.json, as transformers 5 takes it, whatever stands
+    beside it (a tokenizer.model may be tiktoken's). Without the library tokenizers, it is the
+    tokenizer.model beside it, if that is sentencepiece's."""
+    json_path, model_path = folder / "tokenizer.json", folder / "tokenizer.model"
+    if json_path.exists():
+        if importlib.util.find_spec("tokenizers") or not model_path.exists():
+            return TokenizerJson(folder, settings)
+        log.info("%s is not read: for that, pip install tokenizers", json_path)
+    if not model_path.exists():
+        raise ValueError(f"{folder}: no tokenizer; it needs tokenizer.model or tokenizer.json")
+    return TokenizerModel(folder, settings)
+
+
+def check_characters(text: str) -> None:
+    """Raises ValueError for text that holds half a character, which no vocabulary can encode."""
     try:
-        return tokenizer.encode(text, add_special_tokens=post_process).ids
-    except Exception as error:  # the vocabulary lacks its own unknown token
-        raise ValueError(f"tokenizer.json cannot encode {text[:40]!r}: {error}") from None
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text has half a character, {text[error.start]!r}, at "
+                         f"{error.start}; whole ones are needed") from None

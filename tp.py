@@ -256,7 +256,7 @@ def shard(tensor: str, layer, blocks: list[Tensor], config, n: int) -> Tensor:
         holders = max(n // config.n_kv_heads, 1)
         places[1:] = 2 * [(rank() // holders, n // holders)]
     number = owner.rpartition(".")[2]
-    if number.isdigit():  # layers of different kinds (linear.ConcatLinear) are stored apart
+    if number.isdigit():  # layers of different kinds (layers.ConcatLinear) are stored apart
         return shard_rows(blocks[0], *places[int(number)])
     if len(blocks) != len(layer.parts):
         blocks = blocks[0].split(list(layer.parts.values()))

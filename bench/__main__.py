@@ -11,13 +11,15 @@ What is measured, with the peer that it can be held against:
     python -m bench --shape 1.1b --busy 2                        beside 2 programs that never sleep
     python -m bench --checkpoint smollm2 --sampling [--batch 8]  drawing a token, beside a step
     python -m bench --checkpoint smollm2 --grammar [--batch 8]   what a JSON Schema adds to a step
+    python -m bench --products [bf16 int8 ...]                   linear.TABLE's on this CPU
     python -m bench --gpu limits|decode|peers|batches            a table, see gpu.py
 
 A step reads every weight once, so it takes at least bytes / bandwidth. The speed of shared machines
 drifts, so what is compared is measured in turns, round after round. A figure is the median of the
 rounds, and a ratio is the median of the ratios of each round. --turns takes a file's turns as one
 endless conversation; --streams generates from many prompts by continuous batching. A --shape has
-random weights, made on the device: speed does not depend on their values.
+random weights, made on the device: speed does not depend on their values. With --emulate avx2 a
+machine with AVX-512 computes as one without: such figures are called emulated.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from bench.busy import bench_busy
 from bench.gpu import bench_gpu
 from bench.grammar import bench_grammar
 from bench.models import SHAPES, open_model
+from bench.products import KINDS, bench_products, emulate
 from bench.sampling import bench_sampling
 from bench.steps import bench_steps
 from bench.streams import bench_streams
@@ -55,9 +58,12 @@ def check(args) -> None:
             (args.grammar, not (args.peer or args.shape),
              "--grammar goes with no --peer or --shape"),
             (args.gpt_fast, args.gpu == "peers", "--gpt-fast goes with --gpu peers"),
-            (args.gpu, not (set(modes) - {"turns"} or args.batch or args.quantize or args.peer),
-             "--gpu says itself what it measures: no --streams, --busy, --sampling, --batch, "
-             "--quantize or --peer"),
+            (args.gpu, not (set(modes) - {"turns"} or args.batch or args.peer),
+             "--gpu says itself what it measures: no --streams, --busy, --sampling, --batch "
+             "or --peer"),
+            (args.gpu and args.quantize, args.gpu in ("decode", "batches"),
+             "of --gpu, --quantize goes with decode and batches"),
+            (args.rounds, args.gpu, "--rounds goes with --gpu"),
             (args.limit, args.turns, "--limit goes with --turns"),
             (args.max_new_tokens, args.turns, "--max-new-tokens goes with --turns"),
             (args.turns, rows == 1, "--turns goes with one row"),
@@ -109,14 +115,23 @@ def main():
         help="time decoding beside N programs that never sleep, and alone")
     add("--sampling", action="store_true", help="time how tokens are drawn")
     add("--grammar", action="store_true", help="time what a JSON Schema adds to a step")
+    add("--products", nargs="*", choices=KINDS, metavar="KIND",
+        help=f"time every product of linear.TABLE, of these kinds of weight: {', '.join(KINDS)}")
+    add("--emulate", choices=["avx2"], help="compute without AVX-512 where the CPU has it")
     add("--gpu", choices=["limits", "decode", "peers", "batches"], help="a part of gpu.py's table")
+    add("--rounds", type=number(int, 1), metavar="N", help="rounds of --gpu; default 9")
     add("--gpt-fast", metavar="DIR", help="a copy of gpt-fast, for --gpu peers")
     with user_errors(parser):
         args = parser.parse_args()
         check(args)
+        if args.emulate:
+            emulate()
         keep_threads()  # every figure is of the same number, and --busy says where it adapts
         if args.gpu:
             bench_gpu(args)
+            return
+        if args.products is not None:
+            bench_products(args)
             return
         start = time.perf_counter()
         model = open_model(args)
@@ -124,7 +139,7 @@ def main():
         figures = measured(args)(args, model)
     weight = model.norm.weight
     figures = dict(model=args.shape or str(args.checkpoint), device=str(weight.device),
-                   torch=torch.__version__, threads=torch.get_num_threads(),
+                   torch=torch.__version__, threads=torch.get_num_threads(), emulated=args.emulate,
                    dtype=str(weight.dtype), quantize=args.quantize,
                    load_s=None if args.shape else load_s, **figures)
     if args.json:

@@ -58,12 +58,13 @@ def compile_all(model: Transformer, *caches: KVCache) -> float:
     return seconds(compile_and_run)
 
 
-def rounds() -> Iterator[int]:
-    """The numbers of the rounds, with a progress bar."""
+def rounds(most: int | None = None) -> Iterator[int]:
+    """The numbers of so many rounds, with a progress bar."""
+    most = most or ROUNDS
     with progress("measuring", "rounds") as show:
-        for n in range(ROUNDS):
+        for n in range(most):
             yield n
-            show(n + 1, ROUNDS)
+            show(n + 1, most)
 
 
 def peak_bytes(device: torch.device) -> int:

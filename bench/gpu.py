@@ -1,7 +1,7 @@
 """A table for a GPU: decode and prefill against its limits, beside peers, and with many rows.
 
     python -m bench --gpu limits
-    python -m bench --gpu decode  --shape 8b                         bf16, int8 and int4
+    python -m bench --gpu decode  --shape 8b [--quantize int8]       bf16, int8 and int4, or one
     python -m bench --gpu peers   --shape 7b --gpt-fast DIR --turns mt_bench.jsonl
     python -m bench --gpu batches --shape 8b                         rows, loading, a draft
 
@@ -42,11 +42,12 @@ from load import check_device
 from terminal import say
 
 WINDOW = 2044  # with 4 sinks the context of the smallest shapes
+BATCH_WINDOW = 1020  # so that the cache of 64 rows of 7b fits 80 GB beside the weights
 
 
 def bench_gpu(args) -> None:
     """Print the rows of args.gpu as they come, and then their table."""
-    args.window = args.window or WINDOW
+    args.window = args.window or (BATCH_WINDOW if args.gpu == "batches" else WINDOW)
     args.shape = args.shape or ("7b" if args.gpu == "peers" else "8b")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -87,13 +88,15 @@ def limits_rows(args, folder: str) -> Iterator[dict]:
     device = check_device(args.device)
     yield dict(row="machine", **device_facts(device))
     limits = make_limits(device)
-    copies, products = zip(*(limits() for _ in rounds()))
+    copies, products = zip(*(limits() for _ in rounds(args.rounds)))
     yield dict(row="limits", copy_GB_s=statistics.median(copies), copy_spread=spread(copies),
                matmul_TFLOP_s=statistics.median(products), matmul_spread=spread(products))
 
 
 def decode_rows(args, folder: str) -> Iterator[dict]:
     kinds = {"bf16": None, "int8": "int8", f"int4 in groups of {args.group_size}": "int4"}
+    if args.quantize:
+        kinds = {kind: quantize for kind, quantize in kinds.items() if quantize == args.quantize}
     for kind, quantize in kinds.items():
         # Each kind has its own compile cache, empty at first, so that every compile is cold.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/{quantize}"
@@ -124,7 +127,7 @@ def in_turns(args, name: str, make: Callable, *given) -> Iterator[dict]:
     say(name)
     try:
         with apart(make, *given) as theirs, apart(our_tokens, args) as ours:
-            times = [(ours(), theirs()) for _ in rounds()]
+            times = [(ours(), theirs()) for _ in rounds(args.rounds)]
     except (ValueError, torch.OutOfMemoryError) as error:
         yield dict(row=f"{args.shape} beside {name}", error=str(error).splitlines()[0])
         return
@@ -136,5 +139,6 @@ def in_turns(args, name: str, make: Callable, *given) -> Iterator[dict]:
 
 def batches_rows(args, folder: str) -> Iterator[dict]:
     yield from apart_rows(f"{args.shape} rows", batch_figures, args)
-    yield from apart_rows(f"{args.shape} loading", load_figures, args, folder)
-    yield from apart_rows(f"{args.shape} and a 160m draft", draft_figures, args)
+    yield from apart_rows(f"{args.shape} loading", load_figures, as_asked(args, None), folder)
+    yield from apart_rows(f"{args.shape} and a 160m draft", draft_figures,
+                          as_asked(args, None))

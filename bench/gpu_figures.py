@@ -110,7 +110,7 @@ def decode_figures(args) -> Iterator[dict]:
     row = RowSampler(1, model.config.vocab_size, device)
     row.begin(0, SAMPLING, [])
     limits = make_limits(device)
-    for _ in rounds():
+    for _ in rounds(args.rounds):
         for measured, figure in zip((copies, products), limits()):
             measured.append(figure)
         times.append(decode_seconds(model, cache, full))
@@ -130,7 +130,8 @@ def decode_figures(args) -> Iterator[dict]:
     compile_s, rate = compile_s + warm(model, cache), statistics.median(products)
     out = dict(compile_cold_s=compile_s, matmul_TFLOP_s=rate)
     for length in PROMPTS:
-        took = statistics.median(seconds(prefill_anew, model, cache, length) for _ in rounds())
+        took = statistics.median(seconds(prefill_anew, model, cache, length)
+                                 for _ in rounds(args.rounds))
         out[f"prefill_{length}_tok_s"] = length / took
         out[f"prefill_{length}_share"] = length * flops_a_token(model.config) / took / rate / 1e12
     yield dict(out, peak_GB=peak_bytes(device) / 1e9)
@@ -170,10 +171,12 @@ def batch_figures(args) -> Iterator[dict]:
         cache = make_cache(model, args.sink, args.window, n_rows)
         compile_s = seconds(batch_steps, model, cache, 3)
         cache.length.fill_(full)
-        took = statistics.median(seconds(batch_steps, model, cache, TOKENS // 4) for _ in rounds())
+        took = statistics.median(seconds(batch_steps, model, cache, TOKENS // 4)
+                                 for _ in rounds(args.rounds))
         tok_s = n_rows * (TOKENS // 4) / took
         yield dict(rows=n_rows, tok_s=tok_s, over_one_row=tok_s / alone, compile_s=compile_s,
                    cache_GB=cache.nbytes() / 1e9)
+        del cache  # before the next one is made
 
 
 @torch.no_grad()
@@ -201,7 +204,7 @@ def draft_figures(args) -> Iterator[dict]:
         draft.norm.weight.fill_(0 if right else 1)
         warm(model, cache, Speculation(draft, its, fixed))
         times = []
-        for _ in rounds():
+        for _ in rounds(args.rounds):
             plain = seconds_a_token(model, cache)
             its.reset()
             speculation = Speculation(draft, its, fixed)

@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from formats.config import OBJECT, check_keys, model_layers
+from formats.checkpoint import Checkpoint
+from formats.config import OBJECT, check_float, check_keys, hf_parts, model_layers
 from formats.files import read_json
 from formats.folder import open_file
 from model import ModelConfig
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # Settings of peft with which a weight is not W + s B A, or other weights change, too.
-NOT_PLAIN = ("use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save",
-             "trainable_token_indices", "target_parameters", "layer_replication",
-             "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
-             "monteclora_config")
+NOT_PLAIN = ("use_dora", "fan_in_fan_out", "lora_bias", "trainable_token_indices",
+             "target_parameters", "layer_replication", "alora_invocation_tokens", "use_qalora",
+             "use_bdlora", "arrow_config", "kasa_config", "monteclora_config")
 # A LoRA adapter: A (r, K), B (N, r) and s of each changed weight, by Hugging Face's name of it.
 Lora = dict[str, tuple[Tensor, Tensor, float]]
 
 
-def read_adapter(folder: Path, config: ModelConfig) -> Lora:
-    """The LoRA adapter in a folder of peft. Raises ValueError naming a setting or a tensor that is
-    not supported, or that does not fit this model."""
+def read_adapter(folder: Path, base: Checkpoint) -> Lora:
+    """The LoRA adapter in a folder of peft, for a base model. Raises ValueError naming a setting or
+    a tensor that is not supported, or that does not fit this model."""
     settings, path = read_json(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
     check_adapter_settings(folder / "adapter_config.json", settings)
-    tensors, shapes = open_file(path), linear_shapes(config)
+    tensors, shapes = open_file(path), linear_shapes(base.config)
+    copied = take_copies(path, tensors, base)
+    for module in settings.get("modules_to_save") or ():
+        if not any(layer.endswith(str(module)) for layer in copied):
+            raise ValueError(f"{folder / 'adapter_config.json'}: modules_to_save {module!r} is not "
+                             "supported, and the adapter has no copy of the model's own")
     adapter = {}
     for layer, prefix in adapted_layers(path, tensors).items():
         if layer not in shapes:
@@ -58,10 +64,45 @@ def adapted_layers(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
     return layers
 
 
+def take_copies(path: Path, tensors: dict[str, Tensor], base: Checkpoint) -> list[str]:
+    """Take out of an adapter's tensors those of the model itself, and return their layers' names.
+    peft saves the output projection's or the embedding's beside LoRA of it, and modules_to_save.
+    Raises ValueError naming one that differs from the model's: it would replace that one."""
+    copied = []
+    for name in list(tensors):
+        found = re.fullmatch(r"base_model\.model\.(.+?)(?:\.base_layer)?\.(weight|bias)", name)
+        own = found and base_tensor(base, f"{found[1]}.{found[2]}")
+        if own is None:
+            continue
+        if not torch.equal(own.to(tensors[name].dtype), tensors[name]):
+            raise ValueError(f"{path}: tensor {name} is not supported, since it differs from the "
+                             "model's; only LoRA is merged: merge this with peft, and load that")
+        copied.append(found[1])
+        del tensors[name]
+    return copied
+
+
+def base_tensor(base: Checkpoint, name: str) -> Tensor | None:
+    """The model's tensor of this Hugging Face name; None if it has none."""
+    if name == "lm_head.weight" and base.config.tied_embeddings:
+        name = "model.embed_tokens.weight"
+    for ours, parts in hf_parts(base.config).items():
+        if name in parts:
+            return as_parts(base.blocks[ours], parts)[list(parts).index(name)]
+    return None
+
+
+def as_parts(blocks: list[Tensor], parts: dict[str, tuple[int, ...]]) -> Sequence[Tensor]:
+    """One of our tensors as blocks of Hugging Face's parts, which a folder of ours stacks."""
+    if len(blocks) == len(parts):
+        return blocks
+    return blocks[0].split([shape[0] for shape in parts.values()])
+
+
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """The shape (N, K) of every linear layer with a weight of its own, by Hugging Face's names."""
+    """The shape (N, K) of every linear layer, by Hugging Face's names."""
     return {part: (rows, layer.columns) for layer in model_layers(config).values()
-            for part, rows in layer.parts.items() if not layer.is_table and layer.tied_to is None}
+            for part, rows in layer.parts.items() if not layer.is_table}
 
 
 def read_factor(path: Path, tensors: dict[str, Tensor], name: str, shape: tuple) -> Tensor:
@@ -70,6 +111,10 @@ def read_factor(path: Path, tensors: dict[str, Tensor], name: str, shape: tuple)
     tensor = tensors.get(name)
     if tensor is None:
         raise ValueError(f"{path}: tensor {name} is missing")
+    try:
+        check_float(name, tensor)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if tuple(tensor.shape) != shape or not tensor.isfinite().all():
         raise ValueError(f"{path}: tensor {name} has shape {tuple(tensor.shape)} or values that "
                          f"are not finite; of this model and the adapter's rank it is {shape}")
@@ -83,6 +128,7 @@ def check_adapter_settings(path: Path, settings: dict) -> None:
             raise ValueError(f"{path.parent}: no {file}, which a LoRA adapter has")
     try:
         check_keys(settings, {"r": (int, 1, 2**20), "lora_alpha": (float, -1e9, 1e9),
+                              "modules_to_save": (list, None, None),
                               **dict.fromkeys(("rank_pattern", "alpha_pattern"), OBJECT)})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -126,10 +172,8 @@ def merge_adapters(blocks: list[Tensor], parts: dict[str, tuple[int, ...]], adap
     blocks' Hugging Face names and shapes."""
     if not any(part in adapter for part in parts for adapter in adapters):
         return blocks
-    if len(blocks) != len(parts):  # of a folder of ours, where they are stacked
-        blocks = blocks[0].split([shape[0] for shape in parts.values()])
     merged = []
-    for part, block in zip(parts, blocks):
+    for part, block in zip(parts, as_parts(blocks, parts)):
         weight = block.float()
         for A, B, s in [adapter[part] for adapter in adapters if part in adapter]:
             weight = weight + s * (B.float() @ A.float())

@@ -6,7 +6,7 @@ formats/folder.py and formats/gguf.py make a Checkpoint; load, convert_hf and gp
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +45,13 @@ def check_not_ours_quantized(checkpoint: Checkpoint) -> None:
     if "gpt_stream" in checkpoint.raw and checkpoint.quantization:
         raise ValueError(f"{checkpoint.folder}: is quantized already "
                          f"({checkpoint.quantization.get('mode')}); use the original instead")
+
+
+def untied(checkpoint: Checkpoint) -> Checkpoint:
+    """The same model with an output projection of its own, equal to the embedding."""
+    blocks = {**checkpoint.blocks, "output.weight": checkpoint.blocks["embed.weight"]}
+    config = replace(checkpoint.config, tied_embeddings=False)
+    return replace(checkpoint, config=config, blocks=blocks)
 
 
 def stack(blocks: list[Tensor]) -> Tensor:

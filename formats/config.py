@@ -1,6 +1,7 @@
 """What a config.json means, and what a model's layers and tensors are called.
 
-Everything about a model comes from its Hugging Face config.json, nothing from its name.
+Everything about a model comes from its Hugging Face config.json, nothing from its name. Where a
+setting stands in two places, the one that transformers 5 obeys counts, or the file is refused.
 """
 
 from __future__ import annotations
@@ -9,20 +10,28 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from formats.files import read_json
 from model import ModelConfig
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral",
+                 "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}  # and their model_type
+# What transformers takes for a key that is missing, and not for one that is null.
+QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+MISSING = {"LlamaForCausalLM": {}, "Qwen2ForCausalLM": QWEN, "Qwen3ForCausalLM": QWEN,
+           "MistralForCausalLM": {"num_key_value_heads": 8, "sliding_window": 4096}}
 ROPE_TYPES = ("default", "linear", "llama3")
 # Type, least and greatest value of each key of a config.json that is read (check_keys). The bounds
 # of the sizes keep their products within 64 bits. The weights' shapes check the sizes themselves.
 COUNT, SIZE, POSITIVE = (int, 1, 2**16), (int, 1, 2**20), (float, 1e-6, 1e18)
 SWITCH, OBJECT = (bool, 0, 1), (dict, {}, None)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # of weights in a file
 SIZES = {"hidden_size": SIZE, "num_hidden_layers": COUNT, "num_attention_heads": COUNT,
          "intermediate_size": SIZE, "vocab_size": SIZE, "max_position_embeddings": (int, 1, 2**40)}
 OPTIONAL = {"num_key_value_heads": COUNT, "head_dim": COUNT, "sliding_window": (int, 0, 2**40),
+            "max_window_layers": (int, 0, 2**40), "layer_types": (list, None, None),
             "rms_norm_eps": (float, 1e-20, 1), "attention_bias": SWITCH, "mlp_bias": SWITCH,
             "tie_word_embeddings": SWITCH, "use_sliding_window": SWITCH,
             **dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config"), OBJECT),
@@ -30,11 +39,16 @@ OPTIONAL = {"num_key_value_heads": COUNT, "head_dim": COUNT, "sliding_window": (
 ROPE = {"rope_theta": POSITIVE, "factor": POSITIVE, "low_freq_factor": POSITIVE,
         "high_freq_factor": POSITIVE, "original_max_position_embeddings": POSITIVE,
         "partial_rotary_factor": (float, 1, 1)}
+# Of a generation_config.json, what is read besides the EOS ids; and values that say nothing.
+SUGGESTED = {"temperature": (float, 0, 1e9), "top_k": (int, 0, 2**40), "top_p": (float, 0, 1),
+             "min_p": (float, 0, 1), "repetition_penalty": (float, 1e-3, 1e9)}
+OFF = {"repetition_penalty": 1.0, "top_k": 0, "min_p": 0.0}
 
 
 def config_from_hf(hf: dict) -> ModelConfig:
     """Read a Hugging Face config.json. Raises ValueError naming what is not supported."""
     architecture = read_architecture(hf)
+    hf = MISSING[architecture] | hf
     check_keys(hf, SIZES | OPTIONAL, needed=SIZES)
     mistral, qwen2, qwen3 = (architecture.startswith(a) for a in ("Mistral", "Qwen2", "Qwen3"))
     dim, n_heads = hf["hidden_size"], hf["num_attention_heads"]
@@ -44,7 +58,6 @@ def config_from_hf(hf: dict) -> ModelConfig:
         raise ValueError(f"{n_heads} heads of size {head_dim} cannot share {n_kv_heads} "
                          "key-value heads: the heads must divide evenly and have an even size")
     bias = bool(hf.get("attention_bias")) and not mistral
-    windowed = mistral or hf.get("use_sliding_window")
     eos = hf.get("eos_token_id")
     theta, scaling = read_rope(hf)
     return ModelConfig(
@@ -52,33 +65,72 @@ def config_from_hf(hf: dict) -> ModelConfig:
         head_dim=head_dim, ffn_dim=hf["intermediate_size"], vocab_size=hf["vocab_size"],
         max_seq_len=hf["max_position_embeddings"], norm_eps=hf.get("rms_norm_eps") or 1e-6,
         rope_theta=theta, rope_scaling=scaling, qkv_bias=bias or qwen2,
-        out_bias=bias and not qwen2, ffn_bias=bool(hf.get("mlp_bias", False)), qk_norm=qwen3,
+        out_bias=bias and not qwen2, qk_norm=qwen3,
+        ffn_bias=architecture.startswith("Llama") and bool(hf.get("mlp_bias")),
         tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
-        sliding_window=hf.get("sliding_window") if windowed else None,
+        sliding_window=read_window(hf, architecture),
         eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
 
 
 def read_architecture(hf: dict) -> str:
-    """The architecture's name. Raises ValueError naming one that is not supported."""
+    """The architecture's name. Raises ValueError naming one that is not supported, and a model_type
+    of another one, by which transformers goes."""
     architecture = hf.get("architectures") or "none given"
     architecture = architecture[0] if isinstance(architecture, list) else architecture
-    if architecture not in ARCHITECTURES:
+    if architecture not in tuple(ARCHITECTURES):  # it may be anything
         raise ValueError(f"architecture {architecture!r:.80} is not supported; "
                          f"known: {', '.join(ARCHITECTURES)}")
+    if (model_type := hf.get("model_type")) not in (None, ARCHITECTURES[architecture]):
+        raise ValueError(f"model_type {model_type!r:.80} is not that of {architecture}: "
+                         f"{ARCHITECTURES[architecture]}")
     if (activation := hf.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise ValueError(f"hidden_act {activation!r:.80} is not supported; known: silu")
     return architecture
 
 
+def read_window(hf: dict, architecture: str) -> int | None:
+    """The sliding window that a model was trained with; None where no layer has one. One window is
+    for all layers here, so the layers without one have it, too."""
+    if architecture.startswith("Mistral"):
+        return hf["sliding_window"]
+    if architecture.startswith("Llama"):  # which never slides, whatever its config says
+        return None
+    kinds, n_layers = hf.get("layer_types"), hf["num_hidden_layers"]
+    if kinds is not None and (len(kinds) != n_layers or not all(
+            kind in ("full_attention", "sliding_attention") for kind in kinds)):
+        raise ValueError(f"layer_types must be full_attention or sliding_attention for each of "
+                         f"{n_layers} layers")
+    window = hf["sliding_window"] if hf.get("use_sliding_window") else None
+    if kinds is not None and "sliding_attention" in kinds:
+        if window is None:
+            raise ValueError("layer_types has sliding_attention, but use_sliding_window or "
+                             "sliding_window says that no layer slides")
+        return window
+    slides = kinds is None and (hf["max_window_layers"] or 0) < n_layers
+    return window if slides else None
+
+
 def read_rope(hf: dict) -> tuple[float, dict | None]:
     """(theta, scaling) of a config.json. Newer files keep both in rope_parameters; older ones keep
-    rope_theta at the top level and the scaling, if any, in rope_scaling."""
-    rope = {key: hf[key] for key in ("rope_theta", "partial_rotary_factor") if key in hf}
-    rope |= (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
+    rope_theta at the top level and the scaling, if any, in rope_scaling.
+
+    As in transformers 5, a rope_scaling takes the place of all of rope_parameters, and what such an
+    object says counts more than the top level, but for original_max_position_embeddings. A type
+    that is not supported is refused wherever it stands."""
+    either = [hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}]
+    for rope_type in [each[key] for each in either for key in ("rope_type", "type") if key in each]:
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope type {rope_type!r:.80} is not supported; "
+                             f"known: {', '.join(ROPE_TYPES)}")
+    for key in [key for each in either for key, value in each.items() if isinstance(value, dict)]:
+        raise ValueError(f"rope_parameters of {key!r:.80} alone are not supported; known: one rope "
+                         "for all layers")
+    rope = {key: hf.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    rope["original_max_position_embeddings"] = hf["max_position_embeddings"]
+    rope |= {key: value for key, value in (either[0] or either[1]).items() if value is not None}
+    if (original := hf.get("original_max_position_embeddings")) is not None:
+        rope["original_max_position_embeddings"] = original
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in ROPE_TYPES:
-        raise ValueError(f"rope type {rope_type!r:.80} is not supported; "
-                         f"known: {', '.join(ROPE_TYPES)}")
     needed = {"default": (), "linear": ("factor",),
               "llama3": ("factor", "low_freq_factor", "high_freq_factor",
                          "original_max_position_embeddings")}[rope_type]
@@ -104,7 +156,7 @@ def check_keys(raw: dict, kinds: dict[str, tuple], needed: Iterable[str] = ()) -
         elif not fits or kind in (int, float) and not low <= value <= high:
             what = {bool: "true or false", dict: "an object",
                     int: f"an integer from {low} to {high}",
-                    float: f"a number from {low} to {high}"}[kind]
+                    float: f"a number from {low} to {high}", list: "a list"}[kind]
             raise ValueError(f"{key} is {value!r:.80}; it must be {what}")
 
 
@@ -117,6 +169,22 @@ def eos_ids(path: Path) -> list[int]:
         raise ValueError(f"{path}: eos_token_id is {wrong[0]!r:.80}; it must be a token's number, "
                          "or a list of them")
     return ids
+
+
+def suggested_sampling(path: Path) -> dict[str, float]:
+    """The settings of sample.Sampling that a generation_config.json gives. As in transformers,
+    do_sample false is greedy, whatever temperature stands beside it. Raises ValueError naming the
+    file and a value that cannot be."""
+    raw = read_json(path)
+    try:
+        check_keys(raw, SUGGESTED | {"do_sample": SWITCH})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    settings = {name: raw[name] for name in SUGGESTED if raw.get(name) is not None}
+    if raw.get("do_sample") is False:
+        penalty = settings.get("repetition_penalty", 1.0)
+        settings = {"temperature": 0.0, "repetition_penalty": penalty}
+    return {name: value for name, value in settings.items() if value != OFF.get(name)}
 
 
 # ------------------------------------------------------------------------------ names
@@ -210,11 +278,17 @@ def layer_name(tensor: str, layers: dict[str, Layer]) -> str | None:
 
 
 def check_floats(found: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
-    """check_tensors of weights in floating point. Raises ValueError also naming one of integers."""
+    """check_tensors of weights in floating point. Raises ValueError also naming one of integers, or
+    of fewer bits, which mean nothing without scales."""
     check_tensors({name: tensor.shape for name, tensor in found.items()}, expected)
     for name in expected:
-        if not found[name].is_floating_point():
-            raise ValueError(f"tensor {name} holds {found[name].dtype}, no floats")
+        check_float(name, found[name])
+
+
+def check_float(name: str, tensor: Tensor) -> None:
+    """Raises ValueError unless a tensor's dtype is one of FLOATS."""
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"tensor {name} holds {tensor.dtype}, no floats of 16, 32 or 64 bits")
 
 
 def check_tensors(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]],

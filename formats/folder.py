@@ -8,10 +8,10 @@ tensor is used.
 
 from __future__ import annotations
 
-import pickle
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors
@@ -26,15 +26,24 @@ from formats.checkpoint import (
     stack,
     stored_tensors,
 )
-from formats.config import check_floats, check_tensors, config_from_hf, eos_ids, hf_parts
-from formats.files import atomic_write, read_json, write_json
+from formats.config import (
+    check_float,
+    check_floats,
+    check_tensors,
+    config_from_hf,
+    eos_ids,
+    hf_parts,
+)
+from formats.files import atomic_write, first_line, read_json, write_json
 from formats.published import read_published
+from formats.tokenizer_config import TEMPLATE_FOLDER
 from model import ModelConfig
 from quantize import empty_model, stored_shapes
 
 FILE_BYTES = 1 << 30  # of an output file, and so about the memory that converting takes
 COPIED = ("generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
-          "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+          "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+          "chat_template.json")
 
 
 # ------------------------------------------------------------------------------ reading
@@ -47,7 +56,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     tensors = open_tensors(folder)
     check_layers(folder, config, tensors)
     try:
+        raw, config = read_tie(raw, config, tensors)
         if "gpt_stream" in raw:
+            if raw.get("quantization_config"):
+                raise ValueError("config.json has both gpt_stream and quantization_config; one of "
+                                 "them says how the weights are stored")
             quantization = (raw["gpt_stream"] or {}).get("quantization")
             blocks = our_blocks(tensors, config, quantization)
         elif raw.get("quantization_config"):
@@ -59,12 +72,31 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, raw, config, quantization, blocks)
 
 
+def read_tie(raw: dict, config: ModelConfig,
+             tensors: dict[str, Tensor]) -> tuple[dict, ModelConfig]:
+    """raw and config as the tensors ask for where the config ties the output to the embedding. As
+    in transformers 5, two different tables are not tied, and a table that is only the output's
+    becomes the embedding's, too. (Many files hold an equal copy.)"""
+    embed, output = (tensors.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+    if not config.tied_embeddings or output is None:
+        return raw, config
+    if embed is None:
+        tensors["model.embed_tokens.weight"] = output
+        return raw, config
+    if output.data_ptr() == embed.data_ptr() or torch.equal(output.to(embed.dtype), embed):
+        return raw, config
+    return {**raw, "tie_word_embeddings": False}, replace(config, tied_embeddings=False)
+
+
 def our_blocks(tensors: dict[str, Tensor], config: ModelConfig,
                quantization: dict | None) -> dict[str, list[Tensor]]:
     """The tensors of a folder of ours, one block each. Raises ValueError naming one that is
     missing, misshapen or extra."""
     expected = stored_shapes(empty_model(config, quantization))
     check_tensors({name: tensor.shape for name, tensor in tensors.items()}, expected)
+    for name in expected:
+        if tensors[name].is_floating_point():  # integers: see layers.check_types
+            check_float(name, tensors[name])
     return {name: [tensors[name]] for name in expected}
 
 
@@ -78,16 +110,17 @@ def hf_blocks(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, list
 
 
 def read_config(folder: Path) -> tuple[dict, ModelConfig]:
-    """The raw config.json and what it means. generation_config.json may add EOS ids. Raises
-    ValueError naming the folder or the file."""
+    """The raw config.json and what it means. The EOS ids are those of config.json and those of
+    generation_config.json together. Raises ValueError naming the folder or the file."""
     path = folder / "config.json"
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such checkpoint folder")
     if not path.exists():
         raise ValueError(f"{folder}: no config.json; a checkpoint folder has one")
     raw = read_json(path)
-    if gptq := read_json(folder / "quantize_config.json"):  # of older tools
-        raw.setdefault("quantization_config", {"quant_method": "gptq", **gptq})
+    gptq = read_json(folder / "quantize_config.json")  # of older tools; config.json's counts more
+    if gptq and not raw.get("quantization_config"):
+        raw["quantization_config"] = {"quant_method": "gptq", **gptq}
     ids = {*eos_ids(path), *eos_ids(folder / "generation_config.json")}
     try:
         return raw, config_from_hf({**raw, "eos_token_id": sorted(ids)})
@@ -105,14 +138,15 @@ def check_layers(folder: Path, config: ModelConfig, tensors: dict[str, Tensor]) 
 
 
 def open_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder by its name there, memory-mapped. Raises ValueError naming a bad
-    file."""
+    """Every tensor of a folder by its name there, memory-mapped. As in transformers 5, a single
+    file counts more than an index, and an index only says which files are read: of a tensor in two
+    of them, the one in the later file, by name, counts. Raises ValueError naming a bad file."""
     for stem, ending in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         single, index = folder / (stem + ending), folder / f"{stem}{ending}.index.json"
-        if index.exists():
-            files = read_index(index, ending)
-        elif single.exists():
+        if single.exists():
             files = [single.name]
+        elif index.exists():
+            files = read_index(index, ending)
         else:
             continue
         tensors = {}
@@ -136,7 +170,7 @@ def read_index(path: Path, ending: str) -> list[str]:
 
 def open_file(path: Path) -> dict[str, Tensor]:
     """The tensors of one file, memory-mapped. A .bin file is unpickled without running code from
-    it. Raises ValueError naming a file that is missing or damaged."""
+    it. Raises ValueError naming a file that is missing, damaged, or in an older form."""
     if not path.exists():
         raise ValueError(f"{path}: named by the index, but missing")
     try:
@@ -144,17 +178,21 @@ def open_file(path: Path) -> dict[str, Tensor]:
             return unpickle_tensors(path)
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path}: damaged or not a weights file: {reason}") from None
+    except (safetensors.SafetensorError, RuntimeError, OSError) as error:
+        raise ValueError(f"{path}: damaged or not a weights file: {first_line(error)}") from None
 
 
 def unpickle_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .bin file, memory-mapped. Raises RuntimeError for a damaged one."""
+    """The tensors of a .bin file, memory-mapped. Raises RuntimeError for a damaged one, and for one
+    in the form from before PyTorch 1.6, which is a pickle as a whole."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            raise RuntimeError("no zip archive, as torch.save writes since PyTorch 1.6; save it "
+                               "anew with a later one, or as model.safetensors")
     try:
         tensors = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-    except (LookupError, TypeError, AttributeError, ValueError) as error:  # of a damaged pickle
-        raise RuntimeError(f"{type(error).__name__}: {error}") from None
+    except Exception as error:  # a damaged file raises errors of many types
+        raise RuntimeError(f"{type(error).__name__}: {first_line(error)}") from None
     if not isinstance(tensors, dict) or not all(
             isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise RuntimeError("it holds other things than tensors")
@@ -221,8 +259,10 @@ def write_checkpoint(out: Path, source: Path, raw: dict, weights: Iterable[tuple
         partial.mkdir(0o700)
         write_weights(partial, weights, total, advance)
         write_json(partial / "config.json", raw)
-        for name in COPIED:
+        templates = (path.relative_to(source) for path in source.glob(f"{TEMPLATE_FOLDER}/*.jinja"))
+        for name in (*COPIED, *templates):
             if (source / name).exists():
+                (partial / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source / name, partial / name)
 
 

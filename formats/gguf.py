@@ -4,8 +4,6 @@ A file holds metadata (the sizes, the tokenizer, the chat template), a list of t
 tensors, most of them in blocks of a few bits that the package `gguf` dequantizes. Blocks of Q4_0
 need no dequantizing: 32 columns of four bits and a scale are exactly a group of our int4, so
 `--quantize int4 --group-size 32` keeps their values.
-
-Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +23,9 @@ from torch import Tensor
 
 from formats.checkpoint import Checkpoint, Encoded
 from formats.config import check_tensors, config_from_hf, hf_parts
-from formats.files import import_optional
+from formats.files import import_optional, write_json
 from formats.folder import write_converted
+from formats.gguf_file import GGUFTensor, read_gguf
 from formats.gguf_tokenizer import write_tokenizer
 from linear import pack_nibbles
 from model import ModelConfig, rope_frequencies
@@ -40,6 +38,8 @@ SIZES = {"hidden_size": "embedding_length", "num_hidden_layers": "block_count",
          "max_position_embeddings": "context_length"}
 NOT_COMPUTED = ("expert_count", "attention.scale", "attention.temperature_scale", "logit_scale",
                 "residual_scale", "embedding_scale")
+SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
+            "penalty_repeat": "repetition_penalty"}  # as a generation_config.json names them
 NAMES = {"model.embed_tokens": "token_embd", "model.layers": "blk", "model.norm": "output_norm",
          "lm_head": "output", "input_layernorm": "attn_norm",
          "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output",
@@ -48,46 +48,6 @@ NAMES = {"model.embed_tokens": "token_embd", "model.layers": "blk", "model.norm"
 ORIGINALS = [8192, *(2**n for n in range(5, 21))]
 INT4_OF_Q4_0 = {"mode": "int4", "group_size": 32}
 ROWS = 4096  # dequantized at a time: in float32 an embedding can be larger than the file
-
-
-# ------------------------------------------------------------------------------ the file
-
-
-class GGUFTensor(NamedTuple):
-    """A tensor in the file, memory-mapped. A vector has one number a row."""
-
-    kind: int  # gguf.GGMLQuantizationType
-    shape: tuple[int, ...]
-    rows: np.ndarray  # (shape[0], bytes) uint8
-    interleaved_heads: int = 0  # heads with llama.cpp's order of rows (split_halves); 0: none
-
-
-def read_gguf(path: Path) -> tuple[dict, dict[str, GGUFTensor]]:
-    """A file's metadata and its tensors by name. Raises ValueError for a damaged file."""
-    gguf = import_optional("gguf", "reading a GGUF file")
-
-    class Reader(gguf.GGUFReader):
-        def _get(self, offset, dtype, count=1, *order, **named):
-            # The package itself would read past the end of a file that was cut off.
-            if offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
-                raise ValueError("it is cut off")
-            return super()._get(offset, dtype, count, *order, **named)
-
-    try:
-        reader = Reader(path)
-        if reader.byte_order != "I":
-            raise ValueError("its bytes are in the other order")
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-        shapes = [tuple(tensor.shape.tolist()[::-1]) for tensor in reader.tensors]
-        return metadata, {
-            tensor.name: GGUFTensor(
-                tensor.tensor_type, shape,
-                np.asarray(tensor.data).reshape(shape[0], -1).view(np.uint8))
-            for tensor, shape in zip(reader.tensors, shapes)}
-    except OSError:  # missing or not readable
-        raise
-    except Exception as error:  # a damaged file raises errors of many types
-        raise ValueError(f"damaged or not a GGUF file: {error}") from None
 
 
 # ------------------------------------------------------------------------------ configuration
@@ -112,7 +72,10 @@ def read_settings(metadata: dict, tensors: dict[str, GGUFTensor]) -> tuple[dict,
         "eos_token_id": sorted({metadata[key] for end in ("eos", "eot", "eom")
                                 if (key := f"tokenizer.ggml.{end}_token_id") in metadata})}
     if metadata.get(key := f"{name}.attention.sliding_window"):
-        raw.update(sliding_window=read_number(metadata, key, int), use_sliding_window=True)
+        raw.update(sliding_window=read_number(metadata, key, int), use_sliding_window=True,
+                   max_window_layers=0)
+        if name == "llama":  # it is Mistral's: a Llama has none
+            raw.update(architectures=["MistralForCausalLM"], model_type="mistral")
     raw["rope_parameters"].update(read_scaling(metadata, name, tensors, config_from_hf(raw)))
     return raw, config_from_hf(raw)
 
@@ -297,12 +260,23 @@ def make_checkpoint(source: Path, folder: Path) -> Checkpoint:
     """A file as a Checkpoint, after writing its tokenizer's files to `folder`."""
     metadata, tensors = read_gguf(source)
     raw, config = read_settings(metadata, tensors)
-    blocks = read_blocks(config, tensors, interleaved=raw["model_type"] == "llama")
+    if len(metadata.get("tokenizer.ggml.tokens", [])) > config.vocab_size:
+        raise ValueError(f"tokenizer.ggml.tokens are {len(metadata['tokenizer.ggml.tokens'])}; "
+                         f"tensor token_embd.weight has rows for {config.vocab_size}")
+    interleaved = metadata["general.architecture"] == "llama"
+    blocks = read_blocks(config, tensors, interleaved)
+    suggested = {name: metadata[f"general.sampling.{key}"] for key, name in SAMPLING.items()
+                 if f"general.sampling.{key}" in metadata}
     try:
+        if suggested:
+            write_json(folder / "generation_config.json", suggested)
         write_tokenizer(folder, metadata)
     except OSError as error:  # temporary files may be on another disk, which is full
         raise OSError(f"{folder}: cannot be written: {error}") from None
-    Tokenizer(folder)  # raises ValueError for what it cannot read
+    try:
+        Tokenizer(folder)
+    except ValueError as error:  # without the name of a folder that nobody knows
+        raise ValueError(f"its tokenizer: {str(error).replace(f'{folder}/', '')}") from None
     # Vectors are in float32 in every file, so the matrices' type counts.
     kinds = Counter(t.kind.name for t in tensors.values() if len(t.shape) > 1)
     bulk = kinds.most_common(1)[0][0]

@@ -36,6 +36,7 @@ from formats.adapters import ADAPTER
 from formats.files import first_line, import_optional, make_once
 from formats.folder import COPIED, open_tensors
 from formats.gguf import convert_gguf
+from formats.tokenizer_config import TEMPLATE_FOLDER
 from terminal import progress, show, unheld_signals, user_errors
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
@@ -230,14 +231,14 @@ def fetch_snapshot(library, repo: str, revision: str | None, fetch: bool,
                    only: tuple[str, ...] = ()) -> Path:
     """The repository's folder with the files that are read, and no others. Repositories often hold
     both kinds of weights; the first is taken. Without `fetch`, only the cache is used."""
-    patterns = ["config.json", "quantize_config.json", *COPIED]
+    patterns = ["config.json", "quantize_config.json", *COPIED, f"{TEMPLATE_FOLDER}/*.jinja"]
     for stem, ending in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         patterns = list(only) or [*patterns, f"{stem}{ending}", f"{stem}-*{ending}",
                                   f"{stem}{ending}.index.json"]
         with unheld_signals():
             folder = Path(library.snapshot_download(
                 repo, revision=revision, local_files_only=not fetch, allow_patterns=patterns,
-                ignore_patterns=["*/*"]))  # here a * also matches slashes
+                ignore_patterns=[f"{stem}-*/*"]))  # here a * also matches slashes
         if only or any(folder.glob(f"{stem}*{ending}*")):
             break
     return folder

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from formats.checkpoint import Encoded
 from formats.config import check_floats, hf_parts, model_layers
-from linear import GROUP_SIZES, pack_nibbles
+from layers import GROUP_SIZES
+from linear import pack_nibbles
 from model import ModelConfig
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output that each nibble of a word holds

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import concurrent.futures
 import contextlib
 import ipaddress
 import queue
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import uvicorn
 
-from cli import check_text, load_arguments, make_parser, number
+from cli import check_text, load_arguments, make_parser, number, say_suggested
 from load import load
 from server.app import Settings, make_app
 from server.engine import Engine
@@ -130,6 +131,7 @@ def make_engine(checkpoint: str, batch_size: int, n_sink: int | None, window: in
     """Load the model, and run every graph once. A pinned system turn fills the sinks."""
     say(f"loading {checkpoint}")
     model, tokenizer = load(checkpoint, compile=compile, **load_options)
+    say_suggested(model.suggested)
     if pin_system is not None:
         n_sink = len(tokenizer.system_turn(check_text("--pin-system", pin_system)))
     engine = Engine(model, tokenizer, batch_size, n_sink, window, cache_bytes, max_queue,
@@ -138,6 +140,24 @@ def make_engine(checkpoint: str, batch_size: int, n_sink: int | None, window: in
         say_compiling()
     engine.warm()
     return engine
+
+
+def start_engine(**arguments) -> Engine:
+    """`make_engine`, and run it, all in one thread that is not the caller's: CUDA graphs belong to
+    the thread that records them. Returns when it answers; raises what make_engine raises."""
+    made = concurrent.futures.Future()
+
+    def make_and_run() -> None:
+        try:
+            engine = make_engine(**arguments)
+        except BaseException as error:
+            made.set_exception(error)
+            return
+        made.set_result(engine)
+        engine.run()
+
+    threading.Thread(target=make_and_run, name="engine", daemon=True).start()
+    return made.result()
 
 
 async def serve(app, sock: socket.socket, engine: Engine, grace: float,

@@ -96,7 +96,7 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
         engine.check_room()
         body = await read_body(request)
         parsed = await asyncio.to_thread(parse_request, body, chat, settings.model,
-                                         settings.max_new_tokens)
+                                         settings.max_new_tokens, engine.model.suggested)
         if parsed.grammar:
             await compile_grammar(engine, parsed)
         jobs = await asyncio.to_thread(engine.make_jobs, parsed, client)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
 import logging
 import threading
 from collections import deque
@@ -17,7 +18,8 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 
 from batch import LONG_PROMPT, Batch, Hooks, Prompt, Stream, generate_batch
-from generate import LARGE_CHUNK, check_ids
+from draw import NOT_FINITE
+from generate import LARGE_CHUNK, chat_stop_ids, check_ids
 from grammar import Grammar, vocabulary
 from kv_cache import KVCache
 from model import Transformer
@@ -35,6 +37,7 @@ from server.protocol import MAX_PROMPT, ApiError, Request
 from tokenizer import GeneratedText, Tokenizer
 
 log = logging.getLogger("gpt_stream")
+LEAST_LOGPROB = -9999.0
 
 
 class Engine:
@@ -47,6 +50,7 @@ class Engine:
         self.model, self.tokenizer, self.max_queue = model, tokenizer, max_queue
         self.pinned = [{"role": "system", "content": pin_system}] if pin_system else []
         self.fingerprint = model.fingerprint
+        self.chat_stop_ids = chat_stop_ids(model, tokenizer)
         self.special_names = {token_id: text for text, token_id in tokenizer.specials.items()}
         self.batch = Batch(model, batch_size, n_sink, window, n_staging=2, n_chunks=4)
         self.prefix_cache = PrefixCache(cache_bytes)
@@ -98,7 +102,8 @@ class Engine:
         (field, source), config = request.grammar, self.model.config
         try:
             grammar = Grammar(self.tokenizer, config.vocab_size, **source)
-            grammar.check_fits(config.vocab_size, config.eos_ids)
+            grammar.check_fits(config.vocab_size,
+                               self.chat_stop_ids if request.chat else config.eos_ids)
         except ValueError as error:
             raise ApiError(400, f"Invalid {field!r}: {error}.", field, "invalid_value") from None
         request.sampling = replace(request.sampling, grammar=grammar)
@@ -123,14 +128,19 @@ class Engine:
     def make_chat_job(self, request: Request, client: str) -> Job:
         """The job of a conversation: only what follows the longest cached prefix is prefilled."""
         messages = self.with_pinned(request.messages)
-        keys = prefix_keys(f"{self.fingerprint} {client}", messages)
+        template_args = request.template_args
+        start = f"{self.fingerprint} {client}"
+        if template_args:
+            start += f" {json.dumps(template_args, sort_keys=True)}"
+        keys = prefix_keys(start, messages)
         last, prefix = self.find_prefix(messages, keys)
-        if prefix is not None and (ids := self.ids_after(messages, last, prefix)):
+        if prefix is not None and (
+                ids := self.ids_after(messages, last, prefix, template_args)):
             return Job(request, ids, 0, prefix, keys[-1], keys[last])
-        job = Job(request, self.tokenizer.conversation(messages), 0, key=keys[-1])
+        job = Job(request, self.tokenizer.conversation(messages, template_args), 0, key=keys[-1])
         if (messages[0]["role"] == "system" and messages[0]["content"].strip()
                 and self.prefix_cache.max_bytes):
-            system = self.tokenizer.system_turn(messages[0]["content"])
+            system = self.tokenizer.system_turn(messages[0]["content"], template_args)
             if job.ids[:len(system)] == system and len(system) < len(job.ids):
                 job.n_system, job.system_key = len(system), keys[0]
         return job
@@ -156,14 +166,15 @@ class Engine:
                                 "yours out.", "messages.0", "invalid_value")
         return self.pinned + messages
 
-    def ids_after(self, messages: list[dict], last: int, prefix: CachedPrefix) -> list[int]:
+    def ids_after(self, messages: list[dict], last: int, prefix: CachedPrefix,
+                  template_args: dict) -> list[int]:
         """The ids that follow the cached prefix, which ends with messages[last]. Empty where the
         template does not go on from there."""
         if messages[last]["role"] == "system":
-            ids = self.tokenizer.conversation(messages)
+            ids = self.tokenizer.conversation(messages, template_args)
             return ids[len(prefix.ids):] if ids[:len(prefix.ids)] == prefix.ids else []
         try:
-            return self.tokenizer.turns_after(messages, last, prefix.ids[-1])
+            return self.tokenizer.turns_after(messages, last, prefix.ids[-1], template_args)
         except ValueError:
             return []
 
@@ -272,7 +283,8 @@ class Engine:
             n_shared=job.n_system,
             save_shared=functools.partial(self.cache_system_turn, job) if job.n_system else None,
             owner=job)
-        return Prompt(job.ids, request.sampling, request.max_new_tokens, samples=request.n,
+        return Prompt(job.ids, request.sampling, request.max_new_tokens,
+                      stop_ids=self.chat_stop_ids if request.chat else None, samples=request.n,
                       logprobs=request.top_logprobs, hooks=hooks)
 
     def cache_system_turn(self, job: Job, staging: KVCache) -> None:
@@ -295,22 +307,21 @@ class Engine:
         text = answer.add(token_id)
         if answer.generated.stopped:
             stream.cancel()
-        if answer.generated.stopped or token_id in self.model.config.eos_ids:
+        if answer.generated.stopped or token_id in stream.prompt.stop_ids:
             answer.finish = "stop"
         token = self.token(token_id, *stream.logprobs.pop()) if stream.logprobs else None
         job.post(Event(answer.choice, text, token))
 
     def on_end(self, stream: Stream) -> None:
         """Cache the conversation, and only then send the last event: the client may go on at once.
-        A stream that was cancelled before its first token has no answer."""
-        answer = self.answers.pop(stream, None)
-        if answer is None:
+        A stream that was cancelled before its first token has no answer. A fault ends its request
+        with an error, and nothing of it is cached."""
+        job, answer = stream.prompt.hooks.owner, self.answers.pop(stream, None)
+        if stream.error and not job.cancelled:
+            job.post(fault_of(stream))
+        if stream.error or answer is None:
             return
-        job, rest = answer.job, answer.flush()
-        if stream.error:
-            field = job.request.grammar[0]
-            job.post(ApiError(400, f"Invalid {field!r}: {stream.error}.", field, "invalid_value"))
-            return
+        rest = answer.flush()
         if job.key and self.prefix_cache.max_bytes:
             self.cache_answer(answer, self.batch.rows.index(stream))
         if not job.cancelled:
@@ -331,8 +342,10 @@ class Engine:
             self.prefix_cache.add(key, prefix, job.parent_key)
 
     def token(self, token_id: int, logprob: float, likeliest: dict[int, float]) -> Token:
-        return Token(self.token_text(token_id), logprob,
-                     [(self.token_text(i), value) for i, value in likeliest.items()])
+        """A token with its log-probabilities. JSON has no -inf, and OpenAI's is LEAST_LOGPROB."""
+        return Token(self.token_text(token_id), max(logprob, LEAST_LOGPROB),
+                     [(self.token_text(i), max(value, LEAST_LOGPROB))
+                      for i, value in likeliest.items()])
 
     def token_text(self, token_id: int) -> str:
         """A token's text; special ones have a name."""
@@ -347,6 +360,15 @@ class Engine:
             prompts = [[0] * (LARGE_CHUNK + 1), [0]]
             list(generate_batch(self.model, prompts, max_new_tokens=[9, 3], stop_ids=(),
                                 batch=self.batch))
+
+
+def fault_of(stream: Stream) -> ApiError:
+    """What a client is told of a stream that a fault ended."""
+    if stream.error == NOT_FINITE:
+        log.error("an answer broke off: %s", NOT_FINITE)
+        return ApiError(500, f"The answer broke off: {NOT_FINITE}.")
+    field, _ = stream.prompt.hooks.owner.request.grammar
+    return ApiError(400, f"Invalid {field!r}: {stream.error}.", field, "invalid_value")
 
 
 async def receive_events(queue: asyncio.Queue, n_choices: int) -> AsyncIterator[list[Event]]:

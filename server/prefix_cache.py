@@ -1,6 +1,7 @@
 """The prefix cache: KV caches of finished answers, in host memory, found by their conversation.
 
-A key is a chain of hashes over the model, the client, and every message's role and content. So a
+A key is a chain of hashes over the model, the client, the chat template's arguments, and every
+message's role and content. So a
 request that begins with a conversation of the same client finds it, and no other request does.
 (--keep-gb and the metrics call these conversations kept.)
 """

@@ -20,7 +20,8 @@ from pydantic import (
     ValidationError,
 )
 
-from sample import Sampling
+from chat_template import check_args
+from sample import RANGES, Sampling
 
 MAX_BODY = 4 << 20  # bytes
 MAX_MESSAGES = 20_000
@@ -66,6 +67,7 @@ class Request:
     top_logprobs: int | None  # None: no logprobs at all
     stream: bool
     include_usage: bool
+    template_args: dict  # what else the chat template is given
     # The field that says what an answer must fit, and what it says, as grammar.Grammar takes it.
     grammar: tuple[str, dict] | None = None
 
@@ -172,6 +174,7 @@ class Chat(Options):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
+    chat_template_kwargs: dict[str, Any] = {}
 
 
 class Completion(Options):
@@ -183,9 +186,11 @@ class Completion(Options):
 # ------------------------------------------------------------------------------ validation
 
 
-def parse_request(body: bytes, chat: bool, model: str, max_new_tokens: int) -> Request:
+def parse_request(body: bytes, chat: bool, model: str, max_new_tokens: int,
+                  suggested: dict[str, float] | None = None) -> Request:
     """The request in a body. model is the name that is served; max_new_tokens is the limit of an
-    answer, and the default. Raises ApiError."""
+    answer, and the default; suggested are the model's own settings of sampling, which take the
+    place of the API's defaults. Raises ApiError."""
     fields = validate(Chat if chat else Completion, read_json(body))
     if fields.model != model:
         raise ApiError(404, f"The model {fields.model[:200]!r} does not exist; this server has "
@@ -206,14 +211,21 @@ def parse_request(body: bytes, chat: bool, model: str, max_new_tokens: int) -> R
     return Request(
         chat=chat, messages=messages_of(fields) if chat else [],
         prompts=[] if chat else prompts_of(fields.prompt), max_new_tokens=limit or max_new_tokens,
-        sampling=Sampling(
-            temperature=fields.temperature, top_k=max(fields.top_k, 0), top_p=fields.top_p,
-            min_p=fields.min_p, repetition_penalty=fields.repetition_penalty,
-            presence_penalty=fields.presence_penalty, frequency_penalty=fields.frequency_penalty,
-            seed=None if fields.seed is None else fields.seed % 2**64),
+        sampling=sampling_of(fields, suggested or {}),
         n=fields.n, stop=[check_text(text, "stop") for text in fields.stop], top_logprobs=top,
         stream=fields.stream, include_usage=fields.stream_options.include_usage,
+        template_args=template_args_of(fields) if chat else {},
         grammar=grammar_of(fields))
+
+
+def sampling_of(fields: Options, suggested: dict[str, float]) -> Sampling:
+    """How a request's answers are drawn: as it says, else as the model suggests."""
+    settings = {name: getattr(fields, name) for name in RANGES}
+    settings |= {name: value for name, value in suggested.items()
+                 if name not in fields.model_fields_set}
+    settings["top_k"] = max(settings["top_k"], 0)
+    seed = None if fields.seed is None else fields.seed % 2**64
+    return Sampling(**settings, seed=seed)
 
 
 def read_json(body: bytes) -> dict:
@@ -265,6 +277,16 @@ def messages_of(chat: Chat) -> list[dict]:
     return [{"role": "system" if message.role == "developer" else message.role,
              "content": check_text(message.content, f"messages.{at}.content")}
             for at, message in enumerate(chat.messages)]
+
+
+def template_args_of(chat: Chat) -> dict:
+    try:
+        check_args(chat.chat_template_kwargs)
+        json.dumps(chat.chat_template_kwargs, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # half of a surrogate pair is a ValueError
+        raise ApiError(400, f"chat_template_kwargs: {error}.", "chat_template_kwargs",
+                       "invalid_value") from None
+    return chat.chat_template_kwargs
 
 
 def grammar_of(fields: Options) -> tuple[str, dict] | None:

@@ -35,9 +35,9 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from cli import number
 from server.__main__ import (
     engine_arguments,
-    make_engine,
     make_server_parser,
     make_settings,
+    start_engine,
     validate_arguments,
 )
 from server.app import check_host, error_response, internal_error, make_app, read_body
@@ -80,7 +80,7 @@ class Replica:
     def __init__(self, engine: dict, settings: dict):
         """Takes what make_engine and make_settings take."""
         adapt_threads()
-        self.engine = make_engine(**engine).start()
+        self.engine = start_engine(**engine)
         self.app = make_app(self.engine, make_settings(**settings))
 
     async def answer(self, scope: dict, body: bytes) -> AsyncIterator[dict]:

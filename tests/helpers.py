@@ -3,15 +3,20 @@
 import contextlib
 import importlib
 import io
+import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from attention import attend_all
 from model import ModelConfig, Transformer
 
-TINY = Path(__file__).parent.parent / "checkpoints" / "tiny"
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "checkpoints" / "tiny"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def random_model(seed=0, **changes):
@@ -30,7 +35,7 @@ def random_model(seed=0, **changes):
 
 def hf_model(family, **config):
     """transformers' model of a family, random, with biases and norms other than 0 and 1."""
-    import transformers  # which takes a second, and most files need none
+    transformers = pytest.importorskip("transformers")  # a second that most files do not need
     config = getattr(transformers, family + "Config")(**config)
     torch.manual_seed(0)
     model = getattr(transformers, family + "ForCausalLM")._from_config(

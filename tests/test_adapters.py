@@ -6,16 +6,18 @@ import subprocess
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import tp_worker
 from convert_hf import convert
 from generate import load, make_cache
-from helpers import TINY, hf_model, run
+from helpers import ONE_THREAD, TINY, TORCHRUN, hf_model, run
 from quantize import asked_quantization
 from test_errors import refused
-from test_tp import ONE_THREAD, TORCHRUN
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -32,6 +34,9 @@ KINDS = {
                      rank_pattern={"k_proj": 2, "layers.1.mlp.up_proj": 6, r".*\.0\.mlp.*": 3},
                      alpha_pattern={"^model.layers.0.self_attn.q_proj": 1, r".*own_proj": 64,
                                     "up_proj": 5}),
+    "all patterns": dict(r=4, lora_alpha=8, use_rslora=True, target_modules=[*ALL, "lm_head"],
+                         rank_pattern={"lm_head": 9, "q_proj": 2}, alpha_pattern={
+                             "lm_head": 1, "layers.0.self_attn.q_proj": 32, "q_proj": 3}),
     "keys": dict(r=2, lora_alpha=64, target_modules=["k_proj"]),
 }
 
@@ -53,7 +58,7 @@ def adapted(folder, name, **settings):
     for weight_name, weight in model.named_parameters():
         if "lora_" in weight_name:
             weight.data.normal_(std=0.1)
-    model.save_pretrained(folder / name, save_embedding_layers=False)
+    model.save_pretrained(folder / name)  # with a copy of lm_head where that has LoRA
     return folder / name
 
 
@@ -77,7 +82,7 @@ def logits(checkpoint, *adapters, **options):
 
 
 @pytest.mark.parametrize("names", [["two"], ["all"], ["rslora"], ["patterns"], ["two", "all"],
-                                   ["keys", "patterns", "rslora"]])
+                                   ["all patterns"], ["keys", "patterns", "rslora"]])
 def test_merged_logits_equal_peft_s(names, made, tmp_path):
     expected = merged(made, *names)(TOKENS).logits
     ours = logits(made / "base", *[made / name for name in names])
@@ -85,6 +90,86 @@ def test_merged_logits_equal_peft_s(names, made, tmp_path):
     assert (ours - logits(made / "base")).abs().max() > 1
     convert(made / "base", tmp_path / "ours")  # where q, k and v are one tensor
     assert torch.equal(logits(tmp_path / "ours", *[made / name for name in names]), ours)
+
+
+HEAD = "base_model.model.lm_head"
+
+
+def rewrite(adapter, change):
+    """Change an adapter's tensors."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    return adapter
+
+
+@pytest.mark.parametrize("modules", [["lm_head"], ["norm"], ["embed_tokens", "lm_head"],
+                                     ["k_proj"]])
+def test_a_copy_of_the_model_s_own_weights_is_taken_and_another_refused(modules, made, tmp_path):
+    """As modules_to_save writes it, and LoRA of lm_head by default."""
+    adapter = adapted(made, f"saved-{'-'.join(modules)}", r=4, target_modules=["q_proj"],
+                      modules_to_save=modules)
+    saved = [name for name in load_file(adapter / "adapter_model.safetensors")
+             if name.endswith(f"{modules[-1]}.weight")]
+    assert saved
+    expected = merged(made, adapter.name)(TOKENS).logits
+    convert(made / "base", tmp_path / "ours")
+    for base_folder in (made / "base", tmp_path / "ours"):
+        ours = logits(base_folder, adapter)
+        assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
+    changed = rewrite(shutil.copytree(adapter, tmp_path / "changed"),
+                      lambda tensors: tensors[saved[0]].view(-1)[-1:].add_(0.01))
+    refused("generate", "--checkpoint", made / "base", "--adapter", changed,
+            naming=[changed, saved[0], "differs from the model's"])
+    without = rewrite(shutil.copytree(adapter, tmp_path / "without"),
+                      lambda tensors: [tensors.pop(name) for name in list(tensors)
+                                       if "lora" not in name])
+    refused("generate", "--checkpoint", made / "base", "--adapter", without,
+            naming=[without, "modules_to_save"])
+
+
+def test_lora_of_the_output_is_saved_with_a_copy_of_it(made, tmp_path):
+    """By default. One in the dtype that it was trained in is the model's rounded, not another."""
+    copied = load_file(made / "all" / "adapter_model.safetensors")[f"{HEAD}.base_layer.weight"]
+    assert copied.shape == (4096, 64)
+    rounded = rewrite(shutil.copytree(made / "all", tmp_path / "rounded"), lambda tensors: (
+        tensors.update({f"{HEAD}.base_layer.weight": copied.bfloat16()})))
+    assert torch.equal(logits(made / "base", rounded), logits(made / "base", made / "all"))
+    larger = rewrite(shutil.copytree(made / "all", tmp_path / "larger"), lambda tensors: (
+        tensors.update({f"{HEAD}.base_layer.weight": torch.cat([copied, copied[:8]])})))
+    refused("generate", "--checkpoint", made / "base", "--adapter", larger,
+            naming=[larger, f"{HEAD}.base_layer.weight", "differs"])
+
+
+def test_lora_of_a_tied_output_leaves_the_embedding_as_it_is(made, tmp_path):
+    """As where peft runs it. (Merged by peft, it changes the embedding, too.)"""
+    from transformers import LlamaForCausalLM
+    shutil.copytree(made / "base", tmp_path / "base")
+    hf_model("Llama", **SIZES, tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    adapter = adapted(tmp_path, "tied", r=4, target_modules=["q_proj", "lm_head"])
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager").eval()
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(model, adapter)(TOKENS).logits
+    convert(tmp_path / "base", tmp_path / "ours")
+    for folder in (tmp_path / "base", tmp_path / "ours"):
+        ours = logits(folder, adapter)
+        assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (ours - logits(tmp_path / "base")).abs().max() > 1
+
+
+def test_lora_of_the_embedding_is_refused_by_name(made):
+    adapter = adapted(made, "embedding", r=4, target_modules=["q_proj", "embed_tokens"])
+    refused("generate", "--checkpoint", made / "base", "--adapter", adapter,
+            naming=[adapter, "embed_tokens.lora_embedding_A"])
+
+
+@pytest.mark.parametrize("settings, naming", [
+    (dict(use_dora=True), "use_dora"), (dict(bias="all"), "bias 'all'"),
+    (dict(bias="lora_only"), "bias 'lora_only'")])
+def test_what_peft_itself_saves_and_is_no_plain_lora_is_refused_by_name(settings, naming, made):
+    adapter = adapted(made, naming.replace(" ", ""), r=4, target_modules=["q_proj"], **settings)
+    refused("generate", "--checkpoint", made / "base", "--adapter", adapter,
+            naming=[adapter, naming])
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
@@ -198,6 +283,8 @@ Q = ROOT + "model.layers.0.self_attn.q_proj."
     (lambda t: t.pop(Q + "lora_B.weight"), [Q + "lora_B.weight", "missing"]),
     (lambda t: t.update({Q + "lora_A.weight": torch.ones(4, 32)}), ["(4, 32)", "(4, 64)"]),
     (lambda t: t.update({Q + "lora_B.weight": torch.full((64, 4), torch.nan)}), ["not finite"]),
+    *[(lambda t, dtype=dtype: t.update({Q + "lora_B.weight": t[Q + "lora_B.weight"].to(dtype)}),
+       [Q + "lora_B.weight", dtype]) for dtype in (torch.float8_e4m3fn, torch.int8, torch.bool)],
     (lambda t: t.update({Q + "lora_magnitude_vector": torch.ones(64)}), ["magnitude_vector"]),
     (lambda t: t.update({ROOT + "lm_head.weight": torch.ones(4096, 64)}), ["lm_head.weight"]),
     (lambda t: t.update({ROOT + "model.embed_tokens.lora_embedding_A": torch.ones(4, 4096)}),

@@ -8,7 +8,8 @@ import json
 import pytest
 import torch
 
-from bench import apart, busy, clocks, gpu, gpu_figures, models, steps
+import linear
+from bench import apart, busy, clocks, gpu, gpu_figures, gpu_first, models, products, steps
 from bench.steps import seconds_a_token
 from bench.streams import synthetic
 from helpers import TINY, run
@@ -51,6 +52,8 @@ def figures(*argv):
     (["--sampling", "--streams", "3"], ["--sampling", "--streams"]),
     (["--busy", "2", "--batch", "8"], ["--busy", "one row"]),
     (["--gpu", "decode", "--batch", "8"], ["--gpu", "--batch"]),
+    (["--gpu", "limits", "--quantize", "int8"], ["--quantize", "decode"]),
+    (["--rounds", "2"], ["--rounds", "--gpu"]),
     (["--gpu", "decode", "--gpt-fast", "d"], ["--gpt-fast", "--gpu peers"])])
 def test_flags_that_do_not_go_together(argv, naming):
     refused("bench", *argv, naming=naming)
@@ -207,6 +210,26 @@ def test_decode_and_prefill_in_every_format(table):
     assert all(row["compile_warm_s"] > 0 for row in rows[-3:])
 
 
+def test_one_format_in_so_many_rounds(table, monkeypatch):
+    counted = []
+    monkeypatch.setattr(gpu_figures, "rounds", lambda n: counted.append(n) or range(n))
+    rows = table("decode", "--shape", "small", "--quantize", "int8", "--rounds", 2)
+    assert [row["row"] for row in rows] == 3 * ["small int8"] and set(counted) == {2}
+
+
+@pytest.mark.parametrize("text, settings", [
+    ("7b:bf16", ("7b", "bf16", 1, False)), ("8b:int8:8", ("8b", "int8", 8, False)),
+    ("1.1b:int4:tuned", ("1.1b", "int4", 1, True)), ("7b:int8:16:tuned", ("7b", "int8", 16, True))])
+def test_a_row_of_a_gpus_first_minutes(text, settings):
+    assert tuple(gpu_first.read_row(text).values()) == settings
+
+
+@pytest.mark.parametrize("text", ["7b", "9b:bf16", "7b:int3", "7b:int8:0", "7b:int8:fast"])
+def test_a_row_that_cannot_be_is_refused(text):
+    with pytest.raises(ValueError, match="SHAPE:KIND"):
+        gpu_first.read_row(text)
+
+
 def test_peers_in_turns(table, tmp_path):
     turns = write_turns(tmp_path / "turns.jsonl", 4)
     rows = table("peers", "--shape", "small", "--turns", turns, "--limit", 2,
@@ -235,3 +258,31 @@ def test_a_row_that_fails_costs_no_other(table, monkeypatch):
     monkeypatch.setattr(gpu, "draft_figures", lambda args: iter([dict(fine=2)]))
     assert [list(row.items())[1] for row in table("batches", "--shape", "small")] == [
         ("fine", 1), ("error", "not here"), ("fine", 2)]
+
+
+def test_products_times_every_function_of_the_table_and_prints_rows(monkeypatch):
+    monkeypatch.setattr(products, "SIZES", {"large": (128, 64), "small": (64, 64)})
+    monkeypatch.setattr(products, "CALLS", 1)
+    monkeypatch.setattr(torch, "compile", lambda call, **options: call)
+    status, out, err = run("bench", "--products", "bf16", "int8")
+    assert status == 0, err
+    timed = {(kind, function) for kind, _, _, _, _, _, function, _ in
+             (line.split() for line in out.splitlines() if not line.startswith("("))}
+    for kind in ("bf16", "int8"):
+        for (other, processor, _), (_, functions) in linear.ROW.items():
+            if other == kind and processor != "cuda":
+                assert {(kind, function.__name__) for function in functions} <= timed
+        assert f'("{kind}", "{linear.cpu_kind()}", ' in out
+
+
+def test_emulating_starts_the_command_anew_without_avx512(monkeypatch):
+    started = []
+    monkeypatch.setattr("os.execve", lambda path, argv, environment: started.append(environment))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/cache")
+    products.emulate()
+    assert products.EMULATED.items() <= started[0].items()
+    assert started[0]["TORCHINDUCTOR_CACHE_DIR"] == "/cache-avx2"
+    for name, value in products.EMULATED.items():
+        monkeypatch.setenv(name, value)
+    products.emulate()
+    assert len(started) == 1

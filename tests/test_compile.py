@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 from batch import Batch, generate_batch
 from generate import generate, load, make_cache, prefill, warm, weight_bytes
 from helpers import TINY, random_model, run
+from linear import ONEDNN
 from load import compile_model, pack
 
 WINDOW = 28
@@ -81,10 +82,10 @@ def test_compiled_equals_eager(compiled):
 
 def test_packed_weights_say_the_same(monkeypatch):
     """Large weights are laid out anew: here, all of them."""
-    monkeypatch.setattr("load.PACKED_BYTES", 0)
+    monkeypatch.setattr("linear.LARGE", 0)
     packed, eager = random_model(qkv_bias=True), random_model(qkv_bias=True)
     compile_model(packed)
-    assert packed.layers[0].feed_forward.down.packed
+    assert packed.layers[0].feed_forward.down.layout == ONEDNN
     assert weight_bytes(packed) == weight_bytes(eager)
     cache, plain = make_cache(packed, 4, WINDOW), make_cache(eager, 4, WINDOW)
     for length in (32, 1, 6, 1):
@@ -99,8 +100,8 @@ def test_compiling_later_lays_weights_out_as_compiling_at_once(dtype):
     plain = {name: weight.to_dense() for name, weight in later.state_dict().items()}
     compile_model(later)
     for (name, module), other in zip(later.named_modules(), at_once.modules(), strict=True):
-        if hasattr(module, "packed"):
-            assert module.packed == other.packed, name
+        if hasattr(module, "layout"):
+            assert module.layout == other.layout, name
             assert torch.equal(module.weight.to_dense(), plain[name + ".weight"])
     assert later.output.weight is later.embed.weight
     assert weight_bytes(later) == weight_bytes(at_once)
@@ -155,13 +156,13 @@ def change(model):
 @pytest.mark.parametrize("tied, dtype", [(False, torch.bfloat16), (True, torch.float32)])
 def test_a_copy_of_a_model_is_a_model(tied, dtype, monkeypatch):
     """Eager or compiled, packed or not: a copy computes with weights of its own."""
-    monkeypatch.setattr("load.PACKED_BYTES", 0)
+    monkeypatch.setattr("linear.LARGE", 0)
     original = random_model(tied_embeddings=tied).to(dtype)
     expected = logits_of(original)
     pack(original, compile=False)
     copies = {"eager": copy.deepcopy(original)}
     compile_model(original)
-    assert any(module.packed for module in original.modules() if hasattr(module, "packed"))
+    assert ONEDNN in [getattr(module, "layout", None) for module in original.modules()]
     copies |= {"packed": copy.deepcopy(original), "shallow": copy.copy(original)}
     compiled = logits_of(original)
     copies["compiled"] = copy.deepcopy(original)
@@ -179,7 +180,7 @@ def test_a_copy_of_a_model_is_a_model(tied, dtype, monkeypatch):
 
 def test_copies_compiled_beside_the_original_keep_their_own_weights(monkeypatch):
     """Guards on weights are dropped: a graph of another model's would say what that one says."""
-    monkeypatch.setattr("load.PACKED_BYTES", 0)
+    monkeypatch.setattr("linear.LARGE", 0)
     original = random_model()
     fine_tuned = change(copy.deepcopy(original))
     expected, changed = logits_of(original), logits_of(fine_tuned)
@@ -207,7 +208,7 @@ def test_a_model_and_its_drafts_compiled_in_one_process():
 
 def test_operators_are_to_the_compiler_what_they_say():
     """Shapes, strides and dtypes of what they return: graphs take these on trust."""
-    from linear import Int4Linear
+    from layers import Int4Linear
     x, weight = torch.randn(3, 64).bfloat16(), torch.randn(96, 64)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
     int4 = Int4Linear(64, 96, False, 32)

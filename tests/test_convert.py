@@ -15,6 +15,7 @@ from formats.config import config_from_hf, hf_parts
 from formats.folder import open_file, read_config
 from generate import load
 from helpers import TINY, random_model, run
+from linear import ONEDNN, cpu_kind
 from model import Transformer
 from quantize import empty_model
 from terminal import progress
@@ -132,6 +133,8 @@ def test_old_files_extra_tables_and_tied_copies_are_no_obstacle(hf_folder, tmp_p
     content["weight_map"][next(iter(extra))] = "c.safetensors"
     index.write_text(json.dumps(content))
     (hf_folder / "config.json").write_text(json.dumps({**LLAMA, "tie_word_embeddings": True}))
+    copy = {"lm_head.weight": weights_of(hf_folder)["model.embed_tokens.weight"].clone()}
+    save_file({**load_file(hf_folder / "a.safetensors"), **copy}, hf_folder / "a.safetensors")
     convert(hf_folder, tmp_path / "out")
     assert "output.weight" not in weights_of(tmp_path / "out")
 
@@ -179,10 +182,10 @@ def test_on_a_cpu_bf16_weights_are_laid_out_for_its_library_and_others_stay():
     """The CPU's library reads its own layout of bf16 faster. `to_dense` gives the rows back."""
     rows, _ = load(TINY, device="cpu", dtype=torch.float32)
     packed, _ = load(TINY, device="cpu", dtype=torch.bfloat16)
-    assert not any(module.packed for module in rows.modules() if hasattr(module, "packed"))
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    assert ONEDNN not in [getattr(module, "layout", None) for module in rows.modules()]
+    if cpu_kind() in ("avx512", "amx"):
         weight = packed.layers[0].feed_forward.down.weight
-        assert packed.layers[0].feed_forward.down.packed and packed.output.packed
+        assert packed.output.layout == packed.layers[0].feed_forward.down.layout == ONEDNN
         assert torch.equal(weight.to_dense(), rows.layers[0].feed_forward.down.weight.bfloat16())
 
 

@@ -2,13 +2,14 @@
 
 import asyncio
 import json
+import shutil
 import time
 
 import pytest
 import torch
 
 pytest.importorskip("fastapi")
-from generate import load, make_cache, prefill  # noqa: E402
+from generate import generate, load, make_cache, prefill  # noqa: E402
 from helpers import TINY, random_model  # noqa: E402
 from kv_cache import KVCache  # noqa: E402
 from server.engine import Engine  # noqa: E402
@@ -20,7 +21,7 @@ from server.prefix_cache import (  # noqa: E402
     copy_to_row,
     prefix_keys,
 )
-from server.protocol import parse_request  # noqa: E402
+from server.protocol import ApiError, parse_request  # noqa: E402
 from server.responses import ResponseWriter  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -316,3 +317,69 @@ def test_nothing_is_compiled_once_it_is_warm():
     asyncio.run(several())
     assert dict(torch._dynamo.utils.counters["stats"]) == before
     engine.stop()
+
+
+# ------------------------------------------------------------------------------ chat templates
+
+
+@pytest.fixture
+def moody(tmp_path):
+    """An engine with a template that asks for a mood, and a tokenizer that knows an end of turn
+    which the config doesn't: a word that the model says."""
+    folder = shutil.copytree(TINY, tmp_path / "c")
+    (folder / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if mood %}{{ mood }} {% endif %}assistant:")
+    engine = Engine(*load(folder, device="cpu", dtype=torch.float32), batch_size=2,
+                    window=60).start()
+    yield engine
+    engine.stop()
+    assert engine.ended.wait(20)
+
+
+def test_a_templates_arguments_are_obeyed_and_conversations_are_kept_by_them(moody):
+    args, conversation = {"mood": "glad"}, ["Hi there."]
+    answer = asyncio.run(ask(moody, *conversation, chat_template_kwargs=args))
+    ids = moody.tokenizer.first_turn("Hi there.", template_args=args)
+    assert answer["usage"]["prompt_tokens"] == len(ids)
+    assert ids != moody.tokenizer.first_turn("Hi there.")
+    conversation += [answer["choices"][0]["message"]["content"], "And you?"]
+    for other in ({"mood": "sad"}, {}, None):
+        told = asyncio.run(ask(moody, *conversation, chat_template_kwargs=other))
+        assert told["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    told = asyncio.run(ask(moody, *conversation, chat_template_kwargs=args))
+    assert told["usage"]["prompt_tokens_details"]["cached_tokens"] == len(ids) + 12
+
+
+@pytest.mark.parametrize("args", [
+    {"messages": []}, {"add_generation_prompt": False}, {"a": "\ud800"}, 5, ["a"]])
+def test_template_arguments_that_cannot_be_are_refused_by_name(args):
+    body = {"model": "m", "messages": [{"role": "user", "content": "a"}],
+            "chat_template_kwargs": args}
+    with pytest.raises(ApiError) as refused:
+        parse_request(json.dumps(body).encode(), True, "m", 500)
+    assert refused.value.status == 400
+    assert refused.value.body["error"]["param"] == "chat_template_kwargs"
+
+
+def test_an_end_of_turn_that_only_the_tokenizer_knows_ends_a_chat(moody):
+    [choice] = asyncio.run(ask(moody, "Hello"))["choices"]
+    assert choice["finish_reason"] == "length"
+    ids = moody.tokenizer.first_turn("Hello")
+    said = list(generate(moody.model, make_cache(moody.model, 4, 60), ids, 12))
+    end = said.index(said[6])
+    moody.chat_stop_ids.add(said[end])
+    [choice] = asyncio.run(ask(moody, "Hello", client="another"))["choices"]
+    assert choice["finish_reason"] == "stop"
+    assert choice["message"]["content"] == moody.tokenizer.decode(said[:end + 1])
+    body = {"model": "m", "prompt": ids, "temperature": 0, "max_tokens": 12}
+    request = parse_request(json.dumps(body).encode(), False, "m", 500)
+
+    async def completion():
+        jobs, writer = moody.make_jobs(request, ""), ResponseWriter(request, "m", "")
+        async for events in moody.submit(jobs):
+            writer.add(events)
+        return writer.completion(jobs)
+
+    [choice] = asyncio.run(completion())["choices"]
+    assert choice["finish_reason"] == "length" and choice["text"] == moody.tokenizer.decode(said)

@@ -145,6 +145,7 @@ def test_tensors_that_do_not_fit(broken, change, naming):
     "../model.safetensors", "/etc/passwd", "sub/x.safetensors", ".."])
 def test_an_index_that_points_outside(broken, outside):
     index = broken / "model.safetensors.index.json"
+    (broken / "model.safetensors").unlink()  # which counts more than an index
     index.write_text(json.dumps({"weight_map": {"norm.weight": outside}}))
     refused("generate", "--checkpoint", broken, naming=[index, outside])
 
@@ -152,11 +153,13 @@ def test_an_index_that_points_outside(broken, outside):
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "[1"])
 def test_a_broken_index(broken, content):
     index = broken / "model.safetensors.index.json"
+    (broken / "model.safetensors").unlink()
     index.write_text(content)
     refused("generate", "--checkpoint", broken, naming=[index])
 
 
 def test_an_index_that_names_a_missing_file(broken):
+    (broken / "model.safetensors").unlink()
     (broken / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}')
     refused("generate", "--checkpoint", broken, naming=["b.safetensors", "missing"])
 

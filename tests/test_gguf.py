@@ -12,7 +12,6 @@ import regex
 import sentencepiece
 import tokenizers
 import torch
-import transformers
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -22,8 +21,10 @@ import quantize
 from formats.gguf import convert_gguf
 from generate import load
 from helpers import TINY, hf_model, run
-from linear import Int4Linear, Int8Linear, Linear
+from layers import Int4Linear, Int8Linear, Linear
 from tokenizer import Tokenizer
+
+transformers = pytest.importorskip("transformers")
 
 NASTY = ("Hello,  I'm née e\u0301té 日本語 👩‍👩‍👧 1234567 x²٣Ⅷ   \n\n\t y = 3.14; "
          "don't WE'LL zzq qz\r\n"
@@ -192,6 +193,26 @@ def test_logits_equal_transformers(name, bpe, tmp_path):
         read = transformers.AutoModelForCausalLM.from_pretrained(
             tmp_path, gguf_file="a.gguf", dtype=torch.float32)
         assert (model(tokens) - read(tokens).logits).abs().max() < 1e-4
+
+
+def test_what_a_file_suggests_for_sampling_is_kept(bpe, tmp_path):
+    """Under the keys that llama.cpp's converter makes of a generation_config.json."""
+    metadata, tensors = file_of(small_model("Llama"), "llama", bpe)
+    keys = {"temp": 0.5, "top_k": 20, "top_p": 0.75, "penalty_repeat": 1.0}
+    write(tmp_path / "a.gguf", {**metadata, **{f"general.sampling.{key}": value
+                                               for key, value in keys.items()}}, tensors)
+    convert_gguf(tmp_path / "a.gguf", tmp_path / "out")
+    model, _ = load(tmp_path / "out", device="cpu")
+    assert model.suggested == {"temperature": 0.5, "top_k": 20, "top_p": 0.75}
+
+
+def test_more_tokens_than_rows_are_refused(bpe, tmp_path):
+    metadata, tensors = file_of(small_model("Llama"), "llama", bpe)
+    for name in ("token_embd.weight", "output.weight"):
+        tensors[name] = tensors[name][:500]
+    write(tmp_path / "a.gguf", metadata, tensors)
+    with pytest.raises(ValueError, match="tokenizer.ggml.tokens are 512; .* rows for 500"):
+        convert_gguf(tmp_path / "a.gguf", tmp_path / "out")
 
 
 def test_llama_3_1s_own_scaling_is_found_again(bpe, tmp_path):
@@ -489,8 +510,8 @@ def test_a_file_may_put_no_space_in_front_and_add_tokens_of_its_own(spm, tmp_pat
         metadata[f"tokenizer.ggml.{key}"] = metadata[f"tokenizer.ggml.{key}"] + values
     convert_gguf(write(tmp_path / "a.gguf", metadata, tensors), tmp_path / "out")
     ours, theirs = Tokenizer(tmp_path / "out"), Tokenizer(TINY)
-    assert ours.encode("the cat<|im_end|>the<tool>") == [
-        *theirs.inner.encode("the cat"), 4096, *theirs.inner.encode("the"), 4097]
+    cat, the = theirs.encode("the cat", bos=False), theirs.encode("the", bos=False)
+    assert ours.encode("the cat<|im_end|>the<tool>") == [*cat, 4096, *the, 4097]
     assert [ours.decode([i]) for i in (4096, 4097, 4098)] == ["", "<tool>", "<think>"]
 
 

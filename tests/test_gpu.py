@@ -14,9 +14,9 @@ from batch import Batch, generate_batch
 from draw import RowSampler, sample
 from formats.session import load_session, save_session
 from generate import decode, generate, load, make_cache, prefill, warm
-from helpers import TINY, random_model
+from helpers import ONE_THREAD, ROOT, TINY, TORCHRUN, random_model
 from kv_cache import KVCache
-from linear import Int4Linear, Int8Linear
+from layers import Int4Linear, Int8Linear
 from load import compile_model
 from oracle import Stream
 from quantize import dequantize, quantize_int4, quantize_int8
@@ -25,7 +25,6 @@ from speculate import Speculation
 from test_errors import refused
 from test_model import hf  # noqa: F401
 from test_quantize import random_weight
-from test_tp import ONE_THREAD, ROOT, TORCHRUN
 
 pytestmark = [pytest.mark.gpu,
               pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -34,6 +33,15 @@ DRAFT = TINY.parent / "tiny-draft"
 WINDOW, CHUNK = 12, 16  # a ring of 27 slots, for what is held against the oracle
 PROMPT = list(range(300, 350))
 CUDA_GRAPHS = {"triton.cudagraph_or_error": True}  # a graph that cannot be one is an error
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_tuning():
+    """Here and in the programs: the search for the fastest blocks takes minutes a graph."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("load.TUNE", False)
+        patch.setenv("GPT_STREAM_TUNE", "0")
+        yield
 
 
 def tokens_of(n, seed=0, rows=1):

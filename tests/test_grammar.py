@@ -36,7 +36,7 @@ def tiny():
 def bytes_model(byte_level):  # noqa: F811
     """The same with a tokenizer.json, and ids that it does not have."""
     tokenizer = Tokenizer(byte_level)
-    size = tokenizer.tokenizers.get_vocab_size() + 7
+    size = tokenizer.vocabulary.library.get_vocab_size() + 7
     return random_model(vocab_size=size, eos_ids=(tokenizer.specials["<|im_end|>"],)), tokenizer
 
 
@@ -76,7 +76,7 @@ def test_the_bytes_of_tokens_are_the_text_of_answers(kind, request):
 def test_the_table_of_tokens_is_that_of_llguidance_itself():
     import llguidance
     tokenizer = Tokenizer(SMOLLM2)
-    theirs = llguidance.LLTokenizer(tokenizer.tokenizers.to_str())
+    theirs = llguidance.LLTokenizer(tokenizer.vocabulary.library.to_str())
     ours = vocabulary(tokenizer, 49152)
     for token_id in range(49152):
         assert ours.decode_bytes([token_id]) == theirs.decode_bytes([token_id])

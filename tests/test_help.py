@@ -10,6 +10,7 @@ import pytest
 
 from bench.__main__ import check
 from bench.turns import turn_prompts
+from cli import sampling_of
 from generate import make_cache
 from gptq import LENGTH
 from helpers import TINY, random_model
@@ -89,6 +90,11 @@ def test_numbers_that_stand_in_words_are_the_real_ones(parsers, tmp_path):
     sinks = make_cache(random_model()).n_sink
     for name in ("generate", "chat", "batch", "bench.__main__", "server.__main__"):
         assert numbers(name, "--sink") == [sinks]
+    for name in ("generate", "chat", "batch"):
+        needed = ["--prompts", "x"] if name == "batch" else []
+        how = sampling_of(parsers[name].parse_args(needed), {})
+        for option, value in (("--temperature", how.temperature), ("--top-p", how.top_p)):
+            assert ".".join(map(str, numbers(name, option))) == str(value)
     bench = parsers["bench.__main__"]
     one, many = bench.parse_args([]), bench.parse_args(["--streams", "64"])
     check(one)

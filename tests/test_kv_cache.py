@@ -2,13 +2,14 @@
 
 import copy
 import dataclasses
+import types
 
 import pytest
 import torch
 
 from generate import make_cache
-from helpers import random_model
-from kv_cache import KVCache
+from helpers import as_on_a_gpu, random_model
+from kv_cache import KVCache, allocated_slots
 from oracle import Stream
 
 WINDOW, CHUNK = 12, 16  # a ring of 27 slots
@@ -268,3 +269,36 @@ def test_the_cache_that_is_made_for_a_model_fits_it():
         copied = copy.deepcopy(cache)
         assert model(tokens_of(1, rows=2), cache).equal(model(tokens_of(1, rows=2), copied))
         assert all(tensor._dynamo_static_input_type == "unguarded" for tensor in copied.k)
+
+
+# ------------------------------------------------------------------------------ on a GPU
+
+
+@pytest.mark.parametrize("n_sink", [0, 4])
+def test_slots_that_align_a_gpus_scores_are_never_seen_or_written(n_sink, monkeypatch):
+    """Over three wraps, whatever they hold."""
+    as_on_a_gpu(monkeypatch)
+    model, tokens = random_model(), tokens_of(100)
+    plain = KVCache(model.config, 1, n_sink, WINDOW, CHUNK)
+    monkeypatch.setattr("kv_cache.allocated_slots", lambda n, device: allocated_slots(n, "cuda"))
+    cache = KVCache(model.config, 1, n_sink, WINDOW, CHUNK)
+    used = n_sink + cache.ring
+    assert cache.n_slots == 64 > used and cache.nbytes() > plain.nbytes()
+    for tensor in (*cache.k, *cache.v):
+        tensor[:, :, used:] = 50.0
+    for part in tokens.split([16, 1, 7, 1, 16, 5, 16, 16, 16, 6], dim=1):
+        assert (model(part, cache) - model(part, plain)).abs().max() < 1e-5
+    assert all((tensor[:, :, used:] == 50.0).all() for tensor in (*cache.k, *cache.v))
+    assert (allocated_slots(2175, "cuda:1"), allocated_slots(2176, "cuda")) == (2176, 2176)
+    assert allocated_slots(2175, "cpu") == 2175
+
+
+def test_a_tensor_that_a_compiled_step_would_copy_is_refused():
+    cache = KVCache(random_model().config, 2, 4, WINDOW, CHUNK)
+    for one in (cache, copy.deepcopy(cache)):
+        one.check_static()
+    with pytest.raises(RuntimeError, match="not marked as static"):
+        cache.row(1).check_static()
+    cache.length = types.SimpleNamespace(is_cuda=True)
+    with pytest.raises(ValueError, match="on a GPU"):
+        cache.row(1)

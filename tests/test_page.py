@@ -12,11 +12,13 @@ import signal
 import time
 
 import pytest
-from selenium import webdriver
-from selenium.webdriver.common.by import By
-from selenium.webdriver.common.keys import Keys
 
-from test_server import WINDOW, Server, said, user
+pytest.importorskip("selenium")
+from selenium import webdriver  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+
+from test_server import WINDOW, Server, said, user  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 browsers = pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt install chromium "

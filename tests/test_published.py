@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load as parse
 from safetensors.torch import load_file, save_file
 
@@ -23,9 +22,10 @@ from formats.config import hf_parts
 from formats.folder import open_checkpoint
 from formats.published import PublishedLayer
 from generate import generate, load, make_cache
-from helpers import TINY, hf_model, run
+from helpers import ONE_THREAD, TINY, TORCHRUN, hf_model, run
 from test_errors import refused
-from test_tp import ONE_THREAD, TORCHRUN
+
+transformers = pytest.importorskip("transformers")
 
 EXPORTED = Path(__file__).parent / "published"
 FOLDERS = sorted(path.name for path in EXPORTED.iterdir() if path.is_dir())

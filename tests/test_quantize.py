@@ -1,5 +1,6 @@
 """int8 and int4: the kernels against explicit dequantization, files, and what is refused."""
 
+import copy
 import json
 
 import pytest
@@ -11,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from convert_hf import convert
 from generate import generate, load, make_cache, prefill, weight_bytes
 from helpers import TINY, run
-from linear import Int4Linear, Int8Linear
+from layers import GroupedInt8Linear, Int4Linear, Int8Linear
+from linear import CPUS, LANES, WORDS
 from quantize import asked_quantization, dequantize, quantize_int4, quantize_int8, quantize_weight
 
 DRAFT = TINY.parent / "tiny-draft"
@@ -73,6 +75,88 @@ def test_kernels_equal_explicit_dequantization(mode, group_size, tokens):
         for y in (layer(x), compiled(x)):
             assert y.shape == (1, tokens, 48)
             assert (y - expected).abs().max() < 1e-4
+
+
+# (mode, N, K, group size): rows in no 16s, K in no 4s, one group, groups in no 8s.
+LAYERS = [("int8", 37, 20, None), ("int8", 7, 18, None), ("int8", 48, 64, 32),
+          ("int8", 37, 96, 32), ("int4", 48, 32, 32), ("int4", 16, 128, 128),
+          ("int4", 80, 576, 64), ("int4", 32, 160, 32)]
+
+
+def any_layer(mode, N, K, group_size):
+    """An empty module, and stored tensors for it of every integer that it can hold."""
+    random = torch.Generator().manual_seed(N + K)
+    parts = {"scale": torch.rand(N, *([K // group_size] if group_size else []), generator=random)}
+    if mode == "int4":
+        parts["weight"] = torch.randint(0, 256, (N, K // 2), generator=random, dtype=torch.uint8)
+        parts["zero"] = torch.randint(0, 256, parts["scale"].shape, generator=random,
+                                      dtype=torch.uint8)
+        parts["weight"][:2] = torch.tensor([[0], [255]], dtype=torch.uint8)
+        return Int4Linear(K, N, False, group_size), parts
+    parts["weight"] = torch.randint(-128, 128, (N, K), generator=random, dtype=torch.int8)
+    parts["weight"][:2] = torch.tensor([[-128], [127]])
+    if group_size is None:
+        return Int8Linear(K, N, False), parts
+    parts["zero"] = torch.randint(-128, 128, parts["scale"].shape, generator=random,
+                                  dtype=torch.int16)
+    return GroupedInt8Linear(K, N, False, group_size), parts
+
+
+def packed_layer(mode, N, K, group_size, compiled):
+    """A module laid out for graphs or for eager calls, and the weight that it stands for."""
+    layer, parts = any_layer(mode, N, K, group_size)
+    layer.load_state_dict({name: part.clone() for name, part in parts.items()}, assign=True)
+    layer.pack(torch.float32, compiled) if mode == "int4" else layer.pack(compiled)
+    return layer, dequantize(parts).double()
+
+
+def is_product(y, x, weight):
+    """Whether y is x W^T but for float32's roundings of sums of such terms."""
+    exact, terms = x.double() @ weight.t(), x.double().abs() @ weight.abs().t()
+    return y.shape == exact.shape and bool(((y - exact).abs() <= 2e-6 * terms.amax()).all())
+
+
+@pytest.mark.parametrize("processor", CPUS.split())
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager model", "compiled model"])
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_every_layout_and_number_of_tokens_equals_dequantization(processor, compiled, layer,
+                                                                 monkeypatch):
+    monkeypatch.setenv("GPT_STREAM_CPU", processor)
+    module, weight = packed_layer(*layer, compiled)
+    for tokens in (1, 2, 5, 8, 9, 16, 17, 130):
+        x = torch.randn(1, tokens, layer[2], generator=torch.Generator().manual_seed(tokens))
+        assert is_product(module(x), x, weight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", LAYERS[1:], ids=str)
+def test_graphs_for_avx2_equal_dequantization(layer, monkeypatch):
+    monkeypatch.setenv("GPT_STREAM_CPU", "avx2")
+    torch._dynamo.reset()
+    module, weight = packed_layer(*layer, compiled=True)
+    graph = torch.compile(module, fullgraph=True, dynamic=False)
+    for tokens in (1, 3, 9):
+        x = torch.randn(1, tokens, layer[2], generator=torch.Generator().manual_seed(tokens))
+        with torch.no_grad():
+            assert is_product(graph(x), x, weight)
+
+
+def test_layouts_for_avx2_are_no_second_copy_and_are_copied_as_any_tensor(monkeypatch):
+    monkeypatch.setenv("GPT_STREAM_CPU", "avx2")
+    layer, parts = any_layer("int8", 48, 64, None)
+    layer.load_state_dict(parts, assign=True)
+    layer.pack(compiled=True)
+    assert layer.layout == WORDS and layer.weight.data_ptr() == parts["weight"].data_ptr()
+    layer.pack(compiled=True)
+    layer.unpack()
+    assert torch.equal(layer.weight, parts["weight"])
+    for shape in (("int8", 48, 64, 32), ("int4", 48, 64, 32)):
+        module, weight = packed_layer(*shape, compiled=True)
+        other, x = copy.deepcopy(module), torch.randn(1, 3, 64)
+        assert module.layout == other.layout == LANES
+        assert module.weight.nbytes == 48 * 64 // (2 if shape[0] == "int4" else 1)
+        module.weight.zero_()
+        assert is_product(other(x), x, weight)
 
 
 @pytest.mark.parametrize("mode, group_size", KINDS)

@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 pytest.importorskip("ray", reason="needs pip install -r requirements-ray.txt")
 pytest.importorskip("openai", reason="needs pip install openai")
+from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 from ray.exceptions import ActorDiedError  # noqa: E402
 
 from helpers import TINY  # noqa: E402

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-import transformers
 
 from eval import measure
 from formats.config import hf_parts
 from formats.hub import CHECKPOINTS
 from generate import generate, load, make_cache
 from helpers import run
+
+transformers = pytest.importorskip("transformers")
 
 FOLDER = CHECKPOINTS / "smollm2-135m-instruct"
 pytestmark = [pytest.mark.released, pytest.mark.slow, pytest.mark.skipif(

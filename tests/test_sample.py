@@ -10,9 +10,12 @@ import torch
 import draw as module
 from draw import (
     BLOCK,
+    UNDRAWN,
     RowSampler,
     block_cdf,
     blockwise_topk,
+    check_drawn,
+    draw_from_weights,
     inverse_cdf,
     inverse_cdf_one,
     mix,
@@ -22,7 +25,15 @@ from draw import (
 )
 from generate import generate, make_cache
 from helpers import random_model
-from sample import RANGES, Sampling, log_probabilities, penalize, probabilities, seen_in
+from sample import (
+    RANGES,
+    Sampling,
+    distribution,
+    log_probabilities,
+    penalize,
+    probabilities,
+    seen_in,
+)
 
 MIXED = [Sampling(), Sampling(1.0, seed=3), Sampling(0.8, top_p=0.9, seed=4),
          Sampling(1.3, 5, 0.7, seed=5), Sampling(1.0, min_p=0.1, seed=6),
@@ -207,10 +218,61 @@ def test_however_cold_the_likeliest_is_drawn(way):
         assert torch.equal(rows.sample(logits[:, None])[:, 0], logits.argmax(-1))
 
 
-def test_nothing_hangs_or_fails_on_logits_that_are_not_numbers(way):
-    for bad in (math.nan, -math.inf):
-        sample(torch.full((2, 128), bad), Sampling(1.0, top_p=0.9))
-        sample(torch.full((2, 128), bad), Sampling(1.0, top_k=5))
+WAYS = [Sampling(), Sampling(1.0), Sampling(0.7, top_k=5), Sampling(1.0, top_p=0.9),
+        Sampling(1.3, min_p=0.1), Sampling(0.8, 40, 0.95, 0.05),
+        Sampling(repetition_penalty=1.3), Sampling(0.9, presence_penalty=1.0, top_p=0.8)]
+
+
+def damaged(logits, kind):
+    """The logits with a value in them with which no token can be drawn."""
+    logits = logits.clone()
+    if "-inf" in kind:
+        logits[:] = -math.inf
+    else:
+        logits[slice(None) if "all" in kind else 37] = float(kind.split()[-1])
+    return logits
+
+
+@pytest.mark.parametrize("kind", ["one nan", "all nan", "one inf", "all inf", "all -inf"])
+def test_where_no_token_can_be_drawn_the_id_says_so_and_other_rows_are_as_ever(way, kind):
+    logits, bad = some_logits(len(WAYS), 128), torch.arange(len(WAYS)) % 2 == 1
+    for _ in range(2):  # so that every way of drawing is in a good row and in a bad one
+        broken = torch.stack([damaged(row, kind) if is_bad else row
+                              for row, is_bad in zip(logits, bad)])
+        drawn = []
+        for given in (logits, broken):
+            rows = RowSampler(len(WAYS), 128)
+            for row, one in enumerate(WAYS):
+                rows.begin(row, replace(one, seed=row), [5, 37])
+            drawn.append([rows.sample(given[:, None])[:, 0] for _ in range(3)])
+        for ids, expected in zip(*reversed(drawn)):
+            assert torch.equal(ids, torch.where(bad, UNDRAWN, expected))
+        bad = ~bad
+    for one in WAYS[:6]:
+        both = torch.stack([logits[0], damaged(logits[0], kind)])
+        ids = sample(both, one, torch.Generator().manual_seed(1))
+        assert ids[1] == UNDRAWN and 0 <= ids[0] < 128
+        weights = distribution(both, one)
+        assert weights[0].isfinite().all() and weights[1].isnan().any()
+        assert (draw_from_weights(weights, one) == UNDRAWN).tolist() == [False, True]
+
+
+def test_a_logit_of_minus_infinity_is_a_mask(way):
+    """Tokens of which all are masked but a few are drawn as if there were only those."""
+    logits, left = torch.full((128,), -math.inf), torch.tensor([3, 70, 127])
+    logits[left] = some_logits(3)
+    for one in WAYS[:6]:
+        expected = torch.zeros(128)
+        expected[left] = distribution(logits[left], one)
+        draws = sample(logits.expand(2000, -1), one, torch.Generator().manual_seed(1))
+        chi_square, bound = goodness(draws, expected)
+        assert chi_square < bound
+
+
+def test_a_token_that_could_not_be_drawn_is_one_line():
+    assert check_drawn(0) == 0
+    with pytest.raises(ValueError, match=r"^[^\n]*NaN or infinite[^\n]*--dtype[^\n]*$"):
+        check_drawn(UNDRAWN)
 
 
 def test_keys_give_uniform_and_independent_numbers():
@@ -363,3 +425,19 @@ def test_one_way_of_drawing_is_for_a_cpu(monkeypatch):
     monkeypatch.setattr(module, "on_cpu", lambda logits: False)
     sample(torch.randn(2, 9), Sampling(1.0))
     assert called == ["draw_on_cpu", "draw_on_gpu"]
+
+
+@pytest.mark.parametrize("one", MIXED[1:])
+def test_rows_of_one_setting_draw_on_a_gpu_as_beside_others(one, monkeypatch):
+    """With the settings as numbers, or as tensors because a greedy row is among them."""
+    for name in ("sample.on_cpu", "draw.on_cpu"):
+        monkeypatch.setattr(name, lambda logits: False)
+    logits = some_logits(4, 1, 5 * BLOCK)
+    same, mixed = RowSampler(3, 5 * BLOCK), RowSampler(4, 5 * BLOCK)
+    for row in range(3):
+        same.begin(row, replace(one, seed=row), [])
+        mixed.begin(row, replace(one, seed=row), [])
+    for _ in range(20):
+        assert torch.equal(same.sample(logits[:3]), mixed.sample(logits)[:3])
+    assert isinstance(same.limits(slice(None))["temperature"], float)
+    assert isinstance(mixed.limits(slice(None))["temperature"], torch.Tensor)

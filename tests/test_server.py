@@ -17,16 +17,19 @@ import threading
 import time
 from typing import Literal
 
-import openai
-import pydantic
 import pytest
 import torch
-from starlette.requests import Request
 
 from generate import generate, load, make_cache
 from helpers import TINY, run
-from server.app import Settings, check_host
-from server.protocol import ApiError
+
+openai = pytest.importorskip("openai")
+pytest.importorskip("fastapi")
+import pydantic  # noqa: E402
+from starlette.requests import Request  # noqa: E402
+
+from server.app import Settings, check_host  # noqa: E402
+from server.protocol import ApiError  # noqa: E402
 
 ROOT = TINY.parent.parent
 WINDOW = 200
@@ -806,3 +809,23 @@ def test_the_measuring_client_counts_what_the_server_counts(server, tmp_path):
         assert all(line["new_tokens"] == 18 and line["tok_s"] > 0 for line in lines)
         assert "--beside" in more or generated == 18 * len(lines)
         assert ("--stream" in more) == (lines[0]["first_p50_s"] is not None)
+
+
+def test_a_replicas_engine_is_warmed_in_the_thread_that_runs_it(monkeypatch):
+    """CUDA graphs belong to the thread that records them."""
+    from server.__main__ import engine_arguments, make_server_parser, start_engine
+    from server.engine import Engine
+    threads = {}
+    for name in ("warm", "run"):
+        method = getattr(Engine, name)
+        monkeypatch.setattr(Engine, name, lambda engine, name=name, method=method: (
+            threads.update({name: threading.get_ident()}), method(engine)))
+    argv = ["--checkpoint", str(TINY), "--device", "cpu", "--batch", "1", "--window", "60"]
+    engine = start_engine(**engine_arguments(make_server_parser().parse_args(argv)))
+    assert engine.state() == "ok"
+    engine.stop()
+    assert engine.ended.wait(20)
+    assert threads["warm"] == threads["run"] != threading.get_ident()
+    with pytest.raises(ValueError, match="window 99999"):
+        start_engine(**engine_arguments(make_server_parser().parse_args(
+            [*argv[:-1], "99999"])))

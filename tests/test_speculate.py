@@ -1,12 +1,18 @@
 """Speculation is lossless: greedy token for token, sampling in distribution."""
 
+import copy
 import itertools
 import json
+import math
+import shutil
 from array import array
 from dataclasses import replace
 
 import pytest
+import tokenizers
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
 from convert_hf import convert
@@ -16,7 +22,7 @@ from kv_cache import KVCache
 from load import compile_model
 from quantize import asked_quantization
 from sample import Sampling, distribution
-from speculate import Speculation, look_up, verify
+from speculate import Speculation, look_up, propose, verify
 from tokenizer import Tokenizer
 
 DRAFT = TINY.parent / "tiny-draft"
@@ -157,6 +163,114 @@ def test_speculation_that_does_not_pay_stops_and_says_so_once(models, caplog):
     list(generate(target, cache, [300, 301], 50, stop_ids=(), speculation=speculation))
     assert speculation.size == 0 and speculation.proposed <= 40
     assert caplog.text.count("speculation stopped: 0 of") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(7, 9), (9, 7)], ids=["the draft's is longer", "shorter"])
+def test_a_draft_whose_vocabulary_is_padded_otherwise_changes_nothing(sizes):
+    """Chi-square of what a round draws, for a draft that likes most what the model has not; and
+    greedy streams, also of tokens that the draft has not."""
+    V, its = sizes
+    target, draft = random_model(0, vocab_size=V), random_model(1, vocab_size=its)
+    draft.output.weight[V:] *= 9
+    cache, other = KVCache(target.config, 1, 2, 20, 64), KVCache(draft.config, 1, 2, 20, 64)
+    prompt = [V - 1, 1, V - 1, 3]  # which may be beyond the draft's vocabulary
+    plain = list(generate(target, cache, prompt, 60, stop_ids=()))
+    cache.reset()
+    speculation = Speculation(draft, other, 3)
+    assert list(generate(target, cache, prompt, 60, stop_ids=(), speculation=speculation)) == plain
+    assert speculation.proposed > 0
+    sampling, generator, counts = Sampling(1.0, top_p=0.95), torch.Generator(), torch.zeros(V, V)
+    generator.manual_seed(0)
+    token, draws = torch.tensor([[V - 1]]), 600
+    first = distribution(target(token)[0, -1], sampling)
+    pairs = torch.stack([torch.full((V,), V - 1), torch.arange(V)], dim=1)
+    after = distribution(target(pairs)[:, -1], sampling)
+    for _ in range(draws):
+        other.reset()
+        speculation.restart([0])  # the draft reads on from any token
+        proposals, q = propose(speculation, token, 1, V, sampling, generator)
+        assert q.shape == (1, V) and proposals.max() < min(V, its)
+        assert torch.allclose(q.sum(-1), torch.ones(1)) and (q[:, its:] == 0).all()
+        p = torch.stack([first, after[proposals[0, 0]]])
+        n, following = verify(p, q, proposals[0], sampling, generator)
+        if n:
+            counts[proposals[0, 0], following] += 1
+        else:  # the token after a replaced one is drawn in the next round
+            second = torch.multinomial(after[following[0]], 1, generator=generator)
+            counts[following, second] += 1
+    expected = draws * first[:, None] * after
+    assert (counts[expected == 0] == 0).all()
+    cells = expected > 5
+    chi2 = ((counts - expected)[cells] ** 2 / expected[cells]).sum()
+    freedom = int(cells.sum()) - 1
+    assert chi2 < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def resized(source, folder, extra):
+    """A copy of a checkpoint with so many more rows for tokens, or fewer, which no text has."""
+    shutil.copytree(source, folder)
+    raw = json.loads((folder / "config.json").read_text())
+    size = raw["vocab_size"] + extra
+    (folder / "config.json").write_text(json.dumps({**raw, "vocab_size": size}))
+    weights = load_file(folder / "model.safetensors")
+    weights["embed.weight"] = F.pad(weights["embed.weight"], (0, 0, 0, extra))
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def test_a_draft_needs_the_same_tokenizer_and_not_the_same_padding(tmp_path):
+    """A vocabulary's size is not its tokenizer. What has another one is told so."""
+    shared = ["--max-new-tokens", 40, "--temperature", 0, "--dtype", "fp32", "--json"]
+    plain = json.loads(run("generate", *shared)[1])
+    for name, extra in (("longer", 64), ("shorter", -8)):
+        draft = resized(DRAFT, tmp_path / name, extra)
+        status, out, err = run("generate", *shared, "--draft", draft, "--speculate", 4)
+        assert status == 0, err
+        assert json.loads(out)["token_ids"] == plain["token_ids"] and json.loads(out)["accepted"]
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    (tmp_path / "longer" / "tokenizer.model").unlink()
+    words.save(str(tmp_path / "longer" / "tokenizer.json"))
+    status, _, err = run("generate", *shared, "--draft", tmp_path / "longer")
+    assert status == 2 and "has another tokenizer than the model" in err.splitlines()[-1]
+
+
+def not_finite(model):
+    """A copy of a model whose logits are NaN from its ninth step on."""
+    broken, calls = copy.deepcopy(model), []
+
+    def step(tokens, *rest, original=broken.step):
+        calls.append(tokens)
+        return original(tokens, *rest) * (math.nan if len(calls) > 8 else 1)
+
+    broken.step = step
+    return broken
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, top_p=0.9, seed=1)])
+def test_logits_that_are_not_finite_end_an_answer_and_a_draft_s_end_speculation(models, sampling,
+                                                                               caplog):
+    target, draft = models
+    for speculation in (None, of_draft(draft, 3), Speculation(fixed=2)):
+        broken = not_finite(target)
+        stream = generate(broken, make_cache(broken, 4, WINDOW), [300, 301], 200, stop_ids=(),
+                          sampling=sampling, speculation=speculation)
+        said = []
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            for token_id in stream:
+                said.append(token_id)
+        assert len(said) >= 7 and min(said) >= 0
+        if not sampling.temperature:
+            assert said == list(generate(target, make_cache(target, 4, WINDOW), [300, 301],
+                                         len(said), stop_ids=()))
+    speculation = of_draft(not_finite(draft), 3)
+    said = list(generate(target, make_cache(target, 4, WINDOW), [300, 301], 60, stop_ids=(),
+                         sampling=sampling, speculation=speculation))
+    assert len(said) == 60 and min(said) >= 0 and speculation.size == 0
+    assert caplog.text.count("speculation stopped: the draft's logits are NaN or infinite") == 1
+    if not sampling.temperature:
+        assert said == list(generate(target, make_cache(target, 4, WINDOW), [300, 301], 60,
+                                     stop_ids=()))
 
 
 def test_look_up():

@@ -25,7 +25,7 @@ pexpect = pytest.importorskip("pexpect")
 pytestmark = pytest.mark.slow
 # What the model of `parrot` says for ever: a character of one token, one of three and one of four.
 SAYING = " Caf\u00e9, \u65e5 and\U0001f642."
-TEMPLATE = ("{% for m in messages %}{% if m.role == 'user' %}Q {{ m.content }} A:"
+TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}Q {{ m.content }} A:"
             "{% else %}{{ m.content }} {% endif %}{% endfor %}")
 ROOT = TINY.parent.parent
 # One thread: two wait for each other long where other programs keep the cores busy.

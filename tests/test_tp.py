@@ -8,26 +8,22 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 
 import tp
 import tp_worker
 from convert_hf import convert
 from generate import load
-from helpers import TINY, random_model, run
+from helpers import ONE_THREAD, ROOT, TINY, TORCHRUN, random_model, run
 from model import ModelConfig
 from quantize import asked_quantization
 
-ROOT = TINY.parent.parent
+transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")

@@ -218,7 +218,8 @@ def make_compressed(folder: Path, source: Path, packed: bool) -> None:
             weights[stem + "weight_shape"] = torch.tensor([N, K])
         else:
             weights[name] = torch.randint(-128, 128, (N, K), dtype=torch.int8)
-        weights[stem + "weight_scale"] = torch.rand(N, K // 32 if packed else 1).half() / 50
+        largest = 0.02 if packed else 0.002  # so that nothing overflows in fp16
+        weights[stem + "weight_scale"] = torch.rand(N, K // 32 if packed else 1).half() * largest
     settings = {"num_bits": 4 if packed else 8, "type": "int", "symmetric": True,
                 "strategy": "group" if packed else "channel",
                 "group_size": 32 if packed else None, "actorder": None}

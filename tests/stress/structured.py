@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 from cli import add_checkpoint, plain_parser  # noqa: E402
+from formats.files import read_json  # noqa: E402
 from formats.hub import find  # noqa: E402
 from helpers import TINY, random_model  # noqa: E402
 from schemas import check_answers  # noqa: E402
@@ -29,12 +30,9 @@ def main():
                         help="the seed of the first schema")
     args = parser.parse_args()
     models = []
-    for folder, eos_id in ((TINY, 2), (find(args.checkpoint)[0], None)):
-        tokenizer = Tokenizer(folder)
-        if tokenizer.tokenizers:
-            eos_id = tokenizer.specials[tokenizer.eos_token]
-        size = 4096 if tokenizer.sentencepiece else tokenizer.tokenizers.get_vocab_size()
-        models.append((random_model(vocab_size=size, eos_ids=(eos_id,)), tokenizer))
+    for folder in (TINY, find(args.checkpoint)[0]):
+        tokenizer, size = Tokenizer(folder), read_json(folder / "config.json")["vocab_size"]
+        models.append((random_model(vocab_size=size, eos_ids=(tokenizer.eos_id,)), tokenizer))
     ended = 0
     for n, first in enumerate(range(args.first, args.first + args.schemas, 50)):
         seeds = list(range(first, min(first + 50, args.first + args.schemas)))
