@@ -146,7 +146,7 @@ def in_one_line(error: str) -> str:
     line = next((line for line in lines if line.startswith("error: ")), lines[0])
     for prefix in ("error: ", "at 1(8): ", "failed to compile JSON schema: "):
         line = line.removeprefix(prefix)
-    return line[:300]
+    return "no token goes on with it" if line == "NoExtensionBias" else line[:300]
 
 
 # ------------------------------------------------------------------------------ masks
