@@ -371,7 +371,10 @@ def yield_tokens(batch: Batch, ids: list[int]) -> Iterator[tuple[Stream, int | N
         if drawn:
             yield stream, token_id
         if not stream.new_tokens_left:
-            stream.error = batch.sampler.error(row) if drawn else NOT_FINITE
+            if token_id in stream.prompt.stop_ids:  # which a grammar's fault lets through alone
+                stream.error = batch.sampler.error(row)
+            elif not drawn:
+                stream.error = NOT_FINITE
             yield stream, None
             batch.sampler.end(row)
             batch.cache.clear_row(row, stream.length)

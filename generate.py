@@ -198,9 +198,11 @@ def continue_from(model: Transformer, cache: KVCache, logits: Tensor, prompt_ids
     if speculation is not None:
         token, max_new_tokens = yield from speculate(model, cache, token, max_new_tokens, stop_ids,
                                                      speculation, sampling)
-    yield from decode(model, cache, token, max_new_tokens, stop_ids, row.sample)
-    if error := row.error(0):
-        raise ValueError(f"the grammar could not go on: {error}")
+    token_id = None
+    for token_id in decode(model, cache, token, max_new_tokens, stop_ids, row.sample):
+        yield token_id
+    if token_id in stop_ids and row.error(0):  # a fault lets nothing else through
+        raise ValueError(f"the grammar could not go on: {row.error(0)}")
 
 
 @torch.no_grad()

@@ -61,9 +61,10 @@ class Grammar:
                 raise ValueError(f"it has {len(text)} characters; at most {MAX_CHARS} are read")
             if self.kind == "regex":
                 text = f"start: /{llguidance.regex_to_lark(text)}/"
-            self._start = llguidance.LLMatcher(
-                vocabulary(tokenizer, vocab_size), text + NO_FORCING, log_level=0,
-                limits=llguidance.LLParserLimits(**LIMITS))
+            self._make = functools.partial(
+                llguidance.LLMatcher, vocabulary(tokenizer, vocab_size), text + NO_FORCING,
+                log_level=0, limits=llguidance.LLParserLimits(**LIMITS))
+            self._start = self._make()
             if error := self._start.get_error() or self._try():
                 raise ValueError(in_one_line(error))
         except ValueError as error:
@@ -72,7 +73,7 @@ class Grammar:
     def matcher(self, stop_ids: Collection[int]) -> Matcher:
         """The state of a new answer, which one of stop_ids ends."""
         stop_ids = [token_id for token_id in stop_ids if token_id < self.vocab_size]
-        return Matcher(self._start.deep_copy(), stop_ids)
+        return Matcher(self._start.deep_copy(), stop_ids, self._make)
 
     def check_fits(self, vocab_size: int, stop_ids: Collection[int]) -> None:
         """Raises ValueError where an answer could not end, or the model is another one."""
@@ -85,7 +86,8 @@ class Grammar:
 
     def _try(self) -> str:
         """Walk through the grammar at random. Returns the error that this ran into, if any."""
-        matcher, mask, choose = self.matcher(()), new_masks(1, self.vocab_size)[0], random.Random(0)
+        matcher, choose = Matcher(self._start.deep_copy(), ()), random.Random(0)
+        mask = new_masks(1, self.vocab_size)[0]
         for _ in range(TRIAL_TOKENS):
             matcher.allow_next(mask)
             bits = np.unpackbits(mask.numpy(), bitorder="little")[:self.vocab_size]
@@ -98,9 +100,11 @@ class Grammar:
 class Matcher:
     """How far one answer has come in its grammar. Nothing here raises: see `error`."""
 
-    def __init__(self, matcher, stop_ids: Collection[int]):
-        """matcher is llguidance's."""
+    def __init__(self, matcher, stop_ids: Collection[int], make: Callable | None = None):
+        """matcher is llguidance's, a copy. Copies share a lexer, and with it LIMITS: when those are
+        reached, make() is a matcher of this answer alone, and only its own fault ends it."""
         self._matcher, self.stop_ids, self.ended = matcher, tuple(stop_ids), False
+        self._make, self._accepted = make, []
 
     @property
     def error(self) -> str:
@@ -113,10 +117,15 @@ class Matcher:
             self.ended = True
         elif token_id >= 0 and not self.ended:
             self._matcher.consume_token(token_id)
+            self._accepted.append(token_id)
 
     def allow_next(self, mask: Tensor) -> None:
         """Write into mask (n_bytes,), a row of `new_masks`, which tokens may come next."""
         self._matcher.unsafe_compute_mask_ptr(mask.data_ptr(), len(mask))
+        if self._matcher.is_error() and self._make:
+            self._matcher, self._make = self._make(), None
+            self._matcher.consume_tokens(self._accepted)
+            self._matcher.unsafe_compute_mask_ptr(mask.data_ptr(), len(mask))
         over = self.ended or self._matcher.is_error()
         if over:
             mask.zero_()

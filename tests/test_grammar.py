@@ -1,6 +1,7 @@
 """Structured output: what ends by itself fits, read by jsonschema, re and Python's own parsers."""
 
 import json
+import math
 import re
 import sys
 
@@ -9,7 +10,7 @@ import torch
 
 import grammar as program
 from batch import Batch, Prompt, generate_batch
-from draw import RowSampler
+from draw import UNDRAWN, RowSampler
 from formats.hub import CHECKPOINTS
 from generate import generate, load, make_cache
 from grammar import Grammar, token_bytes, vocabulary
@@ -67,7 +68,7 @@ def test_the_bytes_of_tokens_are_the_text_of_answers(kind, request):
     for text in ("Hello, world:  two", "Größe 数量 🎈\n\ttab", '{"a": [1, 2.5e3, null]}'):
         ids = tokenizer.encode(text, bos=False)
         assert b"".join(texts[i] for i in ids).decode() == tokenizer.decode(ids)
-    assert texts[4999] == b""
+    assert texts[4999] == b"" and not any(texts[i] for i in tokenizer.hidden_ids)
 
 
 @pytest.mark.released
@@ -141,6 +142,17 @@ def test_stop_ids_wait_until_the_grammar_allows_the_end(tiny):
     assert ids[-1] == a and re.fullmatch("[ a]{5}b?", tokenizer.decode(ids[:-1]))
 
 
+def test_stop_ids_that_the_model_does_not_have_are_left_out(tiny):
+    """A tokenizer may have more tokens than the model."""
+    model, tokenizer = tiny
+    grammar = Grammar(tokenizer, 4096, regex="[ab]{5}")
+    text, ended = answer(model, tokenizer, Sampling(grammar=grammar), stop_ids=(2, 9000))
+    assert ended and re.fullmatch("[ab]{5}", text)
+    with pytest.raises(ValueError, match="needs a token that ends it"):
+        generate(model, make_cache(model, 4, 60), [1], sampling=Sampling(grammar=grammar),
+                 stop_ids=(9000,))
+
+
 # ------------------------------------------------------------------------------ beside the rest
 
 
@@ -196,6 +208,26 @@ def test_rows_without_a_grammar_make_no_masks(tiny):
     rows.begin(0, Sampling(1.0, seed=1), [1])
     rows.sample(torch.randn(2, 1, 4096))
     assert rows.masks is None and not rows.unread
+
+
+@pytest.mark.parametrize("way", ["cpu", "gpu"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_mask_does_not_hide_logits_that_are_not_finite(tiny, way, bad, monkeypatch):
+    if way == "gpu":
+        as_on_a_gpu(monkeypatch)
+    _, tokenizer = tiny
+    grammar = Grammar(tokenizer, 4096, regex="[ab]+")
+    for how in (Sampling(grammar=grammar), Sampling(1.0, top_k=5, seed=1, grammar=grammar),
+                Sampling(0.7, top_p=0.9, seed=1, grammar=grammar)):
+        rows = RowSampler(2, 4096)
+        rows.begin(0, how, [1], (2,))
+        rows.begin(1, how, [1], (2,))
+        logits = torch.randn(2, 1, 4096)
+        logits[0, 0, tokenizer.eos_id] = bad
+        logits[1, 0, tokenizer.eos_id] = -math.inf
+        for _ in range(2):
+            first, second = rows.sample(logits)[:, 0].tolist()
+            assert first == UNDRAWN and re.fullmatch("[ab]+", tokenizer.decode([second]))
 
 
 def test_a_row_that_ended_leaves_nothing_to_the_next(tiny):
@@ -283,17 +315,20 @@ def test_a_grammar_that_fails_midway_ends_its_answer_alone(tiny, monkeypatch):
     grammar = Grammar(tokenizer, 4096, schema={"pattern": "^(.*a){30}$", "type": "string",
                                                "maxLength": 1000})
     sampling = Sampling(1.0, seed=1, grammar=grammar)
+    said = []
     with pytest.raises(ValueError, match="the grammar could not go on: lexer error: too many"):
-        list(generate(model, make_cache(model, 4, 60), [1], 200, sampling=sampling))
+        said.extend(generate(model, make_cache(model, 4, 60), [1], 200, sampling=sampling))
+    before = len(said) - 1  # where max_new_tokens ends it first, there is no fault
+    assert said[:-1] == [*generate(model, make_cache(model, 4, 60), [1], before, sampling=sampling)]
     ended, ids = {}, []
-    for stream, token_id in generate_batch(
-            model, [Prompt([1], sampling, 200), Prompt([3], Sampling(), 200)], 2, 4, 60,
-            batch=Batch(model, 2, 4, 60)):
+    prompts = [Prompt([1], sampling, 200), Prompt([3], Sampling(), 200),
+               Prompt([1], sampling, before)]
+    for stream, token_id in generate_batch(model, prompts, batch=Batch(model, 2, 4, 60)):
         if token_id is None:
             ended[stream.index] = stream.error
         elif stream.index == 1:
             ids.append(token_id)
-    assert ended[0].startswith("lexer error: too many") and not ended[1]
+    assert ended[0].startswith("lexer error: too many") and not ended[1] and not ended[2]
     assert ids == list(generate(model, make_cache(model, 4, 60), [3], 200))
 
 
