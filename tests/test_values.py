@@ -16,6 +16,7 @@ import chat
 from batch import Batch, Prompt, generate_batch
 from cli import make_parser
 from convert_hf import convert
+from draw import NOT_FINITE
 from formats.folder import open_file
 from generate import generate, load, make_cache, prefill
 from helpers import TINY, as_on_a_gpu, hf_model, random_model, run
@@ -121,7 +122,7 @@ def test_a_row_without_a_token_ends_and_disturbs_no_other(way, monkeypatch):
         for stream, token_id in generate_batch(model, mixed, batch=Batch(model, batch_size, 4, 24)):
             said.setdefault(stream.index, []).append(token_id)
             if token_id is None:
-                assert stream.failed == (63 in stream.prompt.ids)
+                assert stream.error == (NOT_FINITE if 63 in stream.prompt.ids else "")
         for index, prompt in enumerate(mixed):
             alone = generate(model, make_cache(model, 4, 24), prompt.ids, 12, stop_ids=(),
                              sampling=prompt.sampling)
