@@ -264,6 +264,18 @@ def test_a_pickle_from_before_zip_archives_is_refused_unread(both_kinds, tmp_pat
     refused("generate", "--checkpoint", folder, naming=[path, "PyTorch 1.6", "model.safetensors"])
 
 
+@pytest.mark.parametrize("odd", [
+    {"a": torch.ones(4).to_sparse()}, {"a": torch.ones(4, device="meta")}, {3: torch.ones(4)},
+    {"a": torch._neg_view(torch.ones(4))}, {"a": torch.ones(2, dtype=torch.complex64).conj()},
+    {"state_dict": {"a": torch.ones(4)}}], ids=["sparse", "meta", "number", "negated",
+                                                 "conjugate", "nested"])
+def test_a_bin_file_of_what_is_no_plain_tensor_is_refused(odd, tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(odd, path)
+    with pytest.raises(ValueError, match="pytorch_model.bin.* other things than plain tensors"):
+        open_file(path)
+
+
 def test_damaged_archives_are_one_line_or_tensors(tmp_path):
     """Cut anywhere, or with a byte changed anywhere."""
     path = tmp_path / "pytorch_model.bin"
