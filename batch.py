@@ -17,7 +17,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -27,24 +27,26 @@ from cli import (
     add_generation,
     add_template_args,
     check_text,
+    grammar_arguments,
     load_arguments,
+    make_grammar,
     make_parser,
     number,
     read_prompts,
     sampling_of,
     template_args_of,
 )
-from draw import NOT_FINITE, UNDRAWN, RowSampler, new_seed
+from draw import NOT_FINITE, UNDRAWN, RowSampler, copy_to_host, new_seed
 from generate import (
     Transcript,
     chat_stop_ids,
     check_ids,
-    copy_to_host,
     get_ready,
     make_cache,
     open_model,
     prefill_chunks,
 )
+from grammar import Grammar
 from kv_cache import KVCache
 from model import Transformer
 from sample import Sampling, check_range, log_probabilities
@@ -102,8 +104,9 @@ class Stream:
     started: float  # time.perf_counter() when its prefill began
     prefilled: float = 0.0  # and when it ended, after steps of other streams in between
     length: int = 0  # tokens in its row
-    failed: bool = False  # it ended because no token could be drawn (draw.NOT_FINITE)
-    # For each token yielded: its log-probability, and {id: log-probability} of the likeliest ones.
+    error: str = ""  # at its end: the fault that ended it, a grammar's or draw.NOT_FINITE
+    # For each token yielded: its log-probability, and {id: log-probability} of the likeliest ones,
+    # as the model has them: no limit, penalty or grammar is in these.
     logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
 
     def cancel(self) -> None:
@@ -174,7 +177,7 @@ def generate_batch(model: Transformer, prompts: Iterable[Sequence[int] | Prompt 
                    batch: Batch | None = None) -> Iterator[tuple[Stream, int | None]]:
     """Continue every prompt, B at a time: yields (stream, token id) as the tokens come, a stop id
     too, and (stream, None) after a stream's last one. `stream.index` is its number,
-    `stream.cancel()` ends it early, and `stream.failed` says that its logits were not finite.
+    `stream.cancel()` ends it early, and `stream.error` says, at its end, what fault ended it.
 
     A prompt is taken from the iterable when its prefill begins; None says that there is none now.
     A Prompt has its own settings; plain ids have these: sampling (default: greedy), the stop_ids
@@ -220,6 +223,8 @@ def streams_of(model: Transformer, prompts: Iterable[Sequence[int] | Prompt | No
         check_ids(model, prompt.ids)
         seed = new_seed() if prompt.sampling.seed is None else prompt.sampling.seed
         ends = model.config.eos_ids if prompt.stop_ids is None else prompt.stop_ids
+        if prompt.sampling.grammar:
+            prompt.sampling.grammar.check_fits(model.config.vocab_size, ends)
         each = [replace(prompt, sampling=replace(prompt.sampling, seed=seed + i), stop_ids=ends)
                 for i in range(prompt.samples)]
         yield [Stream(index + i, i, one, one.max_new_tokens, time.perf_counter(),
@@ -300,7 +305,7 @@ def start_row(batch: Batch, row: int, stream: Stream, prefill: Prefill) -> None:
     """Copy a prefilled prompt to a stream's row, and draw its first token."""
     batch.cache.copy_row(row, prefill.cache, n_tokens=stream.length)
     prompt, batch.rows[row], batch.is_busy[row] = stream.prompt, stream, 1
-    batch.sampler.begin(row, prompt.sampling, prompt.all_ids())
+    batch.sampler.begin(row, prompt.sampling, prompt.all_ids(), prompt.stop_ids)
     batch.tokens[row:row + 1] = batch.sampler.sample(prefill.logits, slice(row, row + 1))
     compute_logprobs(batch, [] if prompt.logprobs is None else [row], prefill.logits)
 
@@ -358,14 +363,18 @@ def yield_tokens(batch: Batch, ids: list[int]) -> Iterator[tuple[Stream, int | N
     for row, (stream, token_id) in enumerate(zip(batch.rows, ids, strict=True)):
         if stream is None:
             continue
-        stream.failed = token_id == UNDRAWN
-        if stream.failed or token_id in stream.prompt.stop_ids:
+        drawn = token_id != UNDRAWN
+        if not drawn or token_id in stream.prompt.stop_ids:
             stream.new_tokens_left = 0
         stream.new_tokens_left = max(0, stream.new_tokens_left - 1)
         stream.length += 1
-        if not stream.failed:
+        if drawn:
             yield stream, token_id
         if not stream.new_tokens_left:
+            if token_id in stream.prompt.stop_ids:  # which a grammar's fault lets through alone
+                stream.error = batch.sampler.error(row)
+            elif not drawn:
+                stream.error = NOT_FINITE
             yield stream, None
             batch.sampler.end(row)
             batch.cache.clear_row(row, stream.length)
@@ -380,7 +389,7 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
                   stop: Sequence[str], compile_s: float) -> None:
     """Print every stream's JSON line as soon as it ends, and the totals at last. On Ctrl-C the step
     is finished, the streams that have not ended are dropped, and the program ends. stop are texts
-    that end an answer. Raises ValueError, at the end, for streams that failed."""
+    that end an answer. Raises ValueError, at the end, for streams that a fault ended."""
     transcripts, done, new_tokens, steps, start = {}, 0, 0, 0, time.perf_counter()
     failed = []
     samples, seed = prompts[0].samples, prompts[0].sampling.seed
@@ -394,7 +403,7 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
             if interrupted and batch.steps > steps:
                 break
             steps = batch.steps
-            if stream.failed:
+            if stream.error:
                 failed.append(stream)
             elif token_id is None:
                 record = record_of(model, batch, stream, transcripts.pop(stream))
@@ -414,7 +423,22 @@ def write_results(model: Transformer, tokenizer: Tokenizer, prompts: list[Prompt
         sys.exit(128 + interrupted[0])
     if failed:
         raise ValueError(f"{len(failed)} of {n_streams} {what} broke off, prompt "
-                         f"{failed[0].index // samples} the first: {NOT_FINITE}")
+                         f"{failed[0].index // samples} the first: {failed[0].error}")
+
+
+def make_grammars(path: str, entries: list[dict], asked: tuple[str, dict], tokenizer: Tokenizer,
+                  vocab_size: int, stop_ids: list[Collection[int]]) -> list[Grammar | None]:
+    """Each prompt's grammar: of its line's "schema", or else the command line's, if any."""
+    made, grammars = {}, []  # made: those so far, as prompts share them
+    for n, (entry, ends) in enumerate(zip(entries, stop_ids, strict=True)):
+        source, given = asked
+        if entry.get("schema") is not None:
+            source, given = f"{path}, prompt {n}", {"schema": entry["schema"]}
+        key = json.dumps([given, *ends])
+        if key not in made:
+            made[key] = make_grammar(source, given, tokenizer, vocab_size, ends)
+        grammars.append(made[key])
+    return grammars
 
 
 def record_of(model: Transformer, batch: Batch, stream: Stream, transcript: Transcript) -> dict:
@@ -443,11 +467,17 @@ def main():
         for flag in ("draft", "lookup", "speculate"):
             if getattr(args, flag):
                 raise ValueError(f"--{flag} works on one stream, and batch.py has many")
+        asked = grammar_arguments(args)
         entries = read_prompts(args.prompts)[:args.limit]
         stop = [check_text("--stop", text) for text in args.stop]
         template_args = template_args_of(args)
         model, tokenizer = open_model(args.checkpoint, compile=args.compile,
                                       compile_prefill=args.compile_prefill, **load_arguments(args))
+        chat_ends, ends = chat_stop_ids(model, tokenizer), model.config.eos_ids
+        stop_ids = [() if args.ignore_eos else chat_ends if "turns" in entry else ends
+                    for entry in entries]
+        grammars = make_grammars(args.prompts, entries, asked, tokenizer, model.config.vocab_size,
+                                 stop_ids)
         ids = broadcast_ids([tokenizer.opening(entry, template_args) for entry in entries])
         batch = Batch(model, args.batch, args.sink, args.window)
         how = sampling_of(args, model.suggested)
@@ -456,11 +486,8 @@ def main():
             start = time.perf_counter()
             list(generate_batch(model, [[0]] * 2, max_new_tokens=3, stop_ids=(), batch=batch))
             compile_s += time.perf_counter() - start
-        chat_ends = chat_stop_ids(model, tokenizer)
-        stop_ids = [() if args.ignore_eos else chat_ends if "turns" in entry else None
-                    for entry in entries]
         # Every answer has a seed of its own, so no other prompt and no batch size changes it.
-        prompts = [Prompt(one, replace(how, seed=how.seed + n * args.samples),
+        prompts = [Prompt(one, replace(how, seed=how.seed + n * args.samples, grammar=grammars[n]),
                           args.max_new_tokens, stop_ids[n], args.samples)
                    for n, one in enumerate(ids)]
         write_results(model, tokenizer, prompts, batch, stop, compile_s)

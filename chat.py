@@ -29,7 +29,9 @@ from cli import (
     add_template_args,
     check_text,
     figures,
+    grammar_arguments,
     load_arguments,
+    make_grammar,
     make_parser,
     number,
     read_prompts,
@@ -263,7 +265,7 @@ def main():
     add("--load-session", metavar="FILE", help="go on with one that was kept")
     with user_errors(parser):
         args = parser.parse_args()
-        speculating = speculation_arguments(args)
+        speculating, asked = speculation_arguments(args), grammar_arguments(args)
         if args.limit and not args.prompts:
             raise ValueError("--limit goes with --prompts")
         if n_ranks() > 1 and (args.save_session or args.load_session):
@@ -283,9 +285,12 @@ def main():
                 raise ValueError('--pin-system needs a template: {"prompt": ...} lines have none')
             check_text("--pin-system", args.pin_system)
             n_sink = len(tokenizer.system_turn(args.pin_system, template_args))
+        raw = turns and any(raw for _, raw in turns)
+        ends = model.config.eos_ids if raw else chat_stop_ids(model, tokenizer)
+        grammar = make_grammar(*asked, tokenizer, model.config.vocab_size, ends)
         cache = make_cache(model, n_sink, args.window)
         speculation = open_speculation(model, cache, tokenizer, **speculating)
-        how = sampling_of(args, model.suggested)
+        how = replace(sampling_of(args, model.suggested), grammar=grammar)
         compile_s, how = get_ready(model, cache, how, speculation)
         talk = Conversation(model, tokenizer, cache, speculation, args.pin_system,
                             max_new_tokens=args.max_new_tokens, stop=stop,

@@ -9,15 +9,17 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
 
 from chat_template import check_args
+from grammar import Grammar
 from layers import GROUP_SIZES, MODES
 from sample import Sampling
 from terminal import say
+from tokenizer import Tokenizer
 
 EMBEDDED = Path(__file__).parent / "checkpoints" / "tiny"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -132,6 +134,9 @@ def add_generation(parser: argparse.ArgumentParser, samples=False) -> argparse.A
         help="where random numbers begin; default: random, reported")
     add("--stop", action="append", default=[], metavar="TEXT", help="end here; may be repeated")
     add("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
+    add("--json-schema", metavar="FILE", help="answer in JSON that fits the schema in this file")
+    add("--regex", metavar="R", help="answer what this regular expression matches as a whole")
+    add("--grammar", metavar="FILE", help="answer a sentence of the Lark grammar in this file")
     add("--sink", type=number(int, 0), metavar="S", help="first tokens, never evicted; default 4")
     add("--draft", metavar="NAME",
         help="a smaller model with the same tokenizer, which proposes tokens")
@@ -238,6 +243,56 @@ def say_suggested(settings: dict[str, float]) -> None:
     if settings:
         said = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in settings.items())
         say(f"tokens are drawn as the model's generation_config.json says: {said}")
+
+
+def grammar_arguments(args) -> tuple[str, dict]:
+    """The flag or file that a command line's grammar comes from, and what Grammar takes of it:
+    {"schema": ...}, {"regex": ...}, {"lark": ...}, or nothing. Raises ValueError for flags that do
+    not go together, and naming a file that holds no text or no JSON, OSError naming one that cannot
+    be read."""
+    given = {"--json-schema": args.json_schema, "--regex": args.regex, "--grammar": args.grammar}
+    flags = [flag for flag, value in given.items() if value is not None]
+    if len(flags) > 1:
+        raise ValueError(f"{' and '.join(flags)} exclude each other")
+    if not flags:
+        return "", {}
+    if args.draft or args.lookup:
+        raise ValueError(f"{flags[0]} works without --draft and --lookup")
+    if args.ignore_eos:
+        raise ValueError(f"{flags[0]} and --ignore-eos exclude each other: the answer must end")
+    if args.json_schema is not None:
+        return args.json_schema, {"schema": read_schema(args.json_schema)}
+    if args.regex is not None:
+        return "--regex", {"regex": check_text("--regex", args.regex)}
+    try:
+        return args.grammar, {"lark": Path(args.grammar).read_text(encoding="utf-8")}
+    except UnicodeDecodeError:
+        raise ValueError(f"{args.grammar}: not UTF-8 text") from None
+
+
+def read_schema(path: str) -> dict:
+    """The JSON Schema in a file. Raises ValueError naming the file where it holds none."""
+    try:
+        schema = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError):  # of JSON, or of UTF-8
+        raise ValueError(f"{path}: not JSON in UTF-8") from None
+    if not isinstance(schema, dict):
+        raise ValueError(f"{path}: not a JSON Schema, which is an object")
+    return schema
+
+
+def make_grammar(source: str, asked: dict, tokenizer: Tokenizer, vocab_size: int,
+                 stop_ids: Collection[int]) -> Grammar | None:
+    """The grammar of grammar_arguments, if any, of answers that one of stop_ids ends. Raises
+    ValueError naming where it comes from."""
+    if not asked:
+        return None
+    try:
+        grammar = Grammar(tokenizer, vocab_size, **asked)
+        grammar.check_fits(vocab_size, stop_ids)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    return grammar
 
 
 def speculation_arguments(args) -> dict:

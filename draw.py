@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Collection
 from itertools import accumulate
 from operator import neg
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from grammar import Matcher, forbidden_by, new_masks
 from sample import (
     COLDEST,
     PENALTIES,
@@ -136,8 +138,8 @@ def draw_from_weights(weights: Tensor, sampling: Sampling,
 def sample(logits: Tensor, sampling: Sampling = GREEDY,
            generator: torch.Generator | None = None) -> Tensor:
     """Token ids (...) int64 for logits (..., V), or UNDRAWN; the likeliest at temperature 0. Random
-    numbers come from the generator. (A seed and penalties are for RowSampler, which knows the
-    past.)"""
+    numbers come from the generator. (A seed, penalties and a grammar are for RowSampler, which
+    knows the past.)"""
     rows = logits.reshape(-1, logits.shape[-1])
     if sampling.temperature == 0:
         ids = likeliest(rows)
@@ -252,12 +254,30 @@ def draw_by_rejection(probs: Tensor, cdf: Tensor, sampling: Sampling, key: int) 
 # ------------------------------------------------------------------------------ rows
 
 
+def copy_to_host(tokens: Tensor) -> Callable[[], list[int]]:
+    """Start copying tokens to the host. Call what this returns to get them as a list: that waits
+    for the copy, but for nothing that was queued after it."""
+    tokens = tokens.flatten()
+    if not tokens.is_cuda:
+        return tokens.tolist
+    host = tokens.to("cpu", non_blocking=True)
+    arrived = torch.cuda.current_stream(tokens.device).record_event()
+
+    def wait_for_copy() -> list[int]:
+        arrived.synchronize()
+        return host.tolist()
+
+    return wait_for_copy
+
+
 class RowSampler:
-    """Draws the tokens of B rows, each by its own Sampling, and keeps what penalties need.
+    """Draws the tokens of B rows, each by its own Sampling, and keeps what penalties and grammars
+    need.
 
     A row begins when its prompt has been read; one that has ended is greedy, which costs least. The
     settings are on the host, which decides by them what is computed, and for a GPU in tensors,
-    too."""
+    too. Where a row has a grammar, the host waits for its latest token, while a GPU is at the step
+    whose logits the token's mask is for."""
 
     def __init__(self, n_rows: int, vocab_size: int, device="cpu"):
         self.asked = [GREEDY] * n_rows
@@ -267,10 +287,20 @@ class RowSampler:
         # answer; counts: how often it is in the answer.
         self.seen = self.counts = None
         self.vocab_size, self.device = vocab_size, device
+        self.matchers: list[Matcher | None] = [None] * n_rows  # of rows with a grammar
+        self.masks = None  # (B, n_bytes) on the host, made for the first of those
+        self.unread = {}  # row -> (copy_to_host of tokens, which of them its matcher takes next)
 
-    def begin(self, row: int, sampling: Sampling, prompt_ids: list[int]) -> None:
-        """Begin an answer in a row: how it is drawn, and the prompt before it. A row that is not
-        greedy needs a seed."""
+    def begin(self, row: int, sampling: Sampling, prompt_ids: list[int],
+              stop_ids: Collection[int] = ()) -> None:
+        """Begin an answer in a row: how it is drawn, the prompt before it, and the tokens that end
+        it, which a grammar needs. A row that is not greedy needs a seed."""
+        self.end(row)
+        if sampling.grammar:
+            self.matchers[row] = sampling.grammar.matcher(stop_ids)
+            if self.masks is None:
+                on_gpu = torch.device(self.device).type == "cuda"
+                self.masks = new_masks(len(self.asked), self.vocab_size, pin_memory=on_gpu)
         self.asked[row], self.on_gpu = sampling, {}
         self.keys[row], self.drawn[row] = seed_key(sampling.seed or 0), 0
         if not sampling.penalizes:
@@ -284,6 +314,14 @@ class RowSampler:
 
     def end(self, row: int) -> None:
         self.asked[row], self.on_gpu = GREEDY, {}
+        if self.matchers[row]:
+            self.matchers[row] = None
+            self.unread.pop(row, None)
+            self.masks[row] = 255
+
+    def error(self, row: int) -> str:
+        """Why a row's grammar could not go on, which ended its answer; none where it could."""
+        return self.matchers[row].error if self.matchers[row] else ""
 
     def tensors(self) -> dict[str, Tensor]:
         """on_gpu, copied to the device anew when a row has begun or ended."""
@@ -313,6 +351,9 @@ class RowSampler:
         penalized = [row for row, one in enumerate(asked) if one.penalizes]
         if penalized:
             logits = self.penalize(logits, rows, penalized)
+        masked = [row for row in range(len(self.asked))[rows] if self.matchers[row]]
+        if masked:
+            logits = self.mask(logits, rows, masked)
         if not any(one.temperature for one in asked):
             ids = likeliest(logits)
         else:
@@ -328,7 +369,23 @@ class RowSampler:
             said = ids.clamp(min=0)  # of UNDRAWN, token 0: that row ends
             self.seen[rows].scatter_(-1, said, True)
             self.counts[rows].scatter_add_(-1, said, torch.ones_like(said).float())
+        if masked:
+            read = copy_to_host(ids)
+            first = range(len(self.asked))[rows].start
+            self.unread.update({row: (read, row - first) for row in masked})
         return ids
+
+    def mask(self, logits: Tensor, rows: slice, masked: list[int]) -> Tensor:
+        """The logits (B, V) of a slice of rows, -inf where a grammar does not allow a token. The
+        rows `masked` have one. A logit that is NaN or inf becomes NaN, so that it shows."""
+        for row in masked:
+            if row in self.unread:
+                read, at = self.unread.pop(row)
+                self.matchers[row].accept(read()[at])
+            self.matchers[row].allow_next(self.masks[row])
+        masks = self.masks[rows].to(logits.device, non_blocking=True)
+        forbidden = forbidden_by(masks, self.vocab_size, on_cpu(logits))
+        return torch.where(forbidden, logits - math.inf, logits)
 
     def penalize(self, logits: Tensor, rows: slice, penalized: list[int]) -> Tensor:
         """The logits (B, V) of a slice of rows with penalties, which the rows `penalized` ask for.

@@ -24,12 +24,14 @@ from cli import (
     add_generation,
     check_text,
     figures,
+    grammar_arguments,
     load_arguments,
+    make_grammar,
     make_parser,
     sampling_of,
     speculation_arguments,
 )
-from draw import RowSampler, check_drawn, new_seed, sample
+from draw import RowSampler, check_drawn, copy_to_host, new_seed, sample
 from kv_cache import KVCache
 from load import load, weight_bytes
 from model import ModelConfig, Transformer
@@ -119,22 +121,6 @@ def check_ids(model: Transformer, prompt_ids: list[int]) -> None:
         raise ValueError(f"the prompt has token ids outside 0 to {model.config.vocab_size - 1}")
 
 
-def copy_to_host(tokens: Tensor) -> Callable[[], list[int]]:
-    """Start copying tokens to the host. Call what this returns to get them as a list: that waits
-    for the copy, but for nothing that was queued after it."""
-    tokens = tokens.flatten()
-    if not tokens.is_cuda:
-        return tokens.tolist
-    host = tokens.to("cpu", non_blocking=True)
-    arrived = torch.cuda.current_stream(tokens.device).record_event()
-
-    def wait_for_copy() -> list[int]:
-        arrived.synchronize()
-        return host.tolist()
-
-    return wait_for_copy
-
-
 @torch.no_grad()
 def decode(model: Transformer, cache: KVCache, token: Tensor, max_new_tokens: int,
            stop_ids: Container[int], draw: Callable[[Tensor], Tensor] = sample) -> Iterator[int]:
@@ -164,7 +150,8 @@ def generate(model: Transformer, cache: KVCache, prompt_ids: list[int], max_new_
     It ends with one of stop_ids (None: the model's EOS ids; (): none), or after max_new_tokens. A
     Sampling, or else its settings one by one, says how tokens are drawn; the default is greedy.
     Penalties are for the tokens of prompt_ids and of the answer. A seed that is needed and not
-    given comes from PyTorch's default generator.
+    given comes from PyTorch's default generator. A grammar that cannot go on ends the answer with a
+    ValueError.
 
     At any yield the cache holds everything up to the token yielded (with speculation: once the
     iterator is closed). So a conversation goes on with another call, with the ids of the next turn
@@ -175,12 +162,16 @@ def generate(model: Transformer, cache: KVCache, prompt_ids: list[int], max_new_
     sampling = either_sampling(sampling, loose)
     if speculation is not None and sampling.penalizes:
         raise ValueError("a penalty works without speculation")
+    if speculation is not None and sampling.grammar:
+        raise ValueError("a grammar works without speculation")
     if cache.batch_size != 1:
         raise ValueError(f"generate takes a cache of one row, and this one has {cache.batch_size}; "
                          "batch.generate_batch continues many")
     cache.check_fits(model.config, model.norm.weight)
     check_ids(model, prompt_ids)
     stop_ids = model.config.eos_ids if stop_ids is None else tuple(stop_ids)
+    if sampling.grammar:
+        sampling.grammar.check_fits(model.config.vocab_size, stop_ids)
     if sampling.temperature and sampling.seed is None:
         sampling = replace(sampling, seed=new_seed())
     return prefill_and_continue(model, cache, prompt_ids, max_new_tokens, stop_ids, sampling,
@@ -188,7 +179,7 @@ def generate(model: Transformer, cache: KVCache, prompt_ids: list[int], max_new_
 
 
 def prefill_and_continue(model: Transformer, cache: KVCache, prompt_ids: list[int],
-                         max_new_tokens: int, stop_ids: Container[int], sampling: Sampling,
+                         max_new_tokens: int, stop_ids: Collection[int], sampling: Sampling,
                          speculation: Speculation | None) -> Iterator[int]:
     """Prefill the prompt and yield what follows it."""
     logits = prefill(model, cache, prompt_ids, speculation)
@@ -197,17 +188,21 @@ def prefill_and_continue(model: Transformer, cache: KVCache, prompt_ids: list[in
 
 
 def continue_from(model: Transformer, cache: KVCache, logits: Tensor, prompt_ids: list[int],
-                  max_new_tokens: int, stop_ids: Container[int], sampling: Sampling,
+                  max_new_tokens: int, stop_ids: Collection[int], sampling: Sampling,
                   speculation: Speculation | None = None) -> Iterator[int]:
     """Yield the ids that follow a prefill, whose logits (1, 1, V) are given: by speculation while
     that pays, then token by token."""
     row = RowSampler(1, model.config.vocab_size, logits.device)
-    row.begin(0, sampling, prompt_ids)
+    row.begin(0, sampling, prompt_ids, stop_ids)
     token = row.sample(logits)  # (1, 1)
     if speculation is not None:
         token, max_new_tokens = yield from speculate(model, cache, token, max_new_tokens, stop_ids,
                                                      speculation, sampling)
-    yield from decode(model, cache, token, max_new_tokens, stop_ids, row.sample)
+    token_id = None
+    for token_id in decode(model, cache, token, max_new_tokens, stop_ids, row.sample):
+        yield token_id
+    if token_id in stop_ids and row.error(0):  # a fault lets nothing else through
+        raise ValueError(f"the grammar could not go on: {row.error(0)}")
 
 
 @torch.no_grad()
@@ -219,7 +214,8 @@ def warm(model: Transformer, cache: KVCache, speculation: Speculation | None = N
     for _ in range(3 if cache.length.is_cuda else 1):
         cache.reset()
         logits = prefill(model, cache, [0] * (LARGE_CHUNK + 1))  # both chunks
-        list(continue_from(model, cache, logits, [0], 1, (), sampling or Sampling()))
+        how = replace(sampling or Sampling(), grammar=None)  # a mask is not compiled
+        list(continue_from(model, cache, logits, [0], 1, (), how))
         for size in speculation.sizes if speculation else ():
             model(torch.zeros(1, size + 1, dtype=torch.int64, device=cache.length.device), cache)
         if speculation and speculation.draft:
@@ -392,14 +388,15 @@ def main():
                         help="what to go on from")
     with user_errors(parser):
         args = parser.parse_args()
-        speculating = speculation_arguments(args)
+        speculating, asked = speculation_arguments(args), grammar_arguments(args)
         text = check_text("--prompt", args.prompt)
         stop = [check_text("--stop", stop_text) for stop_text in args.stop]
         model, tokenizer = open_model(args.checkpoint, compile=args.compile,
                                       compile_prefill=args.compile_prefill, **load_arguments(args))
+        grammar = make_grammar(*asked, tokenizer, model.config.vocab_size, model.config.eos_ids)
         cache = make_cache(model, args.sink, args.window)
         speculation = open_speculation(model, cache, tokenizer, **speculating)
-        how = sampling_of(args, model.suggested)
+        how = replace(sampling_of(args, model.suggested), grammar=grammar)
         compile_s, how = get_ready(model, cache, how, speculation)
         say(text)
         with hold_interrupt() as interrupted:

@@ -286,7 +286,7 @@ class CompiledStep:
             return self.run(kind, model, tokens, cache, in_use, last)
         if self.on_gpu and cache is not None:
             cache.check_static()
-        options = gpu_options(model, tokens.numel()) if self.on_gpu else {}
+        options = gpu_options(model, *tokens.shape) if self.on_gpu else {}
         self.graphs[kind] = compile_graph(options), most_threads()
         torch.set_num_threads(self.graphs[kind][1])
         start = time.perf_counter()
@@ -305,16 +305,18 @@ class CompiledStep:
             return graph(model, tokens, cache, in_use, last)
 
 
-def gpu_options(model: Transformer, n_tokens: int) -> dict[str, bool]:
-    """How inductor compiles a step of n_tokens for a GPU.
+def gpu_options(model: Transformer, n_rows: int, n_tokens: int) -> dict[str, bool]:
+    """How inductor compiles a step of n_tokens in each of n_rows for a GPU.
 
     One token's products are inductor's own sums, and it searches for the fastest sizes of their
     blocks. The products of several are cuBLAS', but for int8 weights: of those a library would need
     a copy in the model's dtype at every step. So inductor writes these, too, and they read the
-    weights as they are stored."""
+    weights as they are stored. Not so where a row reads several tokens: attention has products
+    then, too, and inductor (2.13) makes a kernel of these that does not compile."""
     int8 = any(isinstance(module, Int8Linear | GroupedInt8Linear) for module in model.modules())
-    return {"triton.cudagraphs": True, "coordinate_descent_tuning": n_tokens == 1 and TUNE,
-            "triton.native_matmul": n_tokens > 1 and int8}
+    one = n_rows == n_tokens == 1
+    return {"triton.cudagraphs": True, "coordinate_descent_tuning": one and TUNE,
+            "triton.native_matmul": int8 and n_rows > 1 and n_tokens == 1}
 
 
 def compile_graph(options: dict[str, bool]) -> Callable:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grammar import Grammar
+
 COLDEST = 1e-30  # the lowest temperature that float32 divides by without overflowing
 ANY = -math.inf, math.inf
 RANGES = {"temperature": (0, math.inf), "top_k": (0, math.inf), "top_p": (0, 1), "min_p": (0, 1),
@@ -34,6 +36,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None  # None: a random one
+    grammar: Grammar | None = None  # what the answer may say; draw.RowSampler obeys it
 
     def __post_init__(self):
         """Raises ValueError naming the setting, its value and what would be right."""

@@ -10,6 +10,7 @@ What is measured, with the peer that it can be held against:
     python -m bench --shape 1.1b --streams 64 [--batch 8] [--peer transformers]
     python -m bench --shape 1.1b --busy 2                        beside 2 programs that never sleep
     python -m bench --checkpoint smollm2 --sampling [--batch 8]  drawing a token, beside a step
+    python -m bench --checkpoint smollm2 --grammar [--batch 8]   what a JSON Schema adds to a step
     python -m bench --products [bf16 int8 ...]                   linear.TABLE's on this CPU
     python -m bench --gpu limits|decode|peers|batches            a table, see gpu.py
 
@@ -31,6 +32,7 @@ import torch
 
 from bench.busy import bench_busy
 from bench.gpu import bench_gpu
+from bench.grammar import bench_grammar
 from bench.models import SHAPES, open_model
 from bench.products import KINDS, bench_products, emulate
 from bench.sampling import bench_sampling
@@ -45,13 +47,16 @@ from threads import keep_threads
 def check(args) -> None:
     """Raises ValueError for flags that do not go together, and fills in the defaults that depend on
     other flags."""
-    modes = [mode for mode in ("turns", "streams", "busy", "sampling") if getattr(args, mode)]
+    modes = [mode for mode in ("turns", "streams", "busy", "sampling", "grammar")
+             if getattr(args, mode)]
     steps, rows = not modes, args.batch or 1
     for given, together, rule in (
             (len(modes) > 1, False, " and ".join(f"--{mode}" for mode in modes)
              + " exclude each other"),
             (args.busy, not (args.peer or rows > 1), "--busy goes with one row and no --peer"),
             (args.sampling, not args.peer, "--sampling goes with no --peer"),
+            (args.grammar, not (args.peer or args.shape),
+             "--grammar goes with no --peer or --shape"),
             (args.gpt_fast, args.gpu == "peers", "--gpt-fast goes with --gpu peers"),
             (args.gpu, not (set(modes) - {"turns"} or args.batch or args.peer),
              "--gpu says itself what it measures: no --streams, --busy, --sampling, --batch "
@@ -79,7 +84,8 @@ def check(args) -> None:
 def measured(args) -> Callable:
     """The function that measures what the flags ask for."""
     for flag, function in ((args.turns, bench_turns), (args.streams, bench_streams),
-                           (args.busy, bench_busy), (args.sampling, bench_sampling)):
+                           (args.busy, bench_busy), (args.sampling, bench_sampling),
+                           (args.grammar, bench_grammar)):
         if flag:
             return function
     return bench_steps
@@ -108,6 +114,7 @@ def main():
     add("--busy", type=number(int, 1), metavar="N",
         help="time decoding beside N programs that never sleep, and alone")
     add("--sampling", action="store_true", help="time how tokens are drawn")
+    add("--grammar", action="store_true", help="time what a JSON Schema adds to a step")
     add("--products", nargs="*", choices=KINDS, metavar="KIND",
         help=f"time every product of linear.TABLE, of these kinds of weight: {', '.join(KINDS)}")
     add("--emulate", choices=["avx2"], help="compute without AVX-512 where the CPU has it")

@@ -21,10 +21,10 @@ from bench.models import open_model, random_model, shape_config
 from bench.steps import bytes_a_step, prefill_anew, seconds_a_token
 from bench.turns import bench_turns
 from cli import EMBEDDED
-from draw import RowSampler, sample
+from draw import RowSampler, copy_to_host, sample
 from formats.config import config_from_hf
 from formats.folder import write_checkpoint
-from generate import copy_to_host, decode, make_cache, warm, weight_bytes
+from generate import decode, make_cache, warm, weight_bytes
 from kv_cache import KVCache
 from load import compile_model, load
 from model import ModelConfig, Transformer

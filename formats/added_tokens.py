@@ -36,7 +36,7 @@ class AddedToken(NamedTuple):
 
 def read_special_tokens(folder: Path, settings: dict) -> dict[str, AddedToken | None]:
     """The special tokens that have a name, such as bos_token or a model's own image_token. None is
-    a name that the files say has no token.
+    a name that the files say has no token; an empty text, which old files have, says nothing.
 
     special_tokens_map.json is older than tokenizer_config.json's added_tokens_decoder. Beside one
     it only fills what is missing; without one its tokens count, as in transformers."""
@@ -48,6 +48,8 @@ def read_special_tokens(folder: Path, settings: dict) -> dict[str, AddedToken | 
     named = {}
     for source, content in sources:
         for name, value in content.items():
+            if value == "":
+                continue
             if name in NAMES or name.endswith("_token") and isinstance(value, (str, dict)):
                 named[name] = None if value is None else as_token(value, name, source)
             elif name == "extra_special_tokens" and isinstance(value, dict):

@@ -117,7 +117,8 @@ def read_rope(hf: dict) -> tuple[float, dict | None]:
     As in transformers 5, a rope_scaling takes the place of all of rope_parameters, and what such an
     object says counts more than the top level, but for original_max_position_embeddings. A type
     that is not supported is refused wherever it stands."""
-    either = [hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}]
+    either = [{key: value for key, value in (hf.get(name) or {}).items() if value is not None}
+              for name in ("rope_scaling", "rope_parameters")]
     for rope_type in [each[key] for each in either for key in ("rope_type", "type") if key in each]:
         if rope_type not in ROPE_TYPES:
             raise ValueError(f"rope type {rope_type!r:.80} is not supported; "
@@ -127,7 +128,7 @@ def read_rope(hf: dict) -> tuple[float, dict | None]:
                          "for all layers")
     rope = {key: hf.get(key) for key in ("rope_theta", "partial_rotary_factor")}
     rope["original_max_position_embeddings"] = hf["max_position_embeddings"]
-    rope |= {key: value for key, value in (either[0] or either[1]).items() if value is not None}
+    rope |= either[0] or either[1]
     if (original := hf.get("original_max_position_embeddings")) is not None:
         rope["original_max_position_embeddings"] = original
     rope_type = rope.get("rope_type", rope.get("type", "default"))

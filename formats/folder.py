@@ -194,9 +194,16 @@ def unpickle_tensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # a damaged file raises errors of many types
         raise RuntimeError(f"{type(error).__name__}: {first_line(error)}") from None
     if not isinstance(tensors, dict) or not all(
-            isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise RuntimeError("it holds other things than tensors")
+            isinstance(name, str) and is_plain(tensor) for name, tensor in tensors.items()):
+        raise RuntimeError("it holds other things than plain tensors by name")
     return tensors
+
+
+def is_plain(tensor) -> bool:
+    """Whether this is a tensor with every number in memory: not sparse, and not without data, as on
+    PyTorch's meta device. One that is read with another sign has no bytes of its own, either."""
+    return (isinstance(tensor, Tensor) and tensor.layout == torch.strided
+            and tensor.device.type == "cpu" and not tensor.is_neg() and not tensor.is_conj())
 
 
 # ------------------------------------------------------------------------------ writing
@@ -290,10 +297,12 @@ def write_weights(folder: Path, weights: Iterable[tuple[str, Tensor]], total: in
 def file_contents(weights: Iterable[tuple[str, Tensor]], total: int,
                   advance=None) -> Iterator[dict[str, Tensor]]:
     """The tensors of one file after another. It yields one dict again and again and clears it in
-    between, so that one file's tensors are in memory at a time."""
+    between, so that one file's tensors are in memory at a time. Tensors that share memory, as those
+    of a .bin file may, are copied, since safetensors writes none that do."""
     tensors = {}
     for count, (name, tensor) in enumerate(weights, 1):
-        tensors[name] = tensor.contiguous()
+        shared = any(shares_memory(tensor, other) for other in tensors.values())
+        tensors[name] = tensor.clone() if shared else tensor.contiguous()
         if sum(t.nbytes for t in tensors.values()) >= FILE_BYTES:
             yield tensors
             tensors.clear()
@@ -301,3 +310,7 @@ def file_contents(weights: Iterable[tuple[str, Tensor]], total: int,
             advance(count, total)
     if tensors:
         yield tensors
+
+
+def shares_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

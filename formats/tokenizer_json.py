@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 from pathlib import Path
 
@@ -95,7 +96,9 @@ class TokenizerJson:
         if after == START or self.prefix_free:
             try:
                 return self.library.encode(text, add_special_tokens=False).ids
-            except Exception as error:
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # a panic of the library's is no Exception
                 raise cannot_encode(text, error) from None
         return self.finder.encode(text, after, self.encode_part)
 
@@ -141,7 +144,8 @@ def front_of(post_processor) -> list[int]:
     text = PreTokenizedString("a")
     text.tokenize(lambda part: [Token(0, "a", (0, 1))])
     done = post_processor.process(text.to_encoding())
-    return done.ids[:done.special_tokens_mask.index(0)]
+    marked = zip(done.ids, done.special_tokens_mask)  # 1 for what is put, 0 for the text
+    return [token_id for token_id, _ in itertools.takewhile(lambda pair: pair[1], marked)]
 
 
 def going_on(step, after: int):

@@ -8,16 +8,19 @@ takes the next prompt when it has room, and the event loop gets every token's te
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 
 from batch import LONG_PROMPT, Batch, Hooks, Prompt, Stream, generate_batch
 from draw import NOT_FINITE
 from generate import LARGE_CHUNK, chat_stop_ids, check_ids
+from grammar import Grammar, vocabulary
 from kv_cache import KVCache
 from model import Transformer
 from server.answers import Answer, Event, Job, Token
@@ -86,6 +89,24 @@ class Engine:
         if len(self.waiting) + n > self.max_queue:
             raise ApiError(429, f"{len(self.waiting)} requests are waiting already (--queue "
                                 f"{self.max_queue}); try again.", code="queue_full", retry_after=1)
+
+    def prepare_grammars(self) -> None:
+        """Make the table of tokens that grammars need, once. Raises ApiError where it cannot be."""
+        try:
+            vocabulary(self.tokenizer, self.model.config.vocab_size)
+        except ValueError as error:
+            raise ApiError(400, f"{error}.", code="unsupported_parameter") from None
+
+    def compile_grammar(self, request: Request) -> None:
+        """Compile what a request's answers must fit. Raises ApiError naming the field."""
+        (field, source), config = request.grammar, self.model.config
+        try:
+            grammar = Grammar(self.tokenizer, config.vocab_size, **source)
+            grammar.check_fits(config.vocab_size,
+                               self.chat_stop_ids if request.chat else config.eos_ids)
+        except ValueError as error:
+            raise ApiError(400, f"Invalid {field!r}: {error}.", field, "invalid_value") from None
+        request.sampling = replace(request.sampling, grammar=grammar)
 
     def make_jobs(self, request: Request, client: str) -> list[Job]:
         """Turn a request into token ids, a job for each prompt. A client goes on only from its own
@@ -293,13 +314,12 @@ class Engine:
 
     def on_end(self, stream: Stream) -> None:
         """Cache the conversation, and only then send the last event: the client may go on at once.
-        A stream that was cancelled before its first token has no answer. One that failed ends its
-        request with an error, and nothing of it is cached."""
+        A stream that was cancelled before its first token has no answer. A fault ends its request
+        with an error, and nothing of it is cached."""
         job, answer = stream.prompt.hooks.owner, self.answers.pop(stream, None)
-        if stream.failed and not job.cancelled:
-            log.error("an answer broke off: %s", NOT_FINITE)
-            job.post(ApiError(500, f"The answer broke off: {NOT_FINITE}."))
-        if stream.failed or answer is None:
+        if stream.error and not job.cancelled:
+            job.post(fault_of(stream))
+        if stream.error or answer is None:
             return
         rest = answer.flush()
         if job.key and self.prefix_cache.max_bytes:
@@ -332,12 +352,23 @@ class Engine:
         return self.special_names.get(token_id) or self.tokenizer.decode([token_id])
 
     def warm(self) -> None:
-        """Run every graph that answering needs, so that none is compiled later."""
+        """Make and run all that answering needs, so that nothing is compiled later."""
+        with contextlib.suppress(ApiError):  # llguidance is optional: a request says so
+            self.prepare_grammars()
         for _ in range(3 if self.batch.cache.length.is_cuda else 1):
             # Two rows, and then the step of one row alone, which is another graph.
             prompts = [[0] * (LARGE_CHUNK + 1), [0]]
             list(generate_batch(self.model, prompts, max_new_tokens=[9, 3], stop_ids=(),
                                 batch=self.batch))
+
+
+def fault_of(stream: Stream) -> ApiError:
+    """What a client is told of a stream that a fault ended."""
+    if stream.error == NOT_FINITE:
+        log.error("an answer broke off: %s", NOT_FINITE)
+        return ApiError(500, f"The answer broke off: {NOT_FINITE}.")
+    field, _ = stream.prompt.hooks.owner.request.grammar
+    return ApiError(400, f"Invalid {field!r}: {stream.error}.", field, "invalid_value")
 
 
 async def receive_events(queue: asyncio.Queue, n_choices: int) -> AsyncIterator[list[Event]]:

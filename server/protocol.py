@@ -31,8 +31,8 @@ LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 # Fields that are refused unless they ask for nothing.
 NEUTRAL = {
     "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False),
-    "functions": ([],), "function_call": ("none", "auto"), "response_format": ({"type": "text"},),
-    "logit_bias": ({},), "modalities": (["text"],), "audio": (), "prediction": (),
+    "functions": ([],), "function_call": ("none", "auto"), "logit_bias": ({},),
+    "modalities": (["text"],), "audio": (), "prediction": (),
     "service_tier": ("auto", "default"), "reasoning_effort": ("none",), "verbosity": ("medium",),
     "web_search_options": (), "prompt_cache_retention": (), "echo": (False,), "suffix": ("",),
     "best_of": (1,), "store": (False,)}
@@ -68,6 +68,8 @@ class Request:
     stream: bool
     include_usage: bool
     template_args: dict  # what else the chat template is given
+    # The field that says what an answer must fit, and what it says, as grammar.Grammar takes it.
+    grammar: tuple[str, dict] | None = None
 
 
 # ------------------------------------------------------------------------------ bodies
@@ -92,6 +94,15 @@ def as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def without_none(value: Any) -> Any:
+    """An object without the fields that ask for nothing, in it and in the objects in it that are no
+    JSON Schema."""
+    if not isinstance(value, dict):
+        return value
+    return {name: inner if name in ("json", "schema") else without_none(inner)
+            for name, inner in value.items() if inner is not None}
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -104,6 +115,30 @@ class Message(Strict):
 class StreamOptions(Strict):
     include_usage: bool = False
     include_obfuscation: bool = False
+
+
+class JsonSchema(Strict):
+    """A schema with labels. It is obeyed exactly, `strict` or not."""
+
+    schema_: Any = Field(alias="schema")
+    name: str = ""
+    description: str = ""
+    strict: bool = True
+
+
+class ResponseFormat(Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Strict):
+    """vLLM's field: one of these. The names in Python are those of its older fields."""
+
+    guided_json: Any = Field(None, alias="json")
+    guided_regex: str | None = Field(None, alias="regex")
+    guided_choice: list[str] | None = Field(None, alias="choice", min_length=1)
+    guided_grammar: str | None = Field(None, alias="grammar")
+    json_object: bool = False
 
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
@@ -126,6 +161,12 @@ class Options(Strict):
     stop: Annotated[list[Stop], BeforeValidator(as_list)] = Field([], max_length=MAX_STOPS)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
+    response_format: Annotated[ResponseFormat | None, BeforeValidator(without_none)] = None
+    structured_outputs: Annotated[StructuredOutputs | None, BeforeValidator(without_none)] = None
+    guided_json: Any = None  # vLLM's older fields
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = Field(None, min_length=1)
+    guided_grammar: str | None = None
 
 
 class Chat(Options):
@@ -173,7 +214,8 @@ def parse_request(body: bytes, chat: bool, model: str, max_new_tokens: int,
         sampling=sampling_of(fields, suggested or {}),
         n=fields.n, stop=[check_text(text, "stop") for text in fields.stop], top_logprobs=top,
         stream=fields.stream, include_usage=fields.stream_options.include_usage,
-        template_args=template_args_of(fields) if chat else {})
+        template_args=template_args_of(fields) if chat else {},
+        grammar=grammar_of(fields))
 
 
 def sampling_of(fields: Options, suggested: dict[str, float]) -> Sampling:
@@ -245,6 +287,43 @@ def template_args_of(chat: Chat) -> dict:
         raise ApiError(400, f"chat_template_kwargs: {error}.", "chat_template_kwargs",
                        "invalid_value") from None
     return chat.chat_template_kwargs
+
+
+def grammar_of(fields: Options) -> tuple[str, dict] | None:
+    """Request.grammar of a body. Raises ApiError where more than one field asks for a grammar."""
+    asked, form = {}, fields.response_format
+    if form and form.type == "json_object":
+        asked["response_format"] = {"schema": {"type": "object"}}
+    if form and form.type == "json_schema":
+        if form.json_schema is None:
+            raise ApiError(400, "response_format of type json_schema needs json_schema.",
+                           "response_format.json_schema", "invalid_value")
+        asked["response_format.json_schema.schema"] = {"schema": form.json_schema.schema_}
+    for prefix, holder in (("guided_", fields), ("structured_outputs.", fields.structured_outputs)):
+        for kind in ("json", "regex", "choice", "grammar") if holder else ():
+            if (source := getattr(holder, f"guided_{kind}")) is not None:
+                asked[prefix + kind] = source_of(prefix + kind, kind, source)
+    if fields.structured_outputs and fields.structured_outputs.json_object:
+        asked["structured_outputs.json_object"] = {"schema": {"type": "object"}}
+    if len(asked) > 1:
+        first, second = list(asked)[:2]
+        raise ApiError(400, f"{first} and {second} exclude each other.", second, "invalid_value")
+    return next(iter(asked.items()), None)
+
+
+def source_of(field: str, kind: str, source: Any) -> dict:
+    """What grammar.Grammar takes of a field: a JSON Schema (or its text), a regular expression, a
+    list of choices or a grammar."""
+    if kind == "choice":
+        return {"lark": "start: " + " | ".join(json.dumps(choice) for choice in source)}
+    if kind != "json":
+        return {"lark" if kind == "grammar" else kind: source}
+    if isinstance(source, str):
+        try:
+            source = json.loads(source)
+        except (ValueError, RecursionError):
+            raise ApiError(400, f"{field} is not JSON.", field, "invalid_value") from None
+    return {"schema": source}
 
 
 def prompts_of(prompt: Any) -> list[str | list[int]]:

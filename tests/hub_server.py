@@ -100,8 +100,8 @@ class Answer(http.server.BaseHTTPRequestHandler):
             self.server.asked.append(file)
             time.sleep(20)
         elif self.command == "GET":
+            self.server.served.append(file)  # first, or the client may look before it is noted
             self.wfile.write(part)
-            self.server.served.append(file)
 
     def answer(self, status, body=b"", error=None, **headers):
         self.send_response(status)

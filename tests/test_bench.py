@@ -12,7 +12,7 @@ import linear
 from bench import apart, busy, clocks, gpu, gpu_figures, gpu_first, models, products, steps
 from bench.steps import seconds_a_token
 from bench.streams import synthetic
-from helpers import run
+from helpers import TINY, run
 from test_chat import write_turns
 from test_errors import refused
 
@@ -78,6 +78,13 @@ def test_drawing_beside_a_step(quick, monkeypatch):
     out = figures("--shape", "small", "--sampling", "--window", 60, "--batch", 3)
     for kind in ("greedy", "default", "top_k", "mixed"):
         assert out[f"{kind}_share"] == out[f"{kind}_s"] / out["step_s"] > 0
+
+
+def test_a_grammar_beside_a_step(quick, monkeypatch):
+    monkeypatch.setattr("bench.grammar.STEPS", 2)
+    out = figures("--checkpoint", TINY, "--grammar", "--window", 60, "--batch", 3)
+    assert out["grammar_s"] > 0 < out["free_s"] and out["added_share"] * out["step_s"] < out[
+        "grammar_s"]
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """What PyTorch compiles for a GPU, read and computed without one (fake_cuda.py).
 
 It needs the package triton beside PyTorch: a CUDA build brings it; with a CPU build, `pip install
-triton` and a C++ compiler. It reaches into PyTorch, and was tried with 2.11, 2.13 and 2.14. More
+triton` and a C++ compiler. It reaches into PyTorch, and was tried with 2.13 only. More
 cases: tests/stress/cuda_graphs.py."""
 
 import json
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="needs pip install triton")
-TRIED = ("2.11.", "2.12.", "2.13.", "2.14.")
+TRIED = "2.13."
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(
     not torch.__version__.startswith(TRIED), reason=f"not tried with PyTorch {torch.__version__}")]
 
@@ -43,7 +43,7 @@ def test_a_token_is_one_graph_of_inductors_own_kernels(kind):
     check_graph(kind, 1, 1, kernels=15)
 
 
-@pytest.mark.parametrize("kind, rows, steps", [("fp32", 1, [1] * 20), ("int8", 3, [1, 5, 1])])
+@pytest.mark.parametrize("kind, rows, steps", [("fp32", 1, [1] * 20), ("int8", 3, [1, 1, 1])])
 def test_the_kernels_compute_what_the_cpu_does_and_write_it_to_the_cache(kind, rows, steps):
     facts = facts_of(kind, rows, steps, interpret=True)
     assert facts["logits"] < 1e-4 < 1 < facts["largest"]

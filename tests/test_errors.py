@@ -390,9 +390,9 @@ def test_a_cuda_build_without_a_gpu_warns_of_nothing(monkeypatch, caplog):
 @pytest.mark.slow
 def test_a_compiler_that_fails_is_a_line_that_says_what_may_help(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing is compiled there
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "false"))
     argv = ["--checkpoint", TINY.parent / "tiny-draft", "--device", "cpu", "--compile"]
-    last = refused("generate", *argv, naming=["C++ compiler", "leaving --compile out may help"])
+    with torch._inductor.config.patch({"cpp.cxx": (None, "false")}):
+        last = refused("generate", *argv, naming=["C++ compiler", "leaving --compile out may help"])
     assert "--device cpu" not in last
 
 

@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import contextlib
+import enum
+import functools
 import http.client
 import json
 import os
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Literal
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ from helpers import TINY, run
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
+import pydantic  # noqa: E402
 from starlette.requests import Request  # noqa: E402
 
 from server.app import Settings, check_host  # noqa: E402
@@ -120,6 +124,78 @@ def alone(loaded, ids, n=20, cache=None):
     cache = cache or make_cache(model, 4, WINDOW)
     found = list(generate(model, cache, ids, n))
     return found, tokenizer.decode([i for i in found if i not in model.config.eos_ids])
+
+
+# ------------------------------------------------------------------------------ structured output
+
+
+class Size(enum.Enum):
+    SMALL = "small"
+    LARGE = "größer"
+
+
+class Item(pydantic.BaseModel):
+    size: Size
+    note: Literal["plain", "fancy"] | None
+
+
+class Order(pydantic.BaseModel):
+    items: list[Item] = pydantic.Field(min_length=1, max_length=2)
+    paid: bool
+
+
+def schema_format(schema):
+    return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+
+
+def test_openai_parses_a_pydantic_model(server):
+    answer = server.client().chat.completions.parse(
+        model="tiny", messages=user("Order something."), response_format=Order, temperature=1.5,
+        seed=1, max_tokens=300, n=3)
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop" and isinstance(choice.message.parsed, Order)
+
+
+def test_a_structured_answer_is_streamed_and_kept(server):
+    schema = {"type": "object", "properties": {"a": {"enum": ["x" * 20]}, "b": {"type": "boolean"}},
+              "required": ["a", "b"], "additionalProperties": False}
+    pieces = [chunk.choices[0].delta.content or "" for chunk in server.chat(
+        "Say.", stream=True, response_format=schema_format(schema), max_tokens=60)]
+    assert len(pieces) > 5 and json.loads("".join(pieces))["a"] == "x" * 20
+    again = server.chat(user("Say.", "".join(pieces), "Once more."), max_tokens=60,
+                        response_format=schema_format(schema))
+    assert cached(again) > 20 and json.loads(said(again)).keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize("fields, fits", [
+    ({"structured_outputs": {"json": {"const": 5}}}, "5"),
+    ({"structured_outputs": {"json": '{"const": 5}', "regex": None}}, "5"),
+    ({"structured_outputs": {"regex": "[ab]{3}"}}, "[ab]{3}"),
+    ({"structured_outputs": {"choice": ['say "né"\n', "or not"]}}, '(say "né"\n|or not)'),
+    ({"structured_outputs": {"grammar": 'root ::= "k" | "l"'}}, "[kl]"),
+    ({"guided_json": {"type": "boolean"}}, "(true|false)"), ({"guided_regex": "é{2}"}, "éé"),
+    ({"guided_choice": ["q"]}, "q"), ({"guided_grammar": 'start: "z"+ "!"'}, "z+!"),
+    ({"structured_outputs": {"json_object": True}, "max_tokens": 1}, "{.*"),
+    ({"response_format": {"type": "json_object"}, "max_tokens": 1}, "{.*")])
+def test_what_vllm_takes_is_obeyed(server, fields, fits):
+    answer = server.chat("Hi", temperature=1.2, seed=3, max_tokens=60, extra_body=fields)
+    assert re.fullmatch(fits, said(answer)), said(answer)
+
+
+@pytest.mark.parametrize("schema", [
+    5, [], {"type": "banana"}, {"properties": 5}, {"enum": ["x" * 10**6]}, {"$ref": "#"},
+    {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
+    {"pattern": "(" * 5000},
+    {"type": "string", "pattern": "^(.*a){30}$", "maxLength": 1000}, {"uniqueItems": True},
+    {"type": "integer", "multipleOf": 99991},
+    functools.reduce(lambda inner, _: {"anyOf": [inner]}, range(400), {})])
+def test_a_hostile_schema_is_one_400_and_others_go_on(server, loaded, schema):
+    ids, text = alone(loaded, loaded[1].first_turn("Tell me."), 60)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        other = pool.submit(server.chat, "Tell me.", max_tokens=60)
+        error = error_of(server.post({**BASE, "response_format": schema_format(schema)}), 400)
+        assert said(other.result()) == text
+    assert error["param"] == "response_format.json_schema.schema"
 
 
 # ------------------------------------------------------------------------------ answers
@@ -382,7 +458,13 @@ def error_of(response, status):
     ({"stream": "yes"}, "stream"), ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"top_logprobs": 3}, "top_logprobs"), ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"tools": [{"type": "function"}]}, "tools"), ({"tool_choice": "required"}, "tool_choice"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
+    ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+    ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice"),
+    ({"guided_regex": "(a{1,1000}){1,1000}"}, "guided_regex"),
+    ({"guided_json": "{"}, "guided_json"), ({"guided_grammar": "start: x"}, "guided_grammar"),
     ({"logit_bias": {"5": 1}}, "logit_bias"), ({"reasoning_effort": "high"}, "reasoning_effort"),
     ({"store": True}, "store"),
     ({"functions": [{}]}, "functions"), ({"topp": 1}, "topp")])

@@ -67,6 +67,7 @@ def test_rotary_positions_whichever_keys_they_are_written_under():
                           {"rope_type": "linear", "type": "default", "factor": 4,
                            "rope_theta": 7e4},
                           LLAMA3, {**LLAMA3, "original_max_position_embeddings": 64}, {"factor": 8},
+                          {"rope_type": "linear", "type": None, "factor": 5},
                           {"type": "yarn", **yarn}, {"rope_type": "dynamic", "factor": 2}),
             rope_parameters=(..., None, {"rope_type": "default", "rope_theta": 5e5},
                              {"rope_type": "linear", "factor": 3},
@@ -186,6 +187,16 @@ def test_a_tied_output_beside_a_table_of_its_own(folder, tmp_path, tied, held, e
     assert_same(folder, tmp_path)
     raw = json.loads((tmp_path / "converted" / "config.json").read_text())
     assert raw["tie_word_embeddings"] == (tied and held != "both")
+
+
+def test_tables_that_share_memory_in_a_bin_file_are_converted(folder, tmp_path):
+    """As a tied model was saved, beside a config that does not say so."""
+    edit(folder, tie_word_embeddings=False)
+    weights = load_file(folder / "model.safetensors")
+    weights[HEAD] = weights[EMBED]
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    assert_same(folder, tmp_path)
 
 
 def other(weights):

@@ -16,6 +16,7 @@ import chat
 from batch import Batch, Prompt, generate_batch
 from cli import make_parser
 from convert_hf import convert
+from draw import NOT_FINITE
 from formats.folder import open_file
 from generate import generate, load, make_cache, prefill
 from helpers import TINY, as_on_a_gpu, hf_model, random_model, run
@@ -121,7 +122,7 @@ def test_a_row_without_a_token_ends_and_disturbs_no_other(way, monkeypatch):
         for stream, token_id in generate_batch(model, mixed, batch=Batch(model, batch_size, 4, 24)):
             said.setdefault(stream.index, []).append(token_id)
             if token_id is None:
-                assert stream.failed == (63 in stream.prompt.ids)
+                assert stream.error == (NOT_FINITE if 63 in stream.prompt.ids else "")
         for index, prompt in enumerate(mixed):
             alone = generate(model, make_cache(model, 4, 24), prompt.ids, 12, stop_ids=(),
                              sampling=prompt.sampling)
@@ -261,6 +262,18 @@ def test_a_pickle_from_before_zip_archives_is_refused_unread(both_kinds, tmp_pat
     torch.save(weights, path, _use_new_zipfile_serialization=False)
     monkeypatch.setattr("torch.load", lambda *a, **k: pytest.fail("unpickled"))
     refused("generate", "--checkpoint", folder, naming=[path, "PyTorch 1.6", "model.safetensors"])
+
+
+@pytest.mark.parametrize("odd", [
+    {"a": torch.ones(4).to_sparse()}, {"a": torch.ones(4, device="meta")}, {3: torch.ones(4)},
+    {"a": torch._neg_view(torch.ones(4))}, {"a": torch.ones(2, dtype=torch.complex64).conj()},
+    {"state_dict": {"a": torch.ones(4)}}], ids=["sparse", "meta", "number", "negated",
+                                                 "conjugate", "nested"])
+def test_a_bin_file_of_what_is_no_plain_tensor_is_refused(odd, tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(odd, path)
+    with pytest.raises(ValueError, match="pytorch_model.bin.* other things than plain tensors"):
+        open_file(path)
 
 
 def test_damaged_archives_are_one_line_or_tensors(tmp_path):
