@@ -130,7 +130,8 @@ def turn_ids(talk: Conversation, text: str, raw: bool) -> list[int]:
     if raw:
         return talk.tokenizer.encode(text, bos=not held)
     if not held or talk.last_id is None and talk.system:
-        return talk.tokenizer.first_turn(text, talk.system, talk.template_args)[held:]
+        ids = talk.tokenizer.first_turn(text, talk.system, talk.template_args, pinned=held > 0)
+        return ids[held:]
     return talk.tokenizer.next_turn(text, talk.last_id, talk.template_args)
 
 

@@ -50,8 +50,9 @@ class ChatTemplate:
 
     # -------------------------------------------------------------------------- turns
 
-    def system_turn(self, system: str, args: dict | None = None) -> str:
-        """What opens a conversation, before the user's turn."""
+    def system_turn(self, system: str, args: dict | None = None) -> tuple[str, str]:
+        """What opens a conversation, and what the template puts between that and the user's text.
+        """
         turns = [{"role": "system", "content": system}]
         escaped = self._escape(system, self._reserved_pattern).strip()  # many templates strip it
         with_user = self.render([*turns, {"role": "user", "content": USER_MARK}], args=args)
@@ -63,17 +64,19 @@ class ChatTemplate:
         except ValueError:
             # Some templates refuse a conversation without a user's turn. The header of the user's
             # turn then belongs to the opening.
-            return opening
-        return alone if escaped in alone and opening.startswith(alone) else opening
+            return opening, ""
+        if escaped in alone and opening.startswith(alone):
+            return alone, opening.removeprefix(alone)
+        return opening, ""
 
     def conversation(self, messages: list[dict], args: dict | None = None) -> tuple[str, str]:
         """The beginning of a conversation, up to where an answer begins: (opening, rest).
 
-        The opening is what system_turn returns. It is "" without a system turn, and where the
-        template renders the system turn otherwise in this conversation."""
+        The opening is the first that system_turn returns. It is "" without a system turn, and where
+        the template renders the system turn otherwise in this conversation."""
         text, opening = self.render(messages, args=args), ""
         if messages[0]["role"] == "system" and messages[0]["content"].strip():
-            opening = self.system_turn(messages[0]["content"], args)
+            opening, _ = self.system_turn(messages[0]["content"], args)
         if not text.startswith(opening):
             opening = ""
         return opening, text.removeprefix(opening)

@@ -142,7 +142,7 @@ class Tokenizer:
     def system_turn(self, system: str, template_args: dict | None = None) -> list[int]:
         """Ids of what opens a conversation, before the user's turn. A last piece that could merge
         with what follows is left out; it belongs to the next turn."""
-        return self._settled_ids(self.chat_template.system_turn(system, template_args))
+        return self._settled_ids(*self.chat_template.system_turn(system, template_args))
 
     def opening(self, entry: dict, template_args: dict | None = None) -> list[int]:
         """Ids of an entry of a prompts file, {"prompt": raw text} or {"turns": [text, ...]}: of its
@@ -152,33 +152,40 @@ class Tokenizer:
         return self.first_turn(entry["turns"][0], template_args=template_args)
 
     def first_turn(self, user: str, system: str | None = None,
-                   template_args: dict | None = None) -> list[int]:
-        """Ids of a conversation's first turn, up to where the answer begins."""
+                   template_args: dict | None = None, pinned: bool = False) -> list[int]:
+        """Ids of a conversation's first turn, up to where the answer begins. pinned is as in
+        conversation."""
         turns = [{"role": "system", "content": system}] if system else []
-        return self.conversation(turns + [{"role": "user", "content": user}], template_args)
+        turns.append({"role": "user", "content": user})
+        return self.conversation(turns, template_args, pinned)
 
-    def conversation(self, messages: list[dict], template_args: dict | None = None) -> list[int]:
+    def conversation(self, messages: list[dict], template_args: dict | None = None,
+                     pinned: bool = False) -> list[int]:
         """Ids of messages, each {"role": ..., "content": text}, up to where an answer begins.
 
         template_args is what else the chat template is given, such as {"enable_thinking": False}.
         Where the first message is a system turn, the ids begin with those of system_turn, so that
-        its cache can be shared. Raises ValueError for what the chat template refuses."""
+        its cache can be shared. Some texts merge farther back than system_turn foresees: then they
+        only do so for `pinned`, whose system turn is in the cache already. Raises ValueError for
+        what the chat template refuses."""
         opening, rest = self.chat_template.conversation(messages, template_args)
         ids = self.encode_rendered(opening + rest)
-        settled = self._settled_ids(opening) if opening else []
+        if not (pinned and opening):
+            return ids
+        settled = self.system_turn(messages[0]["content"], template_args)
         if ids[:len(settled)] == settled:
             return ids
-        # What follows reaches farther back into the opening than _settled_ids foresees.
-        return self.encode_rendered(opening) + self.encode_rendered(rest, start=False)
+        unsettled = self.encode_rendered(opening)[len(settled):]
+        return settled + unsettled + self.encode_rendered(rest, start=False)
 
-    def _settled_ids(self, text: str) -> list[int]:
-        """Ids of a text's beginning that are the same whatever follows the text: those before the
-        last piece with which a following character can merge."""
+    def _settled_ids(self, text: str, header: str) -> list[int]:
+        """Ids of a text's beginning that are the same whatever follows the text and the header
+        behind it: those before the last piece with which a following character can merge."""
         tail = text[-SETTLING:]
         ids = self.encode_rendered(tail, start=False)
         n_same = len(ids)
         for following in FOLLOWING:
-            longer = self.encode_rendered(tail + following, start=False)
+            longer = self.encode_rendered(tail + header + following, start=False)
             n_same = next((n for n in range(n_same) if longer[n:n + 1] != ids[n:n + 1]), n_same)
         whole = self.encode_rendered(text)
         return whole[:len(whole) - len(ids) + n_same]

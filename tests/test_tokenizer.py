@@ -340,8 +340,8 @@ def test_a_template_renders_text_and_its_system_turn_comes_first():
     template = ChatTemplate({"default": CHATML}, {"<|im_start|>", "<|im_end|>"}, set(), {})
     opening, rest = template.conversation([{"role": "system", "content": "Be a cat. "},
                                            {"role": "user", "content": "Who?"}])
-    assert opening == template.system_turn("Be a cat. ") \
-        == "<|im_start|>system\nBe a cat. <|im_end|>\n"
+    assert opening == "<|im_start|>system\nBe a cat. <|im_end|>\n"
+    assert template.system_turn("Be a cat. ") == (opening, "<|im_start|>user\n")
     assert rest == "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
     assert template.next_turn("Why?") == "<|im_end|>\n" + rest.replace("Who", "Why")
     assert template.conversation([{"role": "user", "content": "Who?"}]) == ("", rest)

@@ -7,6 +7,7 @@ import argparse
 import json
 import re
 import shutil
+import string
 
 import pytest
 import sentencepiece
@@ -242,6 +243,39 @@ def test_turn_by_turn_the_ids_are_those_of_the_whole(folders, tmp_path, vocabula
         # One that doesn't may have said any piece that the template writes there, too.
         for last_id in set(following) - {end}:
             assert ours.next_turn(TURNS[n], last_id) == following
+
+
+ALPACA = (  # no mark stands between the turns
+    "{{ bos_token }}{% for m in messages %}{{ {'system': '', 'user': '### Instruction:\n', "
+    "'assistant': '### Response:\n'}[m.role] + m.content }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}### Response:\n{% endif %}")
+
+
+@pytest.mark.parametrize("template, user", [(ALPACA, "Hi"), (LLAMA2, "### Instruction"),
+                                            (MONARCH, "### Hi")])
+def test_a_piece_of_many_characters_may_merge_with_the_end_of_the_system_turn(
+        tmp_path, template, user):
+    """No single character that follows "\n\n" makes a piece with it, but "###" does."""
+    merges = [("#", "#"), ("##", "#"), ("\n", "\n"), ("\n\n", "###")]
+    pieces = [*string.printable, "▁", *map("".join, merges)]
+    library = tokenizers.Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    library.decoder = decoders.Replace("▁", " ")
+    library.add_special_tokens(["<s>", "</s>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+        "bos_token": "<s>", "eos_token": "</s>", "chat_template": template,
+        "tokenizer_class": "PreTrainedTokenizerFast"}))
+    ours = Tokenizer(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    messages = [{"role": "system", "content": "Say it."}, {"role": "user", "content": user}]
+    expected = ids_of(theirs, messages)
+    assert ours.conversation(messages) == expected
+    opening = ours.system_turn("Say it.")
+    pinned = ours.first_turn(user, "Say it.", pinned=True)
+    assert pinned[:len(opening)] == opening and ours.decode(pinned) == ours.decode(expected)
+    if template == ALPACA:  # what follows the system turn is the template's, and so foreseen
+        assert pinned == expected
 
 
 # ------------------------------------------------------------------------------ what a user types
