@@ -16,11 +16,12 @@ from generate import generate, load, make_cache
 from grammar import Grammar, token_bytes, vocabulary
 from helpers import TINY, as_on_a_gpu, random_model, run
 from sample import Sampling
-from schemas import check_answers
 from test_errors import refused
 from test_tokenizer import byte_level, metaspace  # noqa: F401  (fixtures)
 from tokenizer import Tokenizer
 
+pytest.importorskip("llguidance")
+check_answers = pytest.importorskip("schemas", reason="needs pip install jsonschema").check_answers
 SMOLLM2 = CHECKPOINTS / "smollm2-135m-instruct"
 PERSON = {"type": "object", "additionalProperties": False, "required": ["name", "age"],
           "properties": {"name": {"type": "string", "maxLength": 12},

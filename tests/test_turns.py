@@ -12,9 +12,7 @@ import string
 import pytest
 import sentencepiece
 import tokenizers
-import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers.tokenization_utils_base import generate_merges
 
 from chat_template import ChatTemplate, compile_template
 from cli import add_template_args, template_args_of
@@ -24,6 +22,8 @@ from formats.tokenizer_config import read_templates
 from helpers import TINY, run
 from tokenizer import Tokenizer
 
+transformers = pytest.importorskip("transformers")
+generate_merges = pytest.importorskip("transformers.tokenization_utils_base").generate_merges
 CORPUS = ["Hello there, said the cat. USER: it sat on the mat. ASSISTANT: the end.\n\nSo?"] * 20
 TURNS = ["Hi there, cat.", " Is it <late>?\n", "So  long"]
 ANSWERS = ["Hello.", "It sat on\nthe mat", "Yes"]

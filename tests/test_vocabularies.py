@@ -12,7 +12,6 @@ import gguf
 import pytest
 import sentencepiece
 import tokenizers
-import transformers
 from tokenizers import decoders, models, normalizers, processors
 
 sys.path.append(str(Path(__file__).parent / "tokenizers"))
@@ -39,6 +38,7 @@ from formats.tokenizer_json import TokenizerJson
 from formats.tokenizer_model import TokenizerModel
 from tokenizer import Tokenizer
 
+transformers = pytest.importorskip("transformers")
 CLASSES = ("LlamaTokenizer", "PreTrainedTokenizerFast", None)
 LEGACY = ("absent", True, False)
 BYTES_OWN = {"0": token("<s>"), "1": token("</s>")}
