@@ -18,7 +18,7 @@ from chat_template import check_args
 from grammar import Grammar
 from layers import GROUP_SIZES, MODES
 from sample import Sampling
-from terminal import say
+from terminal import say, show
 from tokenizer import Tokenizer
 
 EMBEDDED = Path(__file__).parent / "checkpoints" / "tiny"
@@ -77,8 +77,11 @@ def plain_parser(doc: str) -> argparse.ArgumentParser:
     about, examples = doc.split("\n\n")[:2]
     name = re.search(r"python (-m )?(\S+)", examples)
     prog = f"python -m {name[2]}" if name[1] else Path(name[2]).name
-    return argparse.ArgumentParser(prog, description=about, formatter_class=HelpFormatter,
-                                   epilog=f"{EXAMPLES}\n\n{examples.rstrip()}")
+    parser = argparse.ArgumentParser(prog, description=about, formatter_class=HelpFormatter,
+                                     epilog=f"{EXAMPLES}\n\n{examples.rstrip()}")
+    # A help that is longer than a buffer fails while it is written; show says where.
+    parser.print_help = lambda file=None: show(parser.format_help())
+    return parser
 
 
 def add_checkpoint(parser: argparse.ArgumentParser, default: str | Path | None = None) -> None:
