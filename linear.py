@@ -280,13 +280,8 @@ def lane_sums(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def lanes_in_parts(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """x W^T with W in lanes, a part of W at a time turned to x's dtype."""
+    """x W^T with W in lanes, a part of W at a time turned to float32, where the library is fast."""
     return torch.ops.gpt_stream.lanes_in_parts(x, words, scale, zero).unflatten(0, x.shape[:-1])
-
-
-def in_float32(product: Callable) -> Callable:
-    """The same product in float32, where the library is slow in x's dtype."""
-    return lambda x, *stored: product(x.float(), *stored).type_as(x)
 
 
 def int8_kernel(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -425,7 +420,7 @@ TABLE = {
         (int8_one_pass, *2 * [int8_kernel], int8_in_parts, *3 * [int8_kernel], int8_in_parts),
     ("int8", "cuda", ROWS, ALL): 8 * [gpu_int8],
     ("int4 grouped_int8", "avx2", LANES, "small large"):
-        (*3 * [lane_sums], *5 * [in_float32(lanes_in_parts)]),
+        (*3 * [lane_sums], *5 * [lanes_in_parts]),
     ("grouped_int8", CPUS, ROWS, ALL): (grouped_one_pass, *7 * [grouped_in_parts]),
     ("grouped_int8", "cuda", ROWS, ALL): 8 * [gpu_grouped],
     ("int4", CPUS, ROWS, ""): 8 * [int4_in_parts],
