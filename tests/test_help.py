@@ -18,6 +18,7 @@ from helpers import TINY, random_model
 ROOT = TINY.parent.parent
 PROGRAMS = ["generate", "chat", "batch", "eval", "quantize", "gptq", "convert_hf",
             "formats.hub", "bench.__main__", "server.__main__", "server.measure", "server.soak",
+            "bench.duel", "bench.shift",
             *sorted(f"examples.{path.stem}" for path in ROOT.glob("examples/[a-z]*.py")),
             "stress.fuzz", "stress.kills", "stress.disks", "stress.endless",
             "stress.structured"]
@@ -28,7 +29,7 @@ OTHERWISE = {"--checkpoint": "quantize takes no .gguf", "--limit": "turns, or pr
              "--mode": "eval's, and an older name of quantize's --quantize",
              "--only": "a kind of damage, or a program",
              "--clients": "several runs in server.measure", "--speculate": "a measurement in bench",
-             "--grammar": "a measurement in bench",
+             "--grammar": "a measurement in bench", "--rounds": "of --gpu in bench",
              "--max-new-tokens": "in the server, as many as may be asked for"}
 
 
