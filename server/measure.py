@@ -17,6 +17,7 @@ import time
 from urllib.parse import urlsplit
 
 from cli import number, plain_parser, read_prompts
+from eval import check_plot
 from terminal import user_errors
 
 
@@ -96,20 +97,33 @@ async def run_clients(url: str, contents: list[dict], n_clients: int,
     return done, took
 
 
-async def converse(url: str, prompts: list[str], content: dict) -> None:
-    """One conversation. When it is 2, 10 and 50 turns long, it is also sent with another first
-    word, so that no server has it cached."""
-    messages = []
+async def converse(url: str, prompts: list[str], content: dict) -> list[dict]:
+    """One conversation. At some lengths it is also sent with another first word, so that no server
+    has it cached. A record of each of these."""
+    messages, records = [], []
     for turn in range(1, len(prompts) + 1):
         messages.append({"role": "user", "content": prompts[turn - 1]})
         answer = await measure(url, {**content, "messages": messages})
-        if turn in (2, 10, 50) or turn == len(prompts):
+        if turn in (2, 5, 10, 20, 30, 40) or turn == len(prompts):
             other = [{**messages[0], "content": "Well: " + messages[0]["content"]}, *messages[1:]]
             unknown = await measure(url, {**content, "messages": other, "max_tokens": 1})
-            print(json.dumps({"turn": turn, **answer["usage"],
-                              "first_kept_s": first_token_s(answer),
-                              "first_not_kept_s": first_token_s(unknown)}), flush=True)
+            records.append({"turn": turn, **answer["usage"], "first_kept_s": first_token_s(answer),
+                            "first_not_kept_s": first_token_s(unknown)})
+            print(json.dumps(records[-1]), flush=True)
         messages.append({"role": "assistant", "content": answer["text"]})
+    return records
+
+
+def plot_first_tokens(path: str, records: list[dict]) -> None:
+    """Seconds to the first token by the length of the history, kept and not kept."""
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(figsize=(8, 4))
+    for name, key in (("read anew", "first_not_kept_s"), ("kept", "first_kept_s")):
+        axes.plot([r["prompt_tokens"] for r in records], [r[key] for r in records], "o-",
+                  label=name)
+    axes.set(xlabel="tokens of history", ylabel="seconds to the first token", ylim=(0, None))
+    axes.legend()
+    figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
 def first_token_s(one: dict) -> float | None:
@@ -150,8 +164,13 @@ def main():
     add("--beside", type=number(int, 1), metavar="N",
         help="another client meanwhile has histories of about N tokens read")
     add("--turns", type=number(int, 2), metavar="N", help="instead: one conversation of N turns")
+    add("--plot", metavar="FILE.png", help="draw it")
     with user_errors(parser):
         args = parser.parse_args()
+        if args.plot:
+            if not args.turns:
+                raise ValueError("--plot goes with --turns")
+            check_plot(args.plot)
         prompts = [entry.get("prompt") or entry["turns"][0]
                    for entry in read_prompts(args.prompts)[:args.limit]]
         content = {"model": args.model, "max_tokens": args.max_new_tokens, "stream": args.stream,
@@ -164,7 +183,9 @@ def main():
             {"role": "user", "content": "so it goes on and " * (args.beside // 5)}]}
         if args.turns:
             prompts = [prompts[n % len(prompts)] for n in range(args.turns)]
-            asyncio.run(converse(args.url + "/chat/completions", prompts, content))
+            records = asyncio.run(converse(args.url + "/chat/completions", prompts, content))
+            if args.plot:
+                plot_first_tokens(args.plot, records)
             return
         for n_clients in map(int, args.clients.split(",")):
             cpu = time.process_time()
