@@ -794,7 +794,8 @@ def test_the_measuring_client_counts_what_the_server_counts(server, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "Hello there"}\n{"turns": ["Who?", "Why?"]}\n')
     argv = [sys.executable, "-m", "server.measure", "--url", f"http://127.0.0.1:{server.port}/v1",
             "--model", "tiny", "--prompts", str(tmp_path / "p.jsonl"), "--max-new-tokens", "9"]
-    for more in (["--clients", "1,2"], ["--clients", "2", "--stream"], ["--turns", "4"],
+    for more in (["--clients", "1,2"], ["--clients", "2", "--stream"],
+                 ["--turns", "4", "--plot", str(tmp_path / "kept.png")],
                  ["--clients", "1", "--stream", "--beside", "500"]):
         before = server.figures()['tokens_total{kind="generated"}']
         done = subprocess.run([*argv, *more], cwd=ROOT, capture_output=True, text=True)
@@ -805,6 +806,7 @@ def test_the_measuring_client_counts_what_the_server_counts(server, tmp_path):
             assert [line["turn"] for line in lines] == [2, 4]
             assert lines[1]["prompt_tokens_details"]["cached_tokens"] > 50
             assert all(line["first_kept_s"] > 0 < line["first_not_kept_s"] for line in lines)
+            assert (tmp_path / "kept.png").stat().st_size > 5000
             continue
         assert all(line["new_tokens"] == 18 and line["tok_s"] > 0 for line in lines)
         assert "--beside" in more or generated == 18 * len(lines)
