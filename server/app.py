@@ -97,7 +97,9 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
         body = await read_body(request)
         parsed = await asyncio.to_thread(parse_request, body, chat, settings.model,
                                          settings.max_new_tokens, engine.model.suggested)
-        if parsed.grammar:
+        if parsed.chat:
+            engine.check_tools(parsed)
+        if parsed.grammar_field:
             await compile_grammar(engine, parsed)
         jobs = await asyncio.to_thread(engine.make_jobs, parsed, client)
         writer = ResponseWriter(parsed, settings.model, engine.fingerprint)
@@ -328,7 +330,7 @@ async def compile_grammar(engine: Engine, request: Request) -> None:
     try:
         await asyncio.wait_for(asyncio.to_thread(engine.compile_grammar, request), GRAMMAR_TIMEOUT)
     except asyncio.TimeoutError:
-        field = request.grammar[0]
+        field = request.grammar_field
         raise ApiError(400, f"Invalid {field!r}: it takes too long to read; ask for less.", field,
                        "invalid_value") from None
 

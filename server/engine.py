@@ -19,6 +19,8 @@ from dataclasses import replace
 
 from batch import LONG_PROMPT, Batch, Hooks, Prompt, Stream, generate_batch
 from draw import NOT_FINITE
+from formats.tool_calls import Reader, find_ability, hidden_marks
+from formats.tools import grammar_of_calls
 from generate import LARGE_CHUNK, chat_stop_ids, check_ids
 from grammar import Grammar, vocabulary
 from kv_cache import KVCache
@@ -30,10 +32,10 @@ from server.prefix_cache import (
     cancelled_key,
     copy_from_row,
     copy_to_row,
-    extend_key,
+    message_key,
     prefix_keys,
 )
-from server.protocol import MAX_PROMPT, ApiError, Request
+from server.protocol import MAX_PROMPT, ApiError, Request, refused
 from tokenizer import GeneratedText, Tokenizer
 
 log = logging.getLogger("gpt_stream")
@@ -51,6 +53,7 @@ class Engine:
         self.pinned = [{"role": "system", "content": pin_system}] if pin_system else []
         self.fingerprint = model.fingerprint
         self.chat_stop_ids = chat_stop_ids(model, tokenizer)
+        self.ability = find_ability(tokenizer.chat_template)  # to say tools and calls
         self.special_names = {token_id: text for text, token_id in tokenizer.specials.items()}
         self.batch = Batch(model, batch_size, n_sink, window, n_staging=2, n_chunks=4)
         self.prefix_cache = PrefixCache(cache_bytes)
@@ -99,14 +102,34 @@ class Engine:
 
     def compile_grammar(self, request: Request) -> None:
         """Compile what a request's answers must fit. Raises ApiError naming the field."""
-        (field, source), config = request.grammar, self.model.config
+        (field, source), config = request.grammar or ("tools", {}), self.model.config
         try:
-            grammar = Grammar(self.tokenizer, config.vocab_size, **source)
+            if source:
+                grammar = Grammar(self.tokenizer, config.vocab_size, **source)
+            if request.tools:
+                grammar = grammar_of_calls(request.tools, self.ability.form, self.tokenizer,
+                                           config.vocab_size, source.get("schema"))
             grammar.check_fits(config.vocab_size,
                                self.chat_stop_ids if request.chat else config.eos_ids)
         except ValueError as error:
-            raise ApiError(400, f"Invalid {field!r}: {error}.", field, "invalid_value") from None
+            raise refused(error, field) from None
         request.sampling = replace(request.sampling, grammar=grammar)
+
+    def check_tools(self, request: Request) -> None:
+        """Raises ApiError where the chat template cannot say a request's tools, or calls and
+        results in its messages."""
+        if request.tools and not self.ability.shows_tools:
+            raise ApiError(400, "The chat template of this model has no tools.", "tools",
+                           "unsupported_parameter")
+        if request.tools and not self.ability.form:
+            raise ApiError(400, "The chat template of this model writes calls in a form that this "
+                                "server cannot read.", "tools", "unsupported_parameter")
+        for at, message in enumerate(request.messages):
+            of_call = message["role"] == "tool" or "tool_calls" in message
+            if of_call and not self.ability.writes_calls[bool(request.tools)]:
+                raise ApiError(400, "The chat template of this model cannot say calls and their "
+                                    f"results{'' if request.tools else ' without tools'}.",
+                               f"messages.{at}", "unsupported_parameter")
 
     def make_jobs(self, request: Request, client: str) -> list[Job]:
         """Turn a request into token ids, a job for each prompt. A client goes on only from its own
@@ -151,7 +174,8 @@ class Engine:
         last, prefix = self.prefix_cache.find_longest(keys)
         answered = max((n for n, message in enumerate(messages)
                         if message["role"] == "assistant"), default=0)
-        if answered > (last or 0):  # the answer may have been cancelled
+        # The answer may have been cancelled, before it could call anything.
+        if answered > (last or 0) and "tool_calls" not in messages[answered]:
             _, longer = self.prefix_cache.find_longest([cancelled_key(keys[answered - 1])])
             if longer and (longer := longer.cut_after(messages[answered]["content"])):
                 return answered, longer
@@ -296,21 +320,29 @@ class Engine:
         """Send a stream's next token to its client, or cancel the stream if the job is."""
         job = stream.prompt.hooks.owner
         if stream not in self.answers:
-            self.answers[stream] = Answer(job, job.first_choice + stream.sample,
-                                          GeneratedText(self.tokenizer, job.request.stop))
+            self.answers[stream] = self.new_answer(job, job.first_choice + stream.sample)
         answer = self.answers[stream]
         if job.cancelled:
             stream.cancel()
             answer.add_unshown(token_id)
             return
         job.new_tokens += 1
-        text = answer.add(token_id)
-        if answer.generated.stopped:
+        text, calls = answer.add(token_id)
+        if answer.ended:
             stream.cancel()
-        if answer.generated.stopped or token_id in stream.prompt.stop_ids:
+        if answer.ended or token_id in stream.prompt.stop_ids:
             answer.finish = "stop"
         token = self.token(token_id, *stream.logprobs.pop()) if stream.logprobs else None
-        job.post(Event(answer.choice, text, token))
+        job.post(Event(answer.choice, text, token, calls=calls))
+
+    def new_answer(self, job: Job, choice: int) -> Answer:
+        request, form = job.request, self.ability.form
+        if request.tools is None:
+            return Answer(job, choice, GeneratedText(self.tokenizer, request.stop))
+        reader = Reader(form, request.tools.functions, sure=request.sampling.grammar is not None,
+                        parallel=request.tools.parallel)
+        marks = hidden_marks(form, self.tokenizer)
+        return Answer(job, choice, GeneratedText(self.tokenizer, request.stop, marks), reader)
 
     def on_end(self, stream: Stream) -> None:
         """Cache the conversation, and only then send the last event: the client may go on at once.
@@ -321,25 +353,25 @@ class Engine:
             job.post(fault_of(stream))
         if stream.error or answer is None:
             return
-        rest = answer.flush()
+        rest, calls = answer.flush()
         if job.key and self.prefix_cache.max_bytes:
             self.cache_answer(answer, self.batch.rows.index(stream))
         if not job.cancelled:
-            job.post(Event(answer.choice, rest, finish=answer.finish))
+            job.post(Event(answer.choice, rest, finish=answer.finish, calls=calls))
 
     def cache_answer(self, answer: Answer, row: int) -> None:
         """Cache a conversation up to the end of an answer, which is still in its row."""
         job, text = answer.job, answer.generated.text
-        key = extend_key(job.key, "assistant", text)
         prefix = copy_from_row(self.batch.cache, row, job.all_ids() + answer.generated.ids)
         if job.cancelled or answer.generated.stopped:
             prefix.answer_text, prefix.text_lengths = text, answer.text_lengths
         if job.cancelled:  # the next request says how much of the answer its client has seen
-            key = cancelled_key(job.key)
-        elif answer.generated.stopped:
+            return self.prefix_cache.add(cancelled_key(job.key), prefix, job.parent_key)
+        if answer.generated.stopped:
             prefix = prefix.cut_after(text)
-        if prefix:
-            self.prefix_cache.add(key, prefix, job.parent_key)
+        message = answer.message()
+        if prefix and message:
+            self.prefix_cache.add(message_key(job.key, message), prefix, job.parent_key)
 
     def token(self, token_id: int, logprob: float, likeliest: dict[int, float]) -> Token:
         """A token with its log-probabilities. JSON has no -inf, and OpenAI's is LEAST_LOGPROB."""
@@ -367,7 +399,7 @@ def fault_of(stream: Stream) -> ApiError:
     if stream.error == NOT_FINITE:
         log.error("an answer broke off: %s", NOT_FINITE)
         return ApiError(500, f"The answer broke off: {NOT_FINITE}.")
-    field, _ = stream.prompt.hooks.owner.request.grammar
+    field = stream.prompt.hooks.owner.request.grammar_field
     return ApiError(400, f"Invalid {field!r}: {stream.error}.", field, "invalid_value")
 
 

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from chat_template import check_args
+from formats.tools import Tools, calls_for_template, tools_of
 from sample import RANGES, Sampling
 
 MAX_BODY = 4 << 20  # bytes
@@ -30,15 +31,14 @@ MAX_PROMPTS, MAX_N, MAX_STOPS = 64, 16, 16
 LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 # Fields that are refused unless they ask for nothing.
 NEUTRAL = {
-    "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False),
     "functions": ([],), "function_call": ("none", "auto"), "logit_bias": ({},),
     "modalities": (["text"],), "audio": (), "prediction": (),
     "service_tier": ("auto", "default"), "reasoning_effort": ("none",), "verbosity": ("medium",),
     "web_search_options": (), "prompt_cache_retention": (), "echo": (False,), "suffix": ("",),
     "best_of": (1,), "store": (False,)}
 NEUTRAL_IN_MESSAGE = {
-    "name": (), "tool_calls": ([],), "tool_call_id": (), "function_call": (), "refusal": (),
-    "audio": (), "annotations": ([],), "reasoning_content": ("",)}
+    "function_call": (), "refusal": (), "audio": (), "annotations": ([],),
+    "reasoning_content": ("",)}
 
 
 class ApiError(Exception):
@@ -70,6 +70,14 @@ class Request:
     template_args: dict  # what else the chat template is given
     # The field that says what an answer must fit, and what it says, as grammar.Grammar takes it.
     grammar: tuple[str, dict] | None = None
+    tools: Tools | None = None  # that the answers may call
+
+    @property
+    def grammar_field(self) -> str:
+        """The field for which the answers have a grammar; "" where they have none."""
+        if self.grammar:
+            return self.grammar[0]
+        return "tools" if self.tools and (self.tools.forced or self.tools.strict) else ""
 
 
 # ------------------------------------------------------------------------------ bodies
@@ -108,8 +116,13 @@ class Strict(BaseModel):
 
 
 class Message(Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(join_text_parts)]
+    """A message; message_of says which fields belong to which role."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str | None, BeforeValidator(join_text_parts)] = None
+    tool_calls: Any = None
+    tool_call_id: str | None = None
+    name: str | None = None
 
 
 class StreamOptions(Strict):
@@ -175,6 +188,9 @@ class Chat(Options):
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
     chat_template_kwargs: dict[str, Any] = {}
+    tools: Any = None  # validated in tools_of, as tool_choice is
+    tool_choice: Any = None
+    parallel_tool_calls: bool = True
 
 
 class Completion(Options):
@@ -207,6 +223,10 @@ def parse_request(body: bytes, chat: bool, model: str, max_new_tokens: int,
     if "stream_options" in fields.model_fields_set and not fields.stream:
         raise ApiError(400, "stream_options goes with stream: true.", "stream_options",
                        "invalid_value")
+    tools = tools_asked(fields) if chat else None
+    grammar = grammar_of(fields)
+    if grammar and tools and "schema" not in grammar[1]:
+        raise ApiError(400, f"{grammar[0]} works without tools.", grammar[0], "invalid_value")
     top = fields.logprobs if not chat else fields.top_logprobs if fields.logprobs else None
     return Request(
         chat=chat, messages=messages_of(fields) if chat else [],
@@ -214,8 +234,8 @@ def parse_request(body: bytes, chat: bool, model: str, max_new_tokens: int,
         sampling=sampling_of(fields, suggested or {}),
         n=fields.n, stop=[check_text(text, "stop") for text in fields.stop], top_logprobs=top,
         stream=fields.stream, include_usage=fields.stream_options.include_usage,
-        template_args=template_args_of(fields) if chat else {},
-        grammar=grammar_of(fields))
+        template_args=template_args_of(fields, tools) if chat else {},
+        grammar=grammar, tools=tools)
 
 
 def sampling_of(fields: Options, suggested: dict[str, float]) -> Sampling:
@@ -274,19 +294,60 @@ def validate(kind: type[Strict], fields: dict) -> Any:
 
 
 def messages_of(chat: Chat) -> list[dict]:
-    return [{"role": "system" if message.role == "developer" else message.role,
-             "content": check_text(message.content, f"messages.{at}.content")}
-            for at, message in enumerate(chat.messages)]
+    return [message_of(message, f"messages.{at}") for at, message in enumerate(chat.messages)]
 
 
-def template_args_of(chat: Chat) -> dict:
+def message_of(message: Message, where: str) -> dict:
+    """A message as the chat template takes it. Raises ApiError for a field that is missing, and for
+    one that does not belong to its role."""
+    role, calls = message.role, message.tool_calls
+    belongs = {"tool_calls": role == "assistant", "tool_call_id": role == "tool",
+               "name": role == "tool"}
+    for field in (field for field, here in belongs.items() if not here):
+        if getattr(message, field):
+            raise ApiError(400, f"{where}.{field} is not supported by this server where the role "
+                                f"is {role}.", f"{where}.{field}", "unsupported_parameter")
+    for field, needed in (("content", not calls), ("tool_call_id", role == "tool")):
+        if needed and getattr(message, field) is None:
+            raise ApiError(400, f"Invalid '{where}.{field}': Field required.", f"{where}.{field}",
+                           "missing_required_parameter")
+    found = {"role": "system" if role == "developer" else role,
+             "content": check_text(message.content or "", f"{where}.content")}
+    try:
+        if calls:
+            found["tool_calls"] = calls_for_template(calls, f"{where}.tool_calls")
+    except ValueError as error:
+        raise refused(error) from None
+    labels = {"tool_call_id": message.tool_call_id, "name": message.name}
+    return {**found, **{field: value for field, value in labels.items() if value is not None}}
+
+
+def tools_asked(chat: Chat) -> Tools | None:
+    try:
+        return tools_of(chat.tools, chat.tool_choice, chat.parallel_tool_calls)
+    except ValueError as error:
+        raise refused(error) from None
+
+
+def refused(error: ValueError, field: str = "") -> ApiError:
+    """The response to an error of this field, or of the one that its message begins with."""
+    place, _, reason = str(error).partition(": ")
+    if place.split(".")[0] not in ("tools", "tool_choice", "messages"):
+        place, reason = field, str(error)
+    return ApiError(400, f"Invalid {place!r}: {reason}.", place, "invalid_value")
+
+
+def template_args_of(chat: Chat, tools: Tools | None) -> dict:
+    """What else the chat template is given: chat_template_kwargs, and the tools."""
     try:
         check_args(chat.chat_template_kwargs)
+        if tools and "tools" in chat.chat_template_kwargs:
+            raise ValueError("tools is a field of its own")
         json.dumps(chat.chat_template_kwargs, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # half of a surrogate pair is a ValueError
         raise ApiError(400, f"chat_template_kwargs: {error}.", "chat_template_kwargs",
                        "invalid_value") from None
-    return chat.chat_template_kwargs
+    return {**chat.chat_template_kwargs, **({"tools": list(tools.tools)} if tools else {})}
 
 
 def grammar_of(fields: Options) -> tuple[str, dict] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections.abc import Iterable
 
 from server.answers import Event, Job
 from server.protocol import ApiError, Request
@@ -39,7 +40,10 @@ class ResponseWriter:
         text = "".join(event.text for event in events)
         content = {"text": text}
         if self.chat:
-            content = {"message": {"role": "assistant", "content": text, "refusal": None}}
+            calls = whole_calls(delta for event in events for delta in event.calls)
+            content = {"message": {"role": "assistant", "content": None if calls and not text
+                                   else text, "refusal": None,
+                                   **({"tool_calls": calls} if calls else {})}}
         return {"index": index, **content, "logprobs": self.logprobs(index, events),
                 "finish_reason": events[-1].finish}
 
@@ -56,6 +60,8 @@ class ResponseWriter:
             if event.text or logprobs:
                 delta = {"content": event.text} if self.chat else event.text
                 parts.append(self.chunk(event.choice, delta, logprobs))
+            for call in event.calls:
+                parts.append(self.chunk(event.choice, {"tool_calls": [call]}))
             if event.finish:
                 parts.append(self.chunk(event.choice, {} if self.chat else "", None, event.finish))
         return b"".join(parts)
@@ -99,6 +105,18 @@ class ResponseWriter:
                 "token_logprobs": [token.logprob for token in tokens],
                 "top_logprobs": [dict(token.top) for token in tokens] if self.top_logprobs
                 else None}
+
+
+def whole_calls(deltas: Iterable[dict]) -> list[dict]:
+    """Calls, of what was told of them."""
+    calls = []
+    for delta in deltas:
+        if delta["index"] == len(calls):
+            calls.append({"id": delta["id"], "type": delta["type"],
+                          "function": {**delta["function"]}})
+        else:
+            calls[delta["index"]]["function"]["arguments"] += delta["function"]["arguments"]
+    return calls
 
 
 def token_logprob(text: str, logprob: float) -> dict:
