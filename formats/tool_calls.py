@@ -121,6 +121,17 @@ def find_ability(template: ChatTemplate) -> Ability:
                    (calls[0] and results[0], calls[1] and results[1]))
 
 
+def form_of_calls(ability: Ability, asking: str) -> Form:
+    """The form in which a model calls. Raises ValueError, beginning with what asks for it, where
+    its template has none."""
+    if not ability.shows_tools:
+        raise ValueError(f"{asking}: this model's chat template has no tools")
+    if not ability.form:
+        raise ValueError(f"{asking}: this model's chat template writes calls in a form that cannot "
+                         "be read here")
+    return ability.form
+
+
 def form_in(text: str) -> Form | None:
     """The form of the calls in a text; one without an opener only where the text begins with it."""
     for pattern, form in FORMS:

@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from batch import LONG_PROMPT, Batch, Hooks, Prompt, Stream, generate_batch
 from draw import NOT_FINITE
-from formats.tool_calls import Reader, find_ability, hidden_marks
+from formats.tool_calls import Reader, find_ability, form_of_calls, hidden_marks
 from formats.tools import grammar_of_calls
 from generate import LARGE_CHUNK, chat_stop_ids, check_ids
 from grammar import Grammar, vocabulary
@@ -118,12 +118,11 @@ class Engine:
     def check_tools(self, request: Request) -> None:
         """Raises ApiError where the chat template cannot say a request's tools, or calls and
         results in its messages."""
-        if request.tools and not self.ability.shows_tools:
-            raise ApiError(400, "The chat template of this model has no tools.", "tools",
-                           "unsupported_parameter")
-        if request.tools and not self.ability.form:
-            raise ApiError(400, "The chat template of this model writes calls in a form that this "
-                                "server cannot read.", "tools", "unsupported_parameter")
+        try:
+            if request.tools:
+                form_of_calls(self.ability, "tools")
+        except ValueError as error:
+            raise refused(error) from None
         for at, message in enumerate(request.messages):
             of_call = message["role"] == "tool" or "tool_calls" in message
             if of_call and not self.ability.writes_calls[bool(request.tools)]:
