@@ -309,7 +309,7 @@ class Reader:
             del self._marks[0]
         if self.form.in_list and not self._held:
             return False
-        self.done = not self.parallel
+        self.done = not (self.parallel or self.sure)  # a grammar ends the answer itself
         if self.form.in_list and self._held.startswith(","):
             return self._go_on(self._read_call)
         if self.form.in_list:
