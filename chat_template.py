@@ -226,7 +226,8 @@ class ChatTemplate:
 def probe_turns(n_calls: int) -> list[dict]:
     """A question, and an answer that calls so many of PROBE_TOOLS, with their results."""
     calls = [{"id": f"probe000{letter}", "type": "function", "function": {
-        "name": f"probe_{letter}", "arguments": {"x": "y"}}} for letter in "ab"[:n_calls]]
+        "name": f"probe_{letter}", "arguments": {"x": f"said_{letter}"}}}
+        for letter in "ab"[:n_calls]]
     turns = [{"role": "user", "content": "a"}]
     if calls:
         turns.append({"role": "assistant", "content": "", "tool_calls": calls})

@@ -111,14 +111,11 @@ def find_ability(template: ChatTemplate) -> Ability:
             return ""
 
     question, texts = text_of(PROBE_TOOLS), [text_of(None, 1), text_of(PROBE_TOOLS, 1)]
-    parallel = "probe_b" in text_of(None, 2) + text_of(PROBE_TOOLS, 2)[len(question):]
-    answer = texts[1].removeprefix(question)
-    calls = "probe_a" in texts[0], '"y"' in answer
+    parallel = any("said_b" in text_of(tools, 2) for tools in (None, PROBE_TOOLS))
     # Some templates do not write calls, but tell the model how to.
-    form = form_in(answer if calls[1] else question)
-    results = ["probe_result" in text for text in texts]
-    return Ability("probe_a" in question, form and replace(form, parallel=parallel),
-                   (calls[0] and results[0], calls[1] and results[1]))
+    form = form_in(texts[1].removeprefix(question) if "said_a" in texts[1] else question)
+    return Ability("probe_a" in question, form and replace(form, parallel=parallel), tuple(
+        "said_a" in text and "probe_result" in text for text in texts))
 
 
 def form_of_calls(ability: Ability, asking: str) -> Form:
@@ -134,8 +131,9 @@ def form_of_calls(ability: Ability, asking: str) -> Form:
 
 def form_in(text: str) -> Form | None:
     """The form of the calls in a text; one without an opener only where the text begins with it."""
+    begins = rf"\s*(?:{re.escape(PYTHON_TAG)})?\s*"
     for pattern, form in FORMS:
-        if re.search(pattern, text) if form.opener else re.match(rf"\s*{pattern}", text):
+        if re.search(pattern, text) if form.opener else re.match(begins + pattern, text):
             return form
     return None
 
