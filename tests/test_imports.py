@@ -18,7 +18,7 @@ ORDER = ["tp", "threads", "kv_cache", "linear", "layers", "attention", "model", 
          "draw", "terminal", "cli", "formats.config", "quantize", "formats.checkpoint",
          "formats.published", "formats.folder", "formats.gguf_file", "formats.gguf_tokenizer",
          "formats.gguf", "formats.adapters", "formats.hub", "load", "speculate", "formats.session",
-         "generate", "chat", "batch", "eval", "convert_hf", "gptq"]
+         "generate", "chat", "batch", "harness", "eval", "convert_hf", "gptq"]
 FOLDERS = ("bench", "examples", "server", "tests")  # which the engine never imports
 # Its command quantizes what later files read: the one exception.
 EXCEPTION = ("quantize", "main")
