@@ -56,6 +56,7 @@ from tp import broadcast_ids
 
 LONG_PROMPT = 1024  # tokens; others need not wait for a prompt that has more
 TOP_LOGPROBS = 20  # the most alternatives that a prompt may have
+SCORED = 16  # tokens of a chunk whose log-probabilities (V,) are computed at a time
 
 
 @dataclass(frozen=True)
@@ -75,18 +76,20 @@ class Prompt:
 
     ids: Sequence[int]
     sampling: Sampling = Sampling()
-    max_new_tokens: int = 64
+    max_new_tokens: int = 64  # 0: the prompt is only read
     stop_ids: Sequence[int] | None = None  # each ends an answer, as its last; None: the EOS ids
     samples: int = 1  # answers; the first has the seed, the next ones have those that follow it
     logprobs: int | None = None  # alternatives in Stream.logprobs; None: no logprobs at all
+    prompt_logprobs: int | None = None  # and in Stream.prompt_logprobs
     hooks: Hooks = Hooks()  # for a server
 
     def __post_init__(self):
         """Raises ValueError naming the number, its value and what would be right."""
-        check_range("max_new_tokens", self.max_new_tokens, 1, math.inf)
+        check_range("max_new_tokens", self.max_new_tokens, 0, math.inf)
         check_range("samples", self.samples, 1, math.inf)
-        if self.logprobs is not None:
-            check_range("logprobs", self.logprobs, 0, TOP_LOGPROBS)
+        for name in ("logprobs", "prompt_logprobs"):
+            if (n := getattr(self, name)) is not None:
+                check_range(name, n, 0, TOP_LOGPROBS)
 
     def all_ids(self) -> list[int]:
         """The ids of the prefix and the prompt."""
@@ -108,12 +111,16 @@ class Stream:
     # For each token yielded: its log-probability, and {id: log-probability} of the likeliest ones,
     # as the model has them: no limit, penalty or grammar is in these.
     logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
+    # The same for each of its prompt's ids after the first, once they are prefilled. The samples of
+    # a prompt share this list.
+    prompt_logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
+    cancelled: bool = False
 
     def cancel(self) -> None:
         """End the stream early: in yield_tokens, or while its prompt is prefilled in fill_rows. It
         has no more tokens if this is called when one of its own was just yielded, and otherwise
         one more. A stream that is still prefilled has none."""
-        self.new_tokens_left = 0
+        self.new_tokens_left, self.cancelled = 0, True
 
 
 @dataclass
@@ -227,8 +234,10 @@ def streams_of(model: Transformer, prompts: Iterable[Sequence[int] | Prompt | No
             prompt.sampling.grammar.check_fits(model.config.vocab_size, ends)
         each = [replace(prompt, sampling=replace(prompt.sampling, seed=seed + i), stop_ids=ends)
                 for i in range(prompt.samples)]
+        shared = []
         yield [Stream(index + i, i, one, one.max_new_tokens, time.perf_counter(),
-                      length=len(one.all_ids())) for i, one in enumerate(each)]
+                      length=len(one.all_ids()), prompt_logprobs=shared)
+               for i, one in enumerate(each)]
         index, n = index + prompt.samples, n + 1
 
 
@@ -243,16 +252,19 @@ def start_prefill(model: Transformer, batch: Batch, waiting: Iterator[list[Strea
         return True
     streams = next(waiting, None)
     if streams:
-        prompt, cache = streams[0].prompt, free[0]
-        batch.prefills.append(Prefill(cache, streams, prompt_chunks(model, cache, prompt),
-                                      len(prompt.ids)))
+        cache = free[0]
+        batch.prefills.append(Prefill(cache, streams, prompt_chunks(model, cache, streams[0]),
+                                      len(streams[0].prompt.ids)))
     return streams is not None
 
 
-def prompt_chunks(model: Transformer, cache: KVCache, prompt: Prompt) -> Iterator[Tensor | None]:
+def prompt_chunks(model: Transformer, cache: KVCache, stream: Stream) -> Iterator[Tensor | None]:
     """Restore the prompt's prefix, then prefill its ids, as generate.prefill_chunks does; save the
     staging row when it holds exactly the ids that are shared."""
-    ids, hooks = list(prompt.ids), prompt.hooks
+    ids, hooks, n = list(stream.prompt.ids), stream.prompt.hooks, stream.prompt.prompt_logprobs
+    if n is not None:
+        yield from scored_chunks(model, cache, ids, n, stream.prompt_logprobs)
+        return
     if hooks.restore_prefix:
         hooks.restore_prefix(cache)
     if hooks.n_shared:
@@ -260,6 +272,28 @@ def prompt_chunks(model: Transformer, cache: KVCache, prompt: Prompt) -> Iterato
             yield None
         hooks.save_shared(cache)
     yield from prefill_chunks(model, cache, ids[hooks.n_shared:])
+
+
+@torch.no_grad()
+def scored_chunks(model: Transformer, cache: KVCache, ids: list[int], n: int,
+                  found: list) -> Iterator[Tensor | None]:
+    """`generate.prefill_chunks`, and append to found the log-probability of each id but the first,
+    and {id: log-probability} of the n likeliest in its place. The logits of one chunk are held at a
+    time. Nothing is compiled for this: the chunks run eagerly."""
+    for start in range(0, len(ids), cache.max_chunk):
+        end = start + cache.max_chunk
+        chunk, wanted = ids[start:end], ids[start + 1:end + 1]
+        compiled, model.compiled = model.compiled, None
+        try:
+            logits = model(torch.tensor([chunk], device=cache.length.device), cache)  # (1, T, V)
+        finally:
+            model.compiled = compiled
+        targets = torch.tensor(wanted, dtype=torch.int64, device=logits.device)[:, None]
+        for rows, ids_of_rows in zip(logits[0].split(SCORED), targets.split(SCORED)):
+            pair = log_probabilities(rows[:len(ids_of_rows)], ids_of_rows, n)  # (t, 1 + n) each
+            for (own, *others), (_, *likeliest) in zip(*(x.tolist() for x in pair)):
+                found.append((own, dict(zip(likeliest, others, strict=True))))
+        yield logits[:, -1:] if start + len(chunk) == len(ids) else None
 
 
 def prefill_one_chunk(batch: Batch) -> None:
@@ -285,10 +319,11 @@ def prefill_one_chunk(batch: Batch) -> None:
 
 def fill_rows(batch: Batch) -> Iterator[tuple[Stream, None]]:
     """Copy prefilled prompts to idle rows, and draw their first tokens. Yields (stream, None) for
-    streams that were cancelled before."""
+    streams that were cancelled before, and for prompts that are only read."""
     for prefill in list(batch.prefills):
         for stream in list(prefill.streams):
-            if not stream.new_tokens_left:
+            only_read = not stream.prompt.max_new_tokens and prefill.logits is not None
+            if stream.cancelled or only_read:
                 yield stream, None
             elif prefill.logits is not None and None in batch.rows:
                 start_row(batch, batch.rows.index(None), stream, prefill)

@@ -162,6 +162,8 @@ def generate(model: Transformer, cache: KVCache, prompt_ids: list[int], max_new_
     sampling = either_sampling(sampling, loose)
     if speculation is not None and sampling.penalizes:
         raise ValueError("a penalty works without speculation")
+    if speculation is not None and (sampling.logit_bias or sampling.min_tokens):
+        raise ValueError("logit_bias and min_tokens work without speculation")
     if speculation is not None and sampling.grammar:
         raise ValueError("a grammar works without speculation")
     if cache.batch_size != 1:

@@ -18,12 +18,11 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 
 from batch import LONG_PROMPT, Batch, Hooks, Prompt, Stream, generate_batch
-from draw import NOT_FINITE
 from generate import LARGE_CHUNK, chat_stop_ids, check_ids
 from grammar import Grammar, vocabulary
 from kv_cache import KVCache
 from model import Transformer
-from server.answers import Answer, Event, Job, Token
+from server.answers import Answer, Event, Job, fault_of, receive_events
 from server.prefix_cache import (
     CachedPrefix,
     PrefixCache,
@@ -34,10 +33,10 @@ from server.prefix_cache import (
     prefix_keys,
 )
 from server.protocol import MAX_PROMPT, ApiError, Request
+from server.tokens import TokenNames
 from tokenizer import GeneratedText, Tokenizer
 
 log = logging.getLogger("gpt_stream")
-LEAST_LOGPROB = -9999.0
 
 
 class Engine:
@@ -51,7 +50,7 @@ class Engine:
         self.pinned = [{"role": "system", "content": pin_system}] if pin_system else []
         self.fingerprint = model.fingerprint
         self.chat_stop_ids = chat_stop_ids(model, tokenizer)
-        self.special_names = {token_id: text for text, token_id in tokenizer.specials.items()}
+        self.names = TokenNames(tokenizer, model.config.vocab_size)
         self.batch = Batch(model, batch_size, n_sink, window, n_staging=2, n_chunks=4)
         self.prefix_cache = PrefixCache(cache_bytes)
         self.waiting: deque[Job] = deque()
@@ -80,15 +79,23 @@ class Engine:
         return len(self.waiting)
 
     def check_room(self, n: int = 1) -> None:
-        """Raises ApiError when n more prompts cannot wait."""
+        """Raises ApiError when n more prompts cannot wait. What a free row can take does not."""
         if self.state() != "ok":
             raise ApiError(503, f"The server is {self.state()}.", retry_after=5)
-        if n > self.max_queue:
-            raise ApiError(400, f"{n} prompts in one request; this server lets {self.max_queue} "
-                                "wait (--queue).", "prompt", "invalid_value")
-        if len(self.waiting) + n > self.max_queue:
-            raise ApiError(429, f"{len(self.waiting)} requests are waiting already (--queue "
-                                f"{self.max_queue}); try again.", code="queue_full", retry_after=1)
+        free, waiting = len(self.batch.rows), 0
+        if n > free + self.max_queue:
+            raise ApiError(400, f"{n} prompts in one request; this server has {free} rows (--batch)"
+                                f" and lets {self.max_queue} wait (--queue).", "prompt",
+                           "invalid_value")
+        for rows_needed in [job.request.n - job.ended for job in self.jobs] + [1] * n:
+            if rows_needed <= free:
+                free -= rows_needed
+            else:
+                free, waiting = 0, waiting + 1
+        if waiting > self.max_queue:
+            raise ApiError(429, f"All rows are busy, and {len(self.waiting)} requests are waiting "
+                                f"already (--queue {self.max_queue}); try again.",
+                           code="queue_full", retry_after=1)
 
     def prepare_grammars(self) -> None:
         """Make the table of tokens that grammars need, once. Raises ApiError where it cannot be."""
@@ -99,22 +106,42 @@ class Engine:
 
     def compile_grammar(self, request: Request) -> None:
         """Compile what a request's answers must fit. Raises ApiError naming the field."""
-        (field, source), config = request.grammar, self.model.config
+        (field, source), vocab_size = request.grammar, self.model.config.vocab_size
         try:
-            grammar = Grammar(self.tokenizer, config.vocab_size, **source)
-            grammar.check_fits(config.vocab_size,
-                               self.chat_stop_ids if request.chat else config.eos_ids)
+            grammar = Grammar(self.tokenizer, vocab_size, **source)
+            grammar.check_fits(vocab_size, self.stop_ids_of(request))
         except ValueError as error:
             raise ApiError(400, f"Invalid {field!r}: {error}.", field, "invalid_value") from None
         request.sampling = replace(request.sampling, grammar=grammar)
 
+    def stop_ids_of(self, request: Request) -> tuple[int, ...]:
+        """The tokens that end a request's answers."""
+        ends = self.chat_stop_ids if request.chat else self.model.config.eos_ids
+        return (*(() if request.ignore_eos else ends), *request.stop_token_ids)
+
+    def check_token_ids(self, request: Request) -> None:
+        """Raises ApiError for a field with an id that the vocabulary does not have."""
+        size = self.model.config.vocab_size
+        for field, ids in (("stop_token_ids", request.stop_token_ids),
+                           ("logit_bias", [i for i, _ in request.sampling.logit_bias])):
+            if max(ids, default=0) >= size:
+                raise ApiError(400, f"{field}: {max(ids)} is no token id; the last is {size - 1}.",
+                               field, "invalid_value")
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a raw prompt, behind what the tokenizer puts in front, or without it."""
+        ids = self.tokenizer.encode(text)
+        return ids if add_special_tokens else ids[len(self.tokenizer.front):]
+
     def make_jobs(self, request: Request, client: str) -> list[Job]:
         """Turn a request into token ids, a job for each prompt. A client goes on only from its own
         cached conversations. Raises ApiError for what the chat template or the model refuses."""
+        self.check_token_ids(request)
         try:
             jobs = [self.make_chat_job(request, client)] if request.chat else [
-                Job(request, ids if isinstance(ids, list) else self.tokenizer.encode(ids),
-                    at * request.n) for at, ids in enumerate(request.prompts)]
+                Job(request, ids if isinstance(ids, list) else
+                    self.encode(ids, request.add_special_tokens), at * request.n)
+                for at, ids in enumerate(request.prompts)]
             for job in jobs:
                 check_ids(self.model, job.ids)
         except ValueError as error:
@@ -127,8 +154,11 @@ class Engine:
 
     def make_chat_job(self, request: Request, client: str) -> Job:
         """The job of a conversation: only what follows the longest cached prefix is prefilled."""
-        messages = self.with_pinned(request.messages)
+        messages = self.with_pinned(self.without_labels(request.messages))
         template_args = request.template_args
+        if request.ends_with != "answer":  # nothing that is cached ends so
+            return Job(request, self.tokenizer.conversation(
+                messages, template_args, ends_with=request.ends_with), 0)
         start = f"{self.fingerprint} {client}"
         if template_args:
             start += f" {json.dumps(template_args, sort_keys=True)}"
@@ -144,6 +174,14 @@ class Engine:
             if job.ids[:len(system)] == system and len(system) < len(job.ids):
                 job.n_system, job.system_key = len(system), keys[0]
         return job
+
+    def without_labels(self, messages: list[dict]) -> list[dict]:
+        """The messages without cache_control, unless the chat template looks at it."""
+        sources = self.tokenizer.chat_template.sources.values()
+        if any("cache_control" in source for source in sources):
+            return messages
+        return [{name: value for name, value in message.items() if name != "cache_control"}
+                for message in messages]
 
     def find_prefix(self, messages: list[dict],
                     keys: list[str]) -> tuple[int, CachedPrefix] | tuple[None, None]:
@@ -284,8 +322,9 @@ class Engine:
             save_shared=functools.partial(self.cache_system_turn, job) if job.n_system else None,
             owner=job)
         return Prompt(job.ids, request.sampling, request.max_new_tokens,
-                      stop_ids=self.chat_stop_ids if request.chat else None, samples=request.n,
-                      logprobs=request.top_logprobs, hooks=hooks)
+                      stop_ids=self.stop_ids_of(request), samples=request.n,
+                      logprobs=request.top_logprobs, hooks=hooks,
+                      prompt_logprobs=request.top_logprobs if request.echo else None)
 
     def cache_system_turn(self, job: Job, staging: KVCache) -> None:
         """Cache a system turn, which was just prefilled, for other conversations."""
@@ -294,29 +333,47 @@ class Engine:
 
     def on_token(self, stream: Stream, token_id: int) -> None:
         """Send a stream's next token to its client, or cancel the stream if the job is."""
-        job = stream.prompt.hooks.owner
-        if stream not in self.answers:
-            self.answers[stream] = Answer(job, job.first_choice + stream.sample,
-                                          GeneratedText(self.tokenizer, job.request.stop))
-        answer = self.answers[stream]
+        job, answer = stream.prompt.hooks.owner, self.answer_of(stream)
         if job.cancelled:
             stream.cancel()
             answer.add_unshown(token_id)
             return
         job.new_tokens += 1
+        offset = answer.echoed + answer.generated.decoded_length
         text = answer.add(token_id)
         if answer.generated.stopped:
             stream.cancel()
         if answer.generated.stopped or token_id in stream.prompt.stop_ids:
             answer.finish = "stop"
-        token = self.token(token_id, *stream.logprobs.pop()) if stream.logprobs else None
-        job.post(Event(answer.choice, text, token))
+        tokens = [self.names.token(token_id, *pair, offset) for pair in stream.logprobs]
+        stream.logprobs.clear()
+        job.post(Event(answer.choice, text, tokens))
+
+    def answer_of(self, stream: Stream) -> Answer:
+        """The answer of a stream. With echo, its prompt is sent before its first token."""
+        job = stream.prompt.hooks.owner
+        if stream not in self.answers:
+            answer = Answer(job, job.first_choice + stream.sample,
+                            GeneratedText(self.tokenizer, job.request.stop))
+            self.answers[stream] = answer
+            if job.request.echo and not job.cancelled:
+                given = job.request.prompts[job.first_choice // job.request.n]
+                text = given if isinstance(given, str) else self.tokenizer.decode(given)
+                tokens = (self.names.prompt_tokens(job.ids, stream.prompt_logprobs, text)
+                          if job.request.top_logprobs is not None else ())
+                answer.echoed = len(text)
+                job.post(Event(answer.choice, text, tokens, echo=True))
+        return self.answers[stream]
 
     def on_end(self, stream: Stream) -> None:
         """Cache the conversation, and only then send the last event: the client may go on at once.
         A stream that was cancelled before its first token has no answer. A fault ends its request
         with an error, and nothing of it is cached."""
-        job, answer = stream.prompt.hooks.owner, self.answers.pop(stream, None)
+        job = stream.prompt.hooks.owner
+        job.ended += 1
+        if not job.request.max_new_tokens:  # its prompt was only read
+            self.answer_of(stream)
+        answer = self.answers.pop(stream, None)
         if stream.error and not job.cancelled:
             job.post(fault_of(stream))
         if stream.error or answer is None:
@@ -332,24 +389,16 @@ class Engine:
         job, text = answer.job, answer.generated.text
         key = extend_key(job.key, "assistant", text)
         prefix = copy_from_row(self.batch.cache, row, job.all_ids() + answer.generated.ids)
-        if job.cancelled or answer.generated.stopped:
-            prefix.answer_text, prefix.text_lengths = text, answer.text_lengths
+        prefix.answer_text, prefix.text_lengths = text, answer.text_lengths
         if job.cancelled:  # the next request says how much of the answer its client has seen
             key = cancelled_key(job.key)
         elif answer.generated.stopped:
             prefix = prefix.cut_after(text)
         if prefix:
-            self.prefix_cache.add(key, prefix, job.parent_key)
-
-    def token(self, token_id: int, logprob: float, likeliest: dict[int, float]) -> Token:
-        """A token with its log-probabilities. JSON has no -inf, and OpenAI's is LEAST_LOGPROB."""
-        return Token(self.token_text(token_id), max(logprob, LEAST_LOGPROB),
-                     [(self.token_text(i), max(value, LEAST_LOGPROB))
-                      for i, value in likeliest.items()])
-
-    def token_text(self, token_id: int) -> str:
-        """A token's text; special ones have a name."""
-        return self.special_names.get(token_id) or self.tokenizer.decode([token_id])
+            stripped = {} if job.cancelled else prefix.as_stripped()
+            aliases = {extend_key(job.key, "assistant", text): cut
+                       for text, cut in stripped.items()}
+            self.prefix_cache.add(key, prefix, job.parent_key, aliases)
 
     def warm(self) -> None:
         """Make and run all that answering needs, so that nothing is compiled later."""
@@ -360,25 +409,3 @@ class Engine:
             prompts = [[0] * (LARGE_CHUNK + 1), [0]]
             list(generate_batch(self.model, prompts, max_new_tokens=[9, 3], stop_ids=(),
                                 batch=self.batch))
-
-
-def fault_of(stream: Stream) -> ApiError:
-    """What a client is told of a stream that a fault ended."""
-    if stream.error == NOT_FINITE:
-        log.error("an answer broke off: %s", NOT_FINITE)
-        return ApiError(500, f"The answer broke off: {NOT_FINITE}.")
-    field, _ = stream.prompt.hooks.owner.request.grammar
-    return ApiError(400, f"Invalid {field!r}: {stream.error}.", field, "invalid_value")
-
-
-async def receive_events(queue: asyncio.Queue, n_choices: int) -> AsyncIterator[list[Event]]:
-    """A request's events until all its choices have ended. Raises an ApiError among them."""
-    while n_choices:
-        events = [await queue.get()]
-        while not queue.empty():
-            events.append(queue.get_nowait())
-        for event in events:
-            if isinstance(event, ApiError):
-                raise event
-            n_choices -= event.finish is not None
-        yield events
