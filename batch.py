@@ -56,6 +56,7 @@ from tp import broadcast_ids
 
 LONG_PROMPT = 1024  # tokens; others need not wait for a prompt that has more
 TOP_LOGPROBS = 20  # the most alternatives that a prompt may have
+PAUSE = 1.5  # between two steps a CPU prefills for so many times as long as a step takes
 SCORED = 16  # tokens of a chunk whose log-probabilities (V,) are computed at a time
 
 
@@ -168,7 +169,12 @@ class Batch:
         self.is_busy = torch.zeros(size, dtype=torch.int64, device=device)  # 1 where a stream is
         self.prefills: list[Prefill] = []
         self.prefill_credit = 0.0  # seconds of prefill that long prompts may take beside streams
+        self.pause_at = math.inf  # time.perf_counter() at which prefilling pauses for a step
         self.steps = self.row_steps = 0  # decode steps, and busy rows summed over them
+
+    def must_pause(self) -> bool:
+        """Whether prefilling must wait, because streams want their next tokens."""
+        return time.perf_counter() >= self.pause_at
 
     @property
     def idle(self) -> bool:
@@ -202,12 +208,19 @@ def generate_batch(model: Transformer, prompts: Iterable[Sequence[int] | Prompt 
         if any(batch.rows):
             began = time.perf_counter()
             yield from decode_step(model, batch)
-            batch.prefill_credit = min(batch.prefill_credit + time.perf_counter() - began, 0.1)
-        # One chunk between two steps, so that no stream waits long, and one for each idle row.
+            now = time.perf_counter()
+            batch.prefill_credit = min(batch.prefill_credit + now - began, 0.1)
+            if not batch.tokens.is_cuda:  # which the host does not see at work
+                batch.pause_at = now + PAUSE * (now - began)
+        if not any(batch.rows):
+            batch.pause_at = math.inf
+        # One chunk between two steps, and one for each idle row, until the streams must go on.
         for _ in range(min(1 + batch.rows.count(None), batch.n_chunks)):
             more = more and start_prefill(model, batch, streams)
             prefill_one_chunk(batch)
             yield from fill_rows(batch)
+            if batch.must_pause():
+                break
 
 
 # ------------------------------------------------------------------------------ prompts
@@ -252,42 +265,41 @@ def start_prefill(model: Transformer, batch: Batch, waiting: Iterator[list[Strea
         return True
     streams = next(waiting, None)
     if streams:
-        cache = free[0]
-        batch.prefills.append(Prefill(cache, streams, prompt_chunks(model, cache, streams[0]),
-                                      len(streams[0].prompt.ids)))
+        chunks = prompt_chunks(model, free[0], streams[0], batch.must_pause)
+        batch.prefills.append(Prefill(free[0], streams, chunks, len(streams[0].prompt.ids)))
     return streams is not None
 
 
-def prompt_chunks(model: Transformer, cache: KVCache, stream: Stream) -> Iterator[Tensor | None]:
+def prompt_chunks(model: Transformer, cache: KVCache, stream: Stream,
+                  must_pause: Callable[[], bool]) -> Iterator[Tensor | None]:
     """Restore the prompt's prefix, then prefill its ids, as generate.prefill_chunks does; save the
     staging row when it holds exactly the ids that are shared."""
     ids, hooks, n = list(stream.prompt.ids), stream.prompt.hooks, stream.prompt.prompt_logprobs
     if n is not None:
-        yield from scored_chunks(model, cache, ids, n, stream.prompt_logprobs)
+        yield from scored_chunks(model, cache, ids, n, stream.prompt_logprobs, must_pause)
         return
     if hooks.restore_prefix:
         hooks.restore_prefix(cache)
     if hooks.n_shared:
-        for _ in prefill_chunks(model, cache, ids[:hooks.n_shared]):
+        for _ in prefill_chunks(model, cache, ids[:hooks.n_shared], must_pause):
             yield None
         hooks.save_shared(cache)
-    yield from prefill_chunks(model, cache, ids[hooks.n_shared:])
+    yield from prefill_chunks(model, cache, ids[hooks.n_shared:], must_pause)
 
 
 @torch.no_grad()
-def scored_chunks(model: Transformer, cache: KVCache, ids: list[int], n: int,
-                  found: list) -> Iterator[Tensor | None]:
+def scored_chunks(model: Transformer, cache: KVCache, ids: list[int], n: int, found: list,
+                  must_pause: Callable[[], bool]) -> Iterator[Tensor | None]:
     """`generate.prefill_chunks`, and append to found the log-probability of each id but the first,
     and {id: log-probability} of the n likeliest in its place. The logits of one chunk are held at a
     time. Nothing is compiled for this: the chunks run eagerly."""
     for start in range(0, len(ids), cache.max_chunk):
         end = start + cache.max_chunk
         chunk, wanted = ids[start:end], ids[start + 1:end + 1]
-        compiled, model.compiled = model.compiled, None
-        try:
-            logits = model(torch.tensor([chunk], device=cache.length.device), cache)  # (1, T, V)
-        finally:
-            model.compiled = compiled
+        tokens = torch.tensor([chunk], device=cache.length.device)
+        for logits in model.step_in_parts(tokens, cache, None, must_pause):  # (1, T, V)
+            if logits is None:
+                yield None
         targets = torch.tensor(wanted, dtype=torch.int64, device=logits.device)[:, None]
         for rows, ids_of_rows in zip(logits[0].split(SCORED), targets.split(SCORED)):
             pair = log_probabilities(rows[:len(ids_of_rows)], ids_of_rows, n)  # (t, 1 + n) each
@@ -312,7 +324,10 @@ def prefill_one_chunk(batch: Batch) -> None:
         stream.prefilled = time.perf_counter()
     if prefill.prompt_tokens_left > LONG_PROMPT:
         batch.prefill_credit -= time.perf_counter() - began
-    prefill.prompt_tokens_left -= prefill.cache.max_chunk
+    if prefill.cache.length.is_cuda:
+        prefill.prompt_tokens_left -= prefill.cache.max_chunk
+    else:  # it may have paused in a chunk
+        prefill.prompt_tokens_left = prefill.streams[0].length - int(prefill.cache.length)
     batch.prefills.remove(prefill)
     batch.prefills.append(prefill)
 

@@ -86,10 +86,10 @@ def prefill(model: Transformer, cache: KVCache, prompt_ids: list[int],
 
 
 @torch.no_grad()
-def prefill_chunks(model: Transformer, cache: KVCache,
-                   prompt_ids: list[int]) -> Iterator[Tensor | None]:
+def prefill_chunks(model: Transformer, cache: KVCache, prompt_ids: list[int],
+                   must_pause: Callable[[], bool] | None = None) -> Iterator[Tensor | None]:
     """`prefill`, a chunk at a time: yields None after each chunk, after the last one the logits
-    (1, 1, V).
+    (1, 1, V). A chunk that is not compiled also yields None between layers, where it must pause.
 
     A prompt of any length is cut into chunks. In compiled prefill they have two fixed sizes, and
     the last one is padded, and the padding is rolled back."""
@@ -106,7 +106,13 @@ def prefill_chunks(model: Transformer, cache: KVCache,
         tokens = torch.zeros(1, size, dtype=torch.int64)
         tokens[0, :len(chunk)] = torch.tensor(chunk)
         last = torch.tensor([len(chunk) - 1])
-        logits = model(tokens.to(cache.length.device), cache, last.to(cache.length.device))
+        tokens, last = tokens.to(cache.length.device), last.to(cache.length.device)
+        if must_pause and not padded:
+            for logits in model.step_in_parts(tokens, cache, last, must_pause):
+                if logits is None:
+                    yield None
+        else:
+            logits = model(tokens, cache, last)
         if len(chunk) < size:
             cache.rollback(size - len(chunk))
         done += size
