@@ -133,6 +133,14 @@ class Engine:
         ids = self.tokenizer.encode(text)
         return ids if add_special_tokens else ids[len(self.tokenizer.front):]
 
+    def decode(self, ids: list[int]) -> str:
+        """The text of a raw prompt's ids. Some vocabularies put a space in front of a text, which
+        is not in it."""
+        text = self.tokenizer.decode(ids)
+        shorter, n_front = text.removeprefix(" "), len(self.tokenizer.front)
+        same = shorter != text and self.tokenizer.encode(shorter)
+        return shorter if same and ids in (same, same[n_front:]) else text
+
     def make_jobs(self, request: Request, client: str) -> list[Job]:
         """Turn a request into token ids, a job for each prompt. A client goes on only from its own
         cached conversations. Raises ApiError for what the chat template or the model refuses."""
@@ -358,7 +366,7 @@ class Engine:
             self.answers[stream] = answer
             if job.request.echo and not job.cancelled:
                 given = job.request.prompts[job.first_choice // job.request.n]
-                text = given if isinstance(given, str) else self.tokenizer.decode(given)
+                text = given if isinstance(given, str) else self.decode(given)
                 tokens = (self.names.prompt_tokens(job.ids, stream.prompt_logprobs, text)
                           if job.request.top_logprobs is not None else ())
                 answer.echoed = len(text)

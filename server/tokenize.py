@@ -70,7 +70,7 @@ def detokenize(engine: Engine, body: bytes) -> dict:
     ids, size = validate(Detokenize, read_object(body)).tokens, engine.model.config.vocab_size
     if ids and not (min(ids) >= 0 and max(ids) < size):
         raise ApiError(400, f"tokens must be ids from 0 to {size - 1}.", "tokens", "invalid_value")
-    return {"prompt": engine.tokenizer.decode(ids)}
+    return {"prompt": engine.decode(ids)}
 
 
 def tokenizer_info(engine: Engine) -> dict:
