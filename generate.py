@@ -283,10 +283,11 @@ class Transcript:
     """What one stream says, shown as it comes, with the times that --json prints."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_tokens: int, stop: Sequence[str] = (),
-                 emit: Callable[[str], None] = discard):
-        """stop are texts that end the answer; emit shows each piece of it."""
+                 emit: Callable[[str], None] = discard, marks: dict[int, str] | None = None):
+        """stop are texts that end the answer; emit shows each piece of it. marks are as in
+        GeneratedText."""
         self.prompt_tokens, self.emit = prompt_tokens, emit
-        self.said, self.interrupted = GeneratedText(tokenizer, stop), False
+        self.said, self.interrupted = GeneratedText(tokenizer, stop, marks), False
         # When the prefill began and ended, and when the first and the latest token came
         self.start = self.prefilled = self.first = self.last = time.perf_counter()
 
@@ -323,14 +324,16 @@ class Transcript:
 
 def answer(model: Transformer, tokenizer: Tokenizer, prompt: Prefilled, max_new_tokens: int,
            sampling: Sampling, *, stop: Sequence[str] = (), stop_ids: Collection[int] | None = None,
-           emit: Callable[[str], None] = discard, speculation: Speculation | None = None) -> dict:
+           emit: Callable[[str], None] = discard, marks: dict[int, str] | None = None,
+           speculation: Speculation | None = None) -> dict:
     """Answer a prompt and show the answer as it comes. Returns what --json prints.
 
     The Sampling needs a seed. stop are texts, stop_ids tokens that end the answer (None: the EOS
-    ids). Ctrl-C ends it too, as finish_reason "interrupt", and the cache keeps what was said."""
+    ids). marks are as in GeneratedText. Ctrl-C ends it too, as finish_reason "interrupt", and the
+    cache keeps what was said."""
     stop_ids = model.config.eos_ids if stop_ids is None else stop_ids
     before = speculation and speculation.figures()
-    transcript = Transcript(tokenizer, len(prompt.prompt_ids), stop, emit)
+    transcript = Transcript(tokenizer, len(prompt.prompt_ids), stop, emit, marks)
     transcript.start, transcript.prefilled = prompt.began, prompt.ended
     with hold_interrupt() as interrupted:
         for token_id in continue_from(model, prompt.cache, prompt.logits, prompt.prompt_ids,

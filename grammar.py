@@ -185,15 +185,20 @@ def vocabulary(tokenizer: Tokenizer, vocab_size: int):
     """llguidance's table of a tokenizer's tokens, which takes a while to make. Grammars that name a
     special token spell it <name>, and no text in an answer can be one."""
     llguidance = import_optional("llguidance", "a grammar")
-    texts = token_bytes(tokenizer, vocab_size)
-    special = {token_id: text for text, token_id in tokenizer.named_ids.items()
-               if token_id < vocab_size
-               and (token_id in tokenizer.hidden_ids or text[:1] + text[-1:] == "<>")}
+    texts, special = token_bytes(tokenizer, vocab_size), special_texts(tokenizer, vocab_size)
     for token_id, text in special.items():
         texts[token_id] = text.encode(errors="replace")
     return llguidance.LLTokenizer(types.SimpleNamespace(
         is_tokenizer_wrapper=True, tokens=texts, special_token_ids=list(special),
         eos_token_id=None, bos_token_id=None))
+
+
+def special_texts(tokenizer: Tokenizer, vocab_size: int) -> dict[int, str]:
+    """The tokens that no text in an answer can be, by id: those that are not shown, and words such
+    as <think>."""
+    return {token_id: text for text, token_id in tokenizer.named_ids.items()
+            if token_id < vocab_size
+            and (token_id in tokenizer.hidden_ids or text[:1] + text[-1:] == "<>")}
 
 
 def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> list[bytes]:

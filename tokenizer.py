@@ -255,11 +255,13 @@ class Tokenizer:
 class GeneratedText:
     """One answer as it comes: its token ids, and its text up to a stop text."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (),
+                 marks: dict[int, str] | None = None):
+        """stop are texts that end it. marks are special tokens that are to be shown, by id."""
         self.ids: list[int] = []  # every token added
         self.stopped = False  # a stop text was reached; the text ends before it
         self.decoded_length = 0  # of all text decoded so far, shown or held back
-        self._stream, self._stops = tokenizer.stream(), stop
+        self._stream, self._stops, self._marks = tokenizer.stream(), stop, marks or {}
         self._shown: list[str] = []  # one piece a token
         self._held = ""  # decoded, and it may become a stop text
 
@@ -271,7 +273,7 @@ class GeneratedText:
     def add(self, token_id: int) -> str:
         """Take the next token. Returns the text that can be shown now; none after a stop text."""
         self.ids.append(token_id)
-        return self._take(self._stream(token_id))
+        return self._take(self._marks.get(token_id) or self._stream(token_id))
 
     def flush(self) -> str:
         """End the text. Returns what was held back; none after a stop text."""

@@ -27,11 +27,12 @@ from starlette.requests import ClientDisconnect
 
 from server.answers import Event, Job
 from server.engine import Engine
+from server.grammars import check_tools, compile_grammar
+from server.jobs import make_jobs
 from server.metrics import Metrics
 from server.protocol import (
     MAX_PROMPT,
     ApiError,
-    Request,
     parse_request,
 )
 from server.requests import (
@@ -48,7 +49,6 @@ from server.tokenize import detokenize, tokenize, tokenizer_info
 
 log = logging.getLogger("gpt_stream")
 PAGE = Path(__file__).parent / "page.html"
-GRAMMAR_TIMEOUT = 0.9  # seconds that reading a grammar may take
 READ_TIMEOUT = 60  # seconds that a client may take to read a piece of its answer
 VERSION = "1.0"  # of the API
 
@@ -99,9 +99,11 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
         parsed = await asyncio.to_thread(
             parse_request, body, chat, settings.model, settings.max_new_tokens,
             engine.model.suggested, settings.max_tokens_limit)
-        if parsed.grammar:
+        if parsed.chat:
+            check_tools(engine, parsed)
+        if parsed.grammar_field:
             await compile_grammar(engine, parsed)
-        jobs = await asyncio.to_thread(engine.make_jobs, parsed, client)
+        jobs = await asyncio.to_thread(make_jobs, engine, parsed, client)
         writer = ResponseWriter(parsed, settings.model, engine.fingerprint)
         events = metrics.watch(engine.submit(jobs), jobs)
         if parsed.stream:
@@ -298,18 +300,6 @@ class EventStream(Response):
             sending.cancel()
             with contextlib.suppress(asyncio.CancelledError, asyncio.TimeoutError, OSError):
                 await sending
-
-
-async def compile_grammar(engine: Engine, request: Request) -> None:
-    """Compile what a request's answers must fit, in another thread. Raises ApiError when that takes
-    too long: the thread goes on, within the limits of grammar.py, and nobody waits for it."""
-    await asyncio.to_thread(engine.prepare_grammars)
-    try:
-        await asyncio.wait_for(asyncio.to_thread(engine.compile_grammar, request), GRAMMAR_TIMEOUT)
-    except asyncio.TimeoutError:
-        field = request.grammar[0]
-        raise ApiError(400, f"Invalid {field!r}: it takes too long to read; ask for less.", field,
-                       "invalid_value") from None
 
 
 async def wait_for_disconnect(receive: Callable) -> None:

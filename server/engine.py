@@ -1,8 +1,9 @@
 """One model, one thread, many answers: batch.py's continuous batching, fed from a queue.
 
-The event loop calls `make_jobs` (in a worker thread, since it takes time), `submit`, and `cancel`
-when an answer is complete or its client has left. The engine's thread is in `run`: generate_batch
-takes the next prompt when it has room, and the event loop gets every token's text as it comes.
+The event loop makes jobs (jobs.make_jobs, in a worker thread, since that takes time), and calls
+`submit`, and `cancel` when an answer is complete or its client has left. The engine's thread is in
+`run`: generate_batch takes the next prompt when it has room, and the event loop gets every token's
+text as it comes.
 """
 
 from __future__ import annotations
@@ -10,29 +11,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import json
 import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import replace
 
 from batch import LONG_PROMPT, Batch, Hooks, Prompt, Stream, generate_batch
-from generate import LARGE_CHUNK, chat_stop_ids, check_ids
-from grammar import Grammar, vocabulary
+from formats.tool_calls import Reader, find_ability, hidden_marks
+from generate import LARGE_CHUNK, chat_stop_ids
+from grammar import vocabulary
 from kv_cache import KVCache
 from model import Transformer
 from server.answers import Answer, Event, Job, fault_of, receive_events
 from server.prefix_cache import (
-    CachedPrefix,
     PrefixCache,
     cancelled_key,
     copy_from_row,
     copy_to_row,
-    extend_key,
-    prefix_keys,
+    message_key,
 )
-from server.protocol import MAX_PROMPT, ApiError, Request
+from server.protocol import ApiError, Request
 from server.tokens import TokenNames
 from tokenizer import GeneratedText, Tokenizer
 
@@ -51,6 +49,7 @@ class Engine:
         self.fingerprint = model.fingerprint
         self.chat_stop_ids = chat_stop_ids(model, tokenizer)
         self.names = TokenNames(tokenizer, model.config.vocab_size)
+        self.ability = find_ability(tokenizer.chat_template)  # to say tools and calls
         self.batch = Batch(model, batch_size, n_sink, window, n_staging=2, n_chunks=4)
         self.prefix_cache = PrefixCache(cache_bytes)
         self.waiting: deque[Job] = deque()
@@ -97,41 +96,10 @@ class Engine:
                                 f"already (--queue {self.max_queue}); try again.",
                            code="queue_full", retry_after=1)
 
-    def prepare_grammars(self) -> None:
-        """Make the table of tokens that grammars need, once. Raises ApiError where it cannot be."""
-        try:
-            vocabulary(self.tokenizer, self.model.config.vocab_size)
-        except ValueError as error:
-            raise ApiError(400, f"{error}.", code="unsupported_parameter") from None
-
-    def compile_grammar(self, request: Request) -> None:
-        """Compile what a request's answers must fit. Raises ApiError naming the field."""
-        (field, source), vocab_size = request.grammar, self.model.config.vocab_size
-        try:
-            grammar = Grammar(self.tokenizer, vocab_size, **source)
-            grammar.check_fits(vocab_size, self.stop_ids_of(request))
-        except ValueError as error:
-            raise ApiError(400, f"Invalid {field!r}: {error}.", field, "invalid_value") from None
-        request.sampling = replace(request.sampling, grammar=grammar)
-
     def stop_ids_of(self, request: Request) -> tuple[int, ...]:
         """The tokens that end a request's answers."""
         ends = self.chat_stop_ids if request.chat else self.model.config.eos_ids
         return (*(() if request.ignore_eos else ends), *request.stop_token_ids)
-
-    def check_token_ids(self, request: Request) -> None:
-        """Raises ApiError for a field with an id that the vocabulary does not have."""
-        size = self.model.config.vocab_size
-        for field, ids in (("stop_token_ids", request.stop_token_ids),
-                           ("logit_bias", [i for i, _ in request.sampling.logit_bias])):
-            if max(ids, default=0) >= size:
-                raise ApiError(400, f"{field}: {max(ids)} is no token id; the last is {size - 1}.",
-                               field, "invalid_value")
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of a raw prompt, behind what the tokenizer puts in front, or without it."""
-        ids = self.tokenizer.encode(text)
-        return ids if add_special_tokens else ids[len(self.tokenizer.front):]
 
     def decode(self, ids: list[int]) -> str:
         """The text of a raw prompt's ids. Some vocabularies put a space in front of a text, which
@@ -140,90 +108,6 @@ class Engine:
         shorter, n_front = text.removeprefix(" "), len(self.tokenizer.front)
         same = shorter != text and self.tokenizer.encode(shorter)
         return shorter if same and ids in (same, same[n_front:]) else text
-
-    def make_jobs(self, request: Request, client: str) -> list[Job]:
-        """Turn a request into token ids, a job for each prompt. A client goes on only from its own
-        cached conversations. Raises ApiError for what the chat template or the model refuses."""
-        self.check_token_ids(request)
-        try:
-            jobs = [self.make_chat_job(request, client)] if request.chat else [
-                Job(request, ids if isinstance(ids, list) else
-                    self.encode(ids, request.add_special_tokens), at * request.n)
-                for at, ids in enumerate(request.prompts)]
-            for job in jobs:
-                check_ids(self.model, job.ids)
-        except ValueError as error:
-            raise ApiError(400, f"{error}.", "messages" if request.chat else "prompt",
-                           "invalid_value") from None
-        if (n := max(len(job.ids) for job in jobs)) > MAX_PROMPT:
-            raise ApiError(400, f"The prompt has {n} tokens; at most {MAX_PROMPT} are read.",
-                           "messages" if request.chat else "prompt", "context_length_exceeded")
-        return jobs
-
-    def make_chat_job(self, request: Request, client: str) -> Job:
-        """The job of a conversation: only what follows the longest cached prefix is prefilled."""
-        messages = self.with_pinned(self.without_labels(request.messages))
-        template_args = request.template_args
-        if request.ends_with != "answer":  # nothing that is cached ends so
-            return Job(request, self.tokenizer.conversation(
-                messages, template_args, ends_with=request.ends_with), 0)
-        start = f"{self.fingerprint} {client}"
-        if template_args:
-            start += f" {json.dumps(template_args, sort_keys=True)}"
-        keys = prefix_keys(start, messages)
-        last, prefix = self.find_prefix(messages, keys)
-        if prefix is not None and (
-                ids := self.ids_after(messages, last, prefix, template_args)):
-            return Job(request, ids, 0, prefix, keys[-1], keys[last])
-        job = Job(request, self.tokenizer.conversation(messages, template_args), 0, key=keys[-1])
-        if (messages[0]["role"] == "system" and messages[0]["content"].strip()
-                and self.prefix_cache.max_bytes):
-            system = self.tokenizer.system_turn(messages[0]["content"], template_args)
-            if job.ids[:len(system)] == system and len(system) < len(job.ids):
-                job.n_system, job.system_key = len(system), keys[0]
-        return job
-
-    def without_labels(self, messages: list[dict]) -> list[dict]:
-        """The messages without cache_control, unless the chat template looks at it."""
-        sources = self.tokenizer.chat_template.sources.values()
-        if any("cache_control" in source for source in sources):
-            return messages
-        return [{name: value for name, value in message.items() if name != "cache_control"}
-                for message in messages]
-
-    def find_prefix(self, messages: list[dict],
-                    keys: list[str]) -> tuple[int, CachedPrefix] | tuple[None, None]:
-        """The longest cached prefix of a conversation: its last message's index, and it."""
-        last, prefix = self.prefix_cache.find_longest(keys)
-        answered = max((n for n, message in enumerate(messages)
-                        if message["role"] == "assistant"), default=0)
-        if answered > (last or 0):  # the answer may have been cancelled
-            _, longer = self.prefix_cache.find_longest([cancelled_key(keys[answered - 1])])
-            if longer and (longer := longer.cut_after(messages[answered]["content"])):
-                return answered, longer
-        return last, prefix
-
-    def with_pinned(self, messages: list[dict]) -> list[dict]:
-        """The messages behind the pinned system turn."""
-        if not self.pinned or messages[0] == self.pinned[0]:
-            return messages
-        if messages[0]["role"] == "system":
-            raise ApiError(400, "This server has a system turn of its own (--pin-system); leave "
-                                "yours out.", "messages.0", "invalid_value")
-        return self.pinned + messages
-
-    def ids_after(self, messages: list[dict], last: int, prefix: CachedPrefix,
-                  template_args: dict) -> list[int]:
-        """The ids that follow the cached prefix, which ends with messages[last]. Empty where the
-        template does not go on from there."""
-        if messages[last]["role"] == "system":
-            ids = self.tokenizer.conversation(messages, template_args)
-            return ids[len(prefix.ids):] if ids[:len(prefix.ids)] == prefix.ids else []
-        try:
-            return self.tokenizer.turns_after(messages, last, prefix.ids[-1], template_args)
-        except ValueError:
-            return []
-
     def submit(self, jobs: list[Job]) -> AsyncIterator[list[Event]]:
         """Queue a request's jobs. Returns their events, in a list those that come together. Raises
         ApiError when the queue is full, and while iterating when the engine fails."""
@@ -348,21 +232,20 @@ class Engine:
             return
         job.new_tokens += 1
         offset = answer.echoed + answer.generated.decoded_length
-        text = answer.add(token_id)
-        if answer.generated.stopped:
+        text, calls = answer.add(token_id)
+        if answer.ended:
             stream.cancel()
-        if answer.generated.stopped or token_id in stream.prompt.stop_ids:
+        if answer.ended or token_id in stream.prompt.stop_ids:
             answer.finish = "stop"
         tokens = [self.names.token(token_id, *pair, offset) for pair in stream.logprobs]
         stream.logprobs.clear()
-        job.post(Event(answer.choice, text, tokens))
+        job.post(Event(answer.choice, text, tokens, calls=calls))
 
     def answer_of(self, stream: Stream) -> Answer:
         """The answer of a stream. With echo, its prompt is sent before its first token."""
         job = stream.prompt.hooks.owner
         if stream not in self.answers:
-            answer = Answer(job, job.first_choice + stream.sample,
-                            GeneratedText(self.tokenizer, job.request.stop))
+            answer = self.new_answer(job, job.first_choice + stream.sample)
             self.answers[stream] = answer
             if job.request.echo and not job.cancelled:
                 given = job.request.prompts[job.first_choice // job.request.n]
@@ -372,6 +255,15 @@ class Engine:
                 answer.echoed = len(text)
                 job.post(Event(answer.choice, text, tokens, echo=True))
         return self.answers[stream]
+
+    def new_answer(self, job: Job, choice: int) -> Answer:
+        request, form = job.request, self.ability.form
+        if request.tools is None:
+            return Answer(job, choice, GeneratedText(self.tokenizer, request.stop))
+        reader = Reader(form, request.tools.functions, sure=request.sampling.grammar is not None,
+                        parallel=request.tools.parallel)
+        marks = hidden_marks(form, self.tokenizer)
+        return Answer(job, choice, GeneratedText(self.tokenizer, request.stop, marks), reader)
 
     def on_end(self, stream: Stream) -> None:
         """Cache the conversation, and only then send the last event: the client may go on at once.
@@ -386,32 +278,33 @@ class Engine:
             job.post(fault_of(stream))
         if stream.error or answer is None:
             return
-        rest = answer.flush()
+        rest, calls = answer.flush()
         if job.key and self.prefix_cache.max_bytes:
             self.cache_answer(answer, self.batch.rows.index(stream))
         if not job.cancelled:
-            job.post(Event(answer.choice, rest, finish=answer.finish))
+            job.post(Event(answer.choice, rest, finish=answer.finish, calls=calls))
 
     def cache_answer(self, answer: Answer, row: int) -> None:
         """Cache a conversation up to the end of an answer, which is still in its row."""
         job, text = answer.job, answer.generated.text
-        key = extend_key(job.key, "assistant", text)
         prefix = copy_from_row(self.batch.cache, row, job.all_ids() + answer.generated.ids)
         prefix.answer_text, prefix.text_lengths = text, answer.text_lengths
         if job.cancelled:  # the next request says how much of the answer its client has seen
-            key = cancelled_key(job.key)
-        elif answer.generated.stopped:
+            return self.prefix_cache.add(cancelled_key(job.key), prefix, job.parent_key)
+        if answer.generated.stopped:
             prefix = prefix.cut_after(text)
-        if prefix:
-            stripped = {} if job.cancelled else prefix.as_stripped()
-            aliases = {extend_key(job.key, "assistant", text): cut
-                       for text, cut in stripped.items()}
-            self.prefix_cache.add(key, prefix, job.parent_key, aliases)
+        message = answer.message()
+        if prefix and message:
+            aliases = {}
+            if message["content"] == text and "tool_calls" not in message:
+                aliases = {message_key(job.key, {**message, "content": stripped}): cut
+                           for stripped, cut in prefix.as_stripped().items()}
+            self.prefix_cache.add(message_key(job.key, message), prefix, job.parent_key, aliases)
 
     def warm(self) -> None:
         """Make and run all that answering needs, so that nothing is compiled later."""
-        with contextlib.suppress(ApiError):  # llguidance is optional: a request says so
-            self.prepare_grammars()
+        with contextlib.suppress(ValueError):  # llguidance is optional: a request says so
+            vocabulary(self.tokenizer, self.model.config.vocab_size)
         for _ in range(3 if self.batch.cache.length.is_cuda else 1):
             # Two rows, and then the step of one row alone, which is another graph.
             prompts = [[0] * (LARGE_CHUNK + 1), [0]]

@@ -19,7 +19,6 @@ LABELS = (
 # Fields that are refused unless they ask for nothing. Null always asks for nothing.
 NEUTRAL = {
     # OpenAI
-    "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False),
     "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (),
     "prediction": (), "service_tier": ("auto", "default"), "verbosity": ("medium",),
     "web_search_options": (), "suffix": ("",), "best_of": (1,), "store": (False,),
@@ -53,7 +52,7 @@ NEUTRAL = {
     "thinking": ({"type": "disabled"},), "provider": ({},), "transforms": ([],), "models": ([],),
     "extra_body": ({},), "safe_prompt": (False,)}
 NEUTRAL_IN_MESSAGE = {
-    "tool_calls": ([],), "tool_call_id": (), "function_call": (), "refusal": ("",),
+    "function_call": (), "refusal": ("",),
     "audio": (), "annotations": ([],), "reasoning_content": ("",), "reasoning": ("",),
     "reasoning_details": ([],), "provider_specific_fields": ({},), "prefix": (False,)}
 # The kinds of part that are text, and the field that holds it.

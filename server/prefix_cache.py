@@ -1,14 +1,15 @@
 """The prefix cache: KV caches of finished answers, in host memory, found by their conversation.
 
-A key is a chain of hashes over the model, the client, the chat template's arguments, and every
-message's role and content. So a
-request that begins with a conversation of the same client finds it, and no other request does.
+A key is a chain of hashes over the model, the client, the chat template's arguments (tools are one
+of these), and all that every message says. So a request that begins with a conversation of the same
+client finds it, and no other request does.
 (--keep-gb and the metrics call these conversations kept.)
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -89,14 +90,22 @@ def prefix_keys(start: str, messages: list[dict]) -> list[str]:
     """A key for each prefix of a conversation: its first message, its first two, and so on."""
     keys, key = [], start
     for message in messages:
-        key = extend_key(key, message["role"], message["content"], message.get("name", ""))
+        key = message_key(key, message)
         keys.append(key)
     return keys
 
 
-def extend_key(key: str, role: str, content: str, name: str = "") -> str:
+def message_key(key: str, message: dict) -> str:
+    """The key after one more message: its role and content, its name, and calls or what a result is
+    of."""
+    more = {name: value for name, value in message.items() if name not in ("role", "content")}
+    key = extend_key(key, message["role"], message["content"])
+    return extend_key(key, "more", json.dumps(more, sort_keys=True)) if more else key
+
+
+def extend_key(key: str, role: str, content: str) -> str:
     """The key after one more message. Lengths come first, so no two messages read as one."""
-    text = f"{key} {role} {len(content)} {content}{name}"
+    text = f"{key} {role} {len(content)} {content}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -63,11 +63,11 @@ def conversation_key(client: str, body: bytes) -> str | None:
     all messages up to the user's first one. None for a body that is no conversation."""
     try:
         fields = json.loads(body)
+        first = [message["role"] for message in fields["messages"]].index("user")
         messages = [{"role": message["role"], "content": join_text_parts(message["content"])}
-                    for message in fields["messages"]]
-        first = [message["role"] for message in messages].index("user")
+                    for message in fields["messages"][:first + 1]]
         labels = json.dumps([client, fields.get("prompt_cache_key"), fields.get("user")])
-        return prefix_keys(labels, messages[:first + 1])[-1]
+        return prefix_keys(labels, messages)[-1]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections.abc import Iterable
 
 from server.answers import Event, Job
 from server.protocol import ApiError, Request
@@ -41,7 +42,10 @@ class ResponseWriter:
         text = "".join(event.text for event in events)
         content = {"text": text}
         if self.chat:
-            content = {"message": {"role": "assistant", "content": text, "refusal": None}}
+            calls = whole_calls(delta for event in events for delta in event.calls)
+            content = {"message": {"role": "assistant", "content": None if calls and not text
+                                   else text, "refusal": None,
+                                   **({"tool_calls": calls} if calls else {})}}
         return {"index": index, **content, "logprobs": self.logprobs(events),
                 "finish_reason": events[-1].finish}
 
@@ -59,6 +63,8 @@ class ResponseWriter:
             if event.text or logprobs:
                 delta = {"content": event.text} if self.chat else event.text
                 parts.append(self.chunk(event.choice, delta, jobs, logprobs))
+            for call in event.calls:
+                parts.append(self.chunk(event.choice, {"tool_calls": [call]}, jobs))
             if event.finish:
                 delta = {} if self.chat else ""
                 parts.append(self.chunk(event.choice, delta, jobs, None, event.finish))
@@ -104,8 +110,21 @@ class ResponseWriter:
                 else None}
 
 
+def whole_calls(deltas: Iterable[dict]) -> list[dict]:
+    """Calls, of what was told of them."""
+    calls = []
+    for delta in deltas:
+        if delta["index"] == len(calls):
+            calls.append({"id": delta["id"], "type": delta["type"],
+                          "function": {**delta["function"]}})
+        else:
+            calls[delta["index"]]["function"]["arguments"] += delta["function"]["arguments"]
+    return calls
+
+
 def token_logprob(token: Token) -> dict:
     return {"token": token.text, "logprob": token.logprob, "bytes": token.bytes}
+
 
 
 def top_logprobs(token: Token) -> dict[str, float] | None:

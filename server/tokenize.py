@@ -6,14 +6,12 @@ from typing import Any
 
 from pydantic import Field
 
+from server.bodies import MAX_MESSAGES, Chat, Message, Strict
 from server.engine import Engine
+from server.jobs import encode, with_pinned
 from server.protocol import (
-    MAX_MESSAGES,
     MAX_PROMPT,
     ApiError,
-    Chat,
-    Message,
-    Strict,
     check_text,
     ending_of,
     messages_of,
@@ -48,7 +46,7 @@ def tokenize(engine: Engine, body: bytes) -> dict:
         raise ApiError(400, "prompt or messages is needed, and not both.", "prompt",
                        "invalid_value")
     if fields.prompt is not None:
-        ids = engine.encode(check_text(fields.prompt, "prompt"), fields.add_special_tokens is not
+        ids = encode(engine, check_text(fields.prompt, "prompt"), fields.add_special_tokens is not
                             False)
     else:
         given = fields.model_dump(include={"add_generation_prompt", "continue_final_message",
@@ -56,7 +54,7 @@ def tokenize(engine: Engine, body: bytes) -> dict:
         chat = Chat(model="", messages=fields.messages, **given)
         try:
             ids = engine.tokenizer.conversation(
-                engine.with_pinned(messages_of(chat)), template_args_of(chat),
+                with_pinned(engine, messages_of(chat)), template_args_of(chat),
                 ends_with=ending_of(chat))
         except ValueError as error:
             raise ApiError(400, f"{error}.", "messages", "invalid_value") from None

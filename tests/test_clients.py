@@ -18,6 +18,7 @@ from generate import load  # noqa: E402
 from helpers import TINY  # noqa: E402
 from server.app import make_app  # noqa: E402
 from server.engine import Engine  # noqa: E402
+from server.jobs import make_jobs  # noqa: E402
 from server.protocol import ApiError, parse_request  # noqa: E402
 from server.requests import Settings  # noqa: E402
 from server.tokens import TokenNames  # noqa: E402
@@ -340,19 +341,19 @@ def test_only_what_no_free_row_can_take_waits(loaded):
     async def fill():
         for _ in range(24):
             engine.check_room()
-            engine.submit(engine.make_jobs(request(), ""))
+            engine.submit(make_jobs(engine, request(), ""))
         with pytest.raises(ApiError) as full:
             engine.check_room()
         assert full.value.status == 429
         engine.cancel(list(engine.jobs))
-        engine.submit(engine.make_jobs(request(prompt=["Hi"] * 24), ""))
+        engine.submit(make_jobs(engine, request(prompt=["Hi"] * 24), ""))
         engine.cancel(list(engine.jobs))
         for _ in range(2):  # four rows each
-            engine.submit(engine.make_jobs(request(n=4), ""))
+            engine.submit(make_jobs(engine, request(n=4), ""))
         for _ in range(16):
-            engine.submit(engine.make_jobs(request(), ""))
+            engine.submit(make_jobs(engine, request(), ""))
         with pytest.raises(ApiError, match="queue"):
-            engine.submit(engine.make_jobs(request(), ""))
+            engine.submit(make_jobs(engine, request(), ""))
 
     asyncio.run(fill())
 
