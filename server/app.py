@@ -45,6 +45,7 @@ from server.requests import (
     way_round,
 )
 from server.responses import ResponseWriter
+from server.responses_api import ItemWriter, chat_body
 from server.tokenize import detokenize, tokenize, tokenizer_info
 
 log = logging.getLogger("gpt_stream")
@@ -91,20 +92,21 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
                 "owned_by": "gpt-stream", "max_model_len": MAX_PROMPT,
                 "sink": engine.batch.cache.n_sink, "window": engine.batch.cache.window}
 
-    async def complete(request: HttpRequest, chat: bool) -> Response:
+    async def complete(request: HttpRequest, chat: bool, as_items: bool = False) -> Response:
         client = check_key(request, settings)
         check_json(request)
         engine.check_room()
         body = await read_body(request)
         parsed = await asyncio.to_thread(
-            parse_request, body, chat, settings.model, settings.max_new_tokens,
-            engine.model.suggested, settings.max_tokens_limit)
+            parse_request, chat_body(body) if as_items else body, chat, settings.model,
+            settings.max_new_tokens, engine.model.suggested, settings.max_tokens_limit)
         if parsed.chat:
             check_tools(engine, parsed)
         if parsed.grammar_field:
             await compile_grammar(engine, parsed)
         jobs = await asyncio.to_thread(make_jobs, engine, parsed, client)
-        writer = ResponseWriter(parsed, settings.model, engine.fingerprint)
+        writer = (ItemWriter(parsed, settings.model, body) if as_items else
+                  ResponseWriter(parsed, settings.model, engine.fingerprint))
         events = metrics.watch(engine.submit(jobs), jobs)
         if parsed.stream:
             return EventStream(write_chunks(events, jobs, writer), lambda: engine.cancel(jobs))
@@ -120,6 +122,10 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     @route("/v1/completions", "POST")
     async def completions(request: HttpRequest) -> Response:
         return await complete(request, chat=False)
+
+    @route("/v1/responses", "POST")
+    async def responses(request: HttpRequest) -> Response:
+        return await complete(request, chat=True, as_items=True)
 
     @route("/tokenize", "POST")
     async def text_to_ids(request: HttpRequest) -> Response:
@@ -239,7 +245,7 @@ def page_headers(html: str) -> dict[str, str]:
 
 
 async def whole_response(request: HttpRequest, events: AsyncIterator[list[Event]],
-                         jobs: list[Job], writer: ResponseWriter) -> Response:
+                         jobs: list[Job], writer: ResponseWriter | ItemWriter) -> Response:
     """The completion as one object. Raises ApiError when the client leaves before its end."""
     async def collect() -> None:
         async for step in events:
@@ -259,7 +265,7 @@ async def whole_response(request: HttpRequest, events: AsyncIterator[list[Event]
 
 
 async def write_chunks(events: AsyncIterator[list[Event]], jobs: list[Job],
-                       writer: ResponseWriter) -> AsyncIterator[bytes]:
+                       writer: ResponseWriter | ItemWriter) -> AsyncIterator[bytes]:
     """The completion chunk by chunk, as server-sent events."""
     try:
         async for step in events:

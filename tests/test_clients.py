@@ -15,7 +15,7 @@ openai = pytest.importorskip("openai")
 import httpx2 as httpx  # noqa: E402 - what openai uses
 
 from generate import load  # noqa: E402
-from helpers import TINY  # noqa: E402
+from helpers import TINY, random_model  # noqa: E402
 from server.app import make_app  # noqa: E402
 from server.engine import Engine  # noqa: E402
 from server.jobs import make_jobs  # noqa: E402
@@ -23,6 +23,7 @@ from server.protocol import ApiError, parse_request  # noqa: E402
 from server.requests import Settings  # noqa: E402
 from server.tokens import TokenNames  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
+from tool_forms import write_tool_tokenizer  # noqa: E402
 
 HELLO = [{"role": "user", "content": "Hi there."}]
 DEFAULT, LIMIT = 12, 40  # tokens of an answer
@@ -307,11 +308,7 @@ def test_what_clients_send_by_default_is_taken(service, client):
 
 
 def test_openais_client_reads_all_of_it(service):
-    async def use():
-        transport = httpx.ASGITransport(app=service.app)
-        client = openai.AsyncOpenAI(
-            base_url="http://localhost/v1", api_key="none",
-            http_client=openai.DefaultAsyncHttpxClient(transport=transport))
+    async def use(client):
         chat = await client.chat.completions.create(
             model="tiny", messages=HELLO, logprobs=True, top_logprobs=2, max_tokens=3)
         assert bytes(chat.choices[0].logprobs.content[0].bytes)
@@ -324,7 +321,117 @@ def test_openais_client_reads_all_of_it(service):
         with pytest.raises(openai.NotFoundError, match="no embeddings"):
             await client.embeddings.create(model="tiny", input="x")
 
-    asyncio.run(use())
+    with_openai(service, use)
+
+
+# ------------------------------------------------------------------------------ /v1/responses
+
+
+def with_openai(service, use):
+    """What an async function of OpenAI's client returns, of a client of this service."""
+    async def run():
+        transport = httpx.ASGITransport(app=service.app)
+        return await use(openai.AsyncOpenAI(
+            base_url="http://localhost/v1", api_key="none", max_retries=0,
+            http_client=openai.DefaultAsyncHttpxClient(transport=transport)))
+
+    return asyncio.run(run())
+
+
+def test_a_response_is_the_chats_answer_whole_and_streamed(service):
+    asked = dict(model="tiny", temperature=0, max_output_tokens=9, instructions="Be kind.")
+    told = service.chat([{"role": "system", "content": "Be kind."}, *HELLO], max_tokens=9)
+    expected = choice_of(told)["message"]["content"]
+
+    async def use(client):
+        whole = await client.responses.create(input="Hi there.", **asked)
+        assert whole.output_text == expected
+        assert whole.status == "incomplete"
+        assert whole.incomplete_details.reason == "max_output_tokens"
+        assert (whole.usage.input_tokens, whole.usage.output_tokens) == (
+            told["usage"]["prompt_tokens"], 9)
+        events = [event async for event in await client.responses.create(
+            input=[{"role": "user", "content": [{"type": "input_text", "text": "Hi there."}]}],
+            stream=True, **asked)]
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        assert "".join(event.delta for event in events
+                       if event.type == "response.output_text.delta") == expected
+        assert [event.type for event in events[:2]] == ["response.created", "response.in_progress"]
+        assert events[-1].type == "response.incomplete"
+        assert events[-1].response.output_text == expected
+        said = [{"role": "user", "content": "Hi there."}, *whole.output]
+        again = await client.responses.create(
+            input=[*said, {"role": "user", "content": "And?"}], **asked)
+        assert again.usage.input_tokens_details.cached_tokens > 9
+
+    with_openai(service, use)
+
+
+def test_a_responses_text_fits_a_schema(service):
+    pytest.importorskip("llguidance")
+    pydantic = pytest.importorskip("pydantic")
+
+    class Cat(pydantic.BaseModel):
+        tame: bool
+
+    async def use(client):
+        told = await client.responses.parse(model="tiny", input="Say.", text_format=Cat,
+                                            max_output_tokens=40, temperature=1.5)
+        assert isinstance(told.output_parsed, Cat) and told.status == "completed"
+
+    with_openai(service, use)
+
+
+@pytest.fixture(scope="module")
+def caller(tmp_path_factory):
+    """A service of random weights whose template says tools."""
+    pytest.importorskip("llguidance")
+    tokenizer = Tokenizer(write_tool_tokenizer(tmp_path_factory.mktemp("tools") / "c", "hermes"))
+    model = random_model(vocab_size=tokenizer.vocabulary.library.get_vocab_size(),
+                         eos_ids=(tokenizer.eos_id,))
+    service = Service(model, tokenizer, window=3000)
+    service.app = make_app(service.engine, Settings("tiny", 300, 300))
+    yield service
+    service.engine.stop()
+
+
+def test_a_response_calls_and_goes_on_with_the_result(caller):
+    tools = [{"type": "function", "name": "weather", "description": "The weather.", "strict": True,
+              "parameters": {"type": "object", "properties": {"warm": {"type": "boolean"}},
+                             "required": ["warm"], "additionalProperties": False}}]
+    asked = dict(model="tiny", tools=tools, temperature=1.5, tool_choice="required")
+
+    async def use(client):
+        question = [{"role": "user", "content": "Is it warm?"}]
+        whole = await client.responses.create(input=question, **asked)
+        [call, *_] = whole.output
+        assert call.type == "function_call" and call.name == "weather"
+        assert json.loads(call.arguments).keys() == {"warm"}
+        result = {"type": "function_call_output", "call_id": call.call_id, "output": "Yes."}
+        events = [event async for event in await client.responses.create(
+            input=[*question, *whole.output, result], stream=True, **asked)]
+        last = events[-1].response
+        assert events[-1].type == "response.completed"
+        arguments = [event.delta for event in events
+                     if event.type == "response.function_call_arguments.delta"]
+        assert "".join(arguments) == "".join(item.arguments for item in last.output)
+        named = await client.responses.create(input=question, **{
+            **asked, "tool_choice": {"type": "function", "name": "weather"}})
+        assert named.output[0].name == "weather"
+
+    with_openai(caller, use)
+
+
+@pytest.mark.parametrize("change, param", [
+    ({"previous_response_id": "resp_1"}, "previous_response_id"), ({"store": True}, "store"),
+    ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0.type"), ({"input": 5}, "input"),
+    ({"input": ["x"]}, "input.0"), ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+    ({"background": True}, "background"), ({"include": ["x"]}, "include"), ({"text": 5}, "text"),
+    ({"reasoning": 5}, "reasoning"), ({"stream_options": {"x": 1}}, "stream_options"),
+    ({"topp": 1}, "topp"), ({"input": [{"role": "wizard", "content": "x"}]}, "messages.0.role")])
+def test_what_a_response_cannot_have_is_refused_by_name(service, change, param):
+    body = {"model": "tiny", "input": "Hi", **change}
+    assert service.post("/v1/responses", 400, **body)["error"]["param"] == param
 
 
 # ------------------------------------------------------------------------------ room
