@@ -11,7 +11,7 @@ A text is one uninterrupted stream, for each way of keeping the past:
     recompute  the latest S + W tokens read anew for every token: the paper's slow gold standard
     dense      every token seen, and so only up to the trained context
 
-Tasks (harness.py) are read as streams, too.
+Tasks (evaluation/harness.py) are read as streams, too.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from torch import Tensor
 
 from cli import load_arguments, make_parser, number
 from draw import NOT_FINITE
+from evaluation.harness import harness_model, run_tasks
 from formats.files import atomic_write, check_target, import_optional
 from generate import default_window, make_cache
-from harness import harness_model, run_tasks
 from kv_cache import KVCache
 from load import load
 from model import Transformer

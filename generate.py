@@ -166,15 +166,14 @@ def generate(model: Transformer, cache: KVCache, prompt_ids: list[int], max_new_
     loose = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                  repetition_penalty=repetition_penalty, seed=seed)
     sampling = either_sampling(sampling, loose)
-    if speculation is not None and sampling.penalizes:
-        raise ValueError("a penalty works without speculation")
-    if speculation is not None and (sampling.logit_bias or sampling.min_tokens):
-        raise ValueError("logit_bias and min_tokens work without speculation")
-    if speculation is not None and sampling.grammar:
-        raise ValueError("a grammar works without speculation")
+    for what, asked in (("a penalty", sampling.penalizes), ("a grammar", sampling.grammar),
+                        ("a logit_bias", sampling.logit_bias),
+                        ("a number of min_tokens", sampling.min_tokens)):
+        if speculation is not None and asked:
+            raise ValueError(f"{what} works without speculation")
     if cache.batch_size != 1:
         raise ValueError(f"generate takes a cache of one row, and this one has {cache.batch_size}; "
-                         "batch.generate_batch continues many")
+                         "streams.generate_batch continues many")
     cache.check_fits(model.config, model.norm.weight)
     check_ids(model, prompt_ids)
     stop_ids = model.config.eos_ids if stop_ids is None else tuple(stop_ids)

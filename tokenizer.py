@@ -2,7 +2,7 @@
 
 A checkpoint's vocabulary is its tokenizer.json, which the optional package `tokenizers` reads
 (formats/tokenizer_json.py), or its tokenizer.model, which sentencepiece reads
-(formats/tokenizer_model.py). chat_template.py renders a conversation's turns, which are encoded
+(formats/tokenizer_model.py). formats/chat_template.py renders a conversation's turns, which are encoded
 here.
 """
 
@@ -17,8 +17,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from chat_template import ESCAPE, VICUNA_TEMPLATE, ChatTemplate, any_of, unescape, unescaped_pieces
 from formats.added_tokens import AFTER_TEXT, START, read_extra_tokens
+from formats.chat_template import (
+    ESCAPE,
+    VICUNA_TEMPLATE,
+    ChatTemplate,
+    any_of,
+    unescape,
+    unescaped_pieces,
+)
 from formats.files import read_json
 from formats.tokenizer_config import read_templates
 from formats.tokenizer_json import JsonStream, TokenizerJson

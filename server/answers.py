@@ -8,13 +8,13 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
-from batch import Stream
 from draw import NOT_FINITE
 from formats.tool_calls import Reader
 from formats.tools import calls_for_template
 from server.prefix_cache import CachedPrefix
 from server.protocol import ApiError, Request
 from server.tokens import Token
+from streams import Stream
 from tokenizer import GeneratedText
 
 log = logging.getLogger("gpt_stream")

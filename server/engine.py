@@ -1,4 +1,4 @@
-"""One model, one thread, many answers: batch.py's continuous batching, fed from a queue.
+"""One model, one thread, many answers: streams.py's continuous batching, fed from a queue.
 
 The event loop makes jobs (jobs.make_jobs, in a worker thread, since that takes time), and calls
 `submit`, and `cancel` when an answer is complete or its client has left. The engine's thread is in
@@ -16,7 +16,6 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 
-from batch import LONG_PROMPT, Batch, Hooks, Prompt, Stream, generate_batch
 from formats.tool_calls import Reader, find_ability, hidden_marks
 from generate import LARGE_CHUNK, chat_stop_ids
 from grammar import vocabulary
@@ -32,6 +31,7 @@ from server.prefix_cache import (
 )
 from server.protocol import ApiError, Request
 from server.tokens import TokenNames
+from streams import LONG_PROMPT, Batch, Hooks, Prompt, Stream, generate_batch
 from tokenizer import GeneratedText, Tokenizer
 
 log = logging.getLogger("gpt_stream")
@@ -43,7 +43,7 @@ class Engine:
     def __init__(self, model: Transformer, tokenizer: Tokenizer, batch_size: int = 8,
                  n_sink: int | None = None, window: int | None = None, cache_bytes: int = 2 << 30,
                  max_queue: int = 64, pin_system: str | None = None):
-        """Sizes as in batch.Batch; cache_bytes is the prefix cache's limit, 0 for none."""
+        """Sizes as in streams.Batch; cache_bytes is the prefix cache's limit, 0 for none."""
         self.model, self.tokenizer, self.max_queue = model, tokenizer, max_queue
         self.pinned = [{"role": "system", "content": pin_system}] if pin_system else []
         self.fingerprint = model.fingerprint

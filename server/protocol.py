@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from chat_template import check_args
+from formats.chat_template import check_args
 from formats.tools import Tools, calls_for_template, tools_of
 from sample import RANGES, Sampling
 from server.bodies import Chat, Completion, Message, Options, Strict

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import model as model_module
+from evaluation.harness import score
 from generate import load
-from harness import score
 from helpers import ROOT, TINY, random_model, run
 from oracle import Stream
 from test_errors import refused
@@ -61,7 +61,7 @@ def evaluated(folder):
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from harness import harness_model
+    from evaluation.harness import harness_model
     manager = TaskManager(include_path=str(TASKS))
     ours = load(folder, device="cpu", dtype=torch.float32)
     models = (harness_model(*ours, 4, 252, batch_size=3),

@@ -60,8 +60,8 @@ def ask(engine, messages, **options):
         jobs = make_jobs(engine, request, "")
         async for events in engine.submit(jobs):
             whole.add(events)
-            chunks.extend(json.loads(line[6:]) for line in stream.chunks(events, jobs).decode().split(
-                "\n\n") if line)
+            text = stream.chunks(events, jobs).decode()
+            chunks.extend(json.loads(line[6:]) for line in text.split("\n\n") if line)
         engine.cancel(jobs)
         return whole.completion(jobs)
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from batch import Batch, Hooks, Prompt, generate_batch
 from generate import make_cache, prefill
 from kv_cache import KVCache
 from model import Transformer
 from sample import RANGES, Sampling
+from streams import Batch, Hooks, Prompt, generate_batch
 from terminal import progress, say
 from tokenizer import GeneratedText, Tokenizer
 
