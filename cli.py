@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from chat_template import check_args
+from formats.chat_template import check_args
 from formats.tools import Tools, tools_of
 from grammar import Grammar
 from layers import GROUP_SIZES, MODES

@@ -86,10 +86,10 @@ def prefill(model: Transformer, cache: KVCache, prompt_ids: list[int],
 
 
 @torch.no_grad()
-def prefill_chunks(model: Transformer, cache: KVCache,
-                   prompt_ids: list[int]) -> Iterator[Tensor | None]:
+def prefill_chunks(model: Transformer, cache: KVCache, prompt_ids: list[int],
+                   must_pause: Callable[[], bool] | None = None) -> Iterator[Tensor | None]:
     """`prefill`, a chunk at a time: yields None after each chunk, after the last one the logits
-    (1, 1, V).
+    (1, 1, V). A chunk that is not compiled also yields None between layers, where it must pause.
 
     A prompt of any length is cut into chunks. In compiled prefill they have two fixed sizes, and
     the last one is padded, and the padding is rolled back."""
@@ -106,7 +106,13 @@ def prefill_chunks(model: Transformer, cache: KVCache,
         tokens = torch.zeros(1, size, dtype=torch.int64)
         tokens[0, :len(chunk)] = torch.tensor(chunk)
         last = torch.tensor([len(chunk) - 1])
-        logits = model(tokens.to(cache.length.device), cache, last.to(cache.length.device))
+        tokens, last = tokens.to(cache.length.device), last.to(cache.length.device)
+        if must_pause and not padded:
+            for logits in model.step_in_parts(tokens, cache, last, must_pause):
+                if logits is None:
+                    yield None
+        else:
+            logits = model(tokens, cache, last)
         if len(chunk) < size:
             cache.rollback(size - len(chunk))
         done += size
@@ -160,13 +166,14 @@ def generate(model: Transformer, cache: KVCache, prompt_ids: list[int], max_new_
     loose = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                  repetition_penalty=repetition_penalty, seed=seed)
     sampling = either_sampling(sampling, loose)
-    if speculation is not None and sampling.penalizes:
-        raise ValueError("a penalty works without speculation")
-    if speculation is not None and sampling.grammar:
-        raise ValueError("a grammar works without speculation")
+    for what, asked in (("a penalty", sampling.penalizes), ("a grammar", sampling.grammar),
+                        ("a logit_bias", sampling.logit_bias),
+                        ("a number of min_tokens", sampling.min_tokens)):
+        if speculation is not None and asked:
+            raise ValueError(f"{what} works without speculation")
     if cache.batch_size != 1:
         raise ValueError(f"generate takes a cache of one row, and this one has {cache.batch_size}; "
-                         "batch.generate_batch continues many")
+                         "streams.generate_batch continues many")
     cache.check_fits(model.config, model.norm.weight)
     check_ids(model, prompt_ids)
     stop_ids = model.config.eos_ids if stop_ids is None else tuple(stop_ids)

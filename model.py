@@ -10,6 +10,7 @@ D head_dim, G query heads that share one key-value head.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -244,6 +245,27 @@ class Transformer(nn.Module):
              last: Tensor | None) -> Tensor:
         """What `forward` computes, as one graph. in_use (n,) int64 are the slots to attend to
         (KVCache.in_use)."""
+        x, at = self.begin(tokens, cache, in_use)
+        for layer in range(self.config.n_layers):
+            x = self.run_layer(layer, x, at, cache)
+        return self.finish(x, last)
+
+    def step_in_parts(self, tokens: Tensor, cache: KVCache, last: Tensor | None,
+                      must_pause: Callable[[], bool]) -> Iterator[Tensor | None]:
+        """`forward`, eager and in parts: yields None between two layers where it must pause, and
+        then the logits. So other rows can step in the middle of a long chunk."""
+        cache.check_fits(self.config, self.norm.weight)
+        cache.extend(*tokens.shape)
+        x, at = self.begin(tokens, cache, cache.in_use(tokens.shape[1]))
+        for layer in range(self.config.n_layers):
+            x = self.run_layer(layer, x, at, cache)
+            if must_pause():
+                yield None
+        yield self.finish(x, last)
+
+    def begin(self, tokens: Tensor, cache: KVCache | None,
+              in_use: Tensor | None) -> tuple[Tensor, Step]:
+        """The embedded tokens (B, T, dim), and what all layers have in common."""
         if cache is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
             at = Step(rope(positions, self.frequencies))
@@ -257,10 +279,14 @@ class Transformer(nn.Module):
                       n_sink=cache.n_sink, window=cache.window)
             cache.length.add_(tokens.shape[1])  # in place: += would make it an output of the graph
         # draw.UNDRAWN is read as token 0: whoever reads the ids drops what follows.
-        x = self.embed(tokens.clamp(min=0)).type_as(self.norm.weight)  # (B, T, dim)
-        for layer, block in enumerate(self.layers):
-            k, v = (None, None) if cache is None else (cache.k[layer], cache.v[layer])
-            x = block(x, at, k, v)
+        return self.embed(tokens.clamp(min=0)).type_as(self.norm.weight), at
+
+    def run_layer(self, layer: int, x: Tensor, at: Step, cache: KVCache | None) -> Tensor:
+        k, v = (None, None) if cache is None else (cache.k[layer], cache.v[layer])
+        return self.layers[layer](x, at, k, v)  # (B, T, dim)
+
+    def finish(self, x: Tensor, last: Tensor | None) -> Tensor:
+        """The logits of the last layer's output (B, T, dim)."""
         if last is not None:
             x = x[torch.arange(len(x), device=x.device), last][:, None]  # (B, 1, dim)
         logits = self.output(self.norm(x))  # (B, T, this rank's part of the vocabulary)

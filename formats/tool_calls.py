@@ -15,7 +15,7 @@ import string
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from chat_template import PROBE_TOOLS, ChatTemplate, probe_turns
+from formats.chat_template import PROBE_TOOLS, ChatTemplate, probe_turns
 from tokenizer import Tokenizer
 
 ID_LENGTH = 9  # Mistral's templates refuse any other

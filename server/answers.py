@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+import logging
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
+from draw import NOT_FINITE
 from formats.tool_calls import Reader
 from formats.tools import calls_for_template
 from server.prefix_cache import CachedPrefix
 from server.protocol import ApiError, Request
+from server.tokens import Token
+from streams import Stream
 from tokenizer import GeneratedText
 
-
-@dataclass
-class Token:
-    """A token with its log-probability, and the likeliest ones in its place."""
-
-    text: str
-    logprob: float
-    top: list[tuple[str, float]]
+log = logging.getLogger("gpt_stream")
 
 
 @dataclass
@@ -29,9 +26,10 @@ class Event:
 
     choice: int
     text: str
-    token: Token | None = None  # if the request wants logprobs
+    tokens: Sequence[Token] = ()  # if the request wants logprobs
     finish: str | None = None  # "stop", "length" or "tool_calls", with the last event
     calls: Sequence[dict] = ()  # what it adds to calls of functions, as OpenAI streams them
+    echo: bool = False  # it is the prompt, and nothing that was generated
 
 
 @dataclass(eq=False)
@@ -47,6 +45,7 @@ class Job:
     n_system: int = 0  # the first of the ids: a system turn that is to be cached by itself
     system_key: str = ""
     new_tokens: int = 0
+    ended: int = 0  # of its answers
     cancelled: bool = False  # its client left, or its request ended
     queue: asyncio.Queue | None = None  # of its request's events
     loop: asyncio.AbstractEventLoop | None = None
@@ -79,6 +78,7 @@ class Answer:
     # Of the decoded text, shown or held back, after each token.
     text_lengths: list[int] = field(default_factory=list)
     finish: str = "length"
+    echoed: int = 0  # characters of the prompt that stand before it
 
     def add(self, token_id: int) -> tuple[str, Sequence[dict]]:
         """Take a token. Returns the text that can be shown now, and what is told of calls."""
@@ -122,3 +122,25 @@ class Answer:
         with contextlib.suppress(ValueError):  # a call that was cut
             return {**message, "tool_calls": calls_for_template(message["tool_calls"], "")}
         return None
+
+
+def fault_of(stream: Stream) -> ApiError:
+    """What a client is told of a stream that a fault ended."""
+    if stream.error == NOT_FINITE:
+        log.error("an answer broke off: %s", NOT_FINITE)
+        return ApiError(500, f"The answer broke off: {NOT_FINITE}.")
+    field = stream.prompt.hooks.owner.request.grammar_field
+    return ApiError(400, f"Invalid {field!r}: {stream.error}.", field, "invalid_value")
+
+
+async def receive_events(queue: asyncio.Queue, n_choices: int) -> AsyncIterator[list[Event]]:
+    """A request's events until all its choices have ended. Raises an ApiError among them."""
+    while n_choices:
+        events = [await queue.get()]
+        while not queue.empty():
+            events.append(queue.get_nowait())
+        for event in events:
+            if isinstance(event, ApiError):
+                raise event
+            n_choices -= event.finish is not None
+        yield events

@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 
-import batch as program
-from batch import Batch, Hooks, Prompt, generate_batch
+import streams as program
 from generate import generate, load, make_cache
 from helpers import TINY, as_on_a_gpu, random_model, run
 from sample import Sampling
+from streams import Batch, Hooks, Prompt, generate_batch
 from test_chat import write_turns
 from test_errors import refused
 from test_generate import records

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 import generate as generate_module
-from batch import Batch, generate_batch
 from draw import RowSampler, sample
 from formats.session import load_session, save_session
 from generate import decode, generate, load, make_cache, prefill, warm
@@ -22,6 +21,7 @@ from oracle import Stream
 from quantize import dequantize, quantize_int4, quantize_int8
 from sample import Sampling
 from speculate import Speculation
+from streams import Batch, generate_batch
 from test_errors import refused
 from test_model import hf  # noqa: F401
 from test_quantize import random_weight

@@ -18,6 +18,8 @@ import jsonschema  # noqa: E402
 import pydantic  # noqa: E402
 
 from server.engine import Engine  # noqa: E402
+from server.grammars import check_tools, compile_now, prepare  # noqa: E402
+from server.jobs import make_jobs  # noqa: E402
 from server.protocol import ApiError, parse_request  # noqa: E402
 from server.responses import ResponseWriter  # noqa: E402
 from test_server import Server, user  # noqa: E402
@@ -47,19 +49,19 @@ def ask(engine, messages, **options):
     body = {"model": "m", "messages": messages, "temperature": 1.5, "seed": 1, "max_tokens": 300,
             **options}
     request = parse_request(json.dumps(body).encode(), True, "m", 500)
-    engine.check_tools(request)
+    check_tools(engine, request)
     if request.grammar_field:
-        engine.prepare_grammars()
-        engine.compile_grammar(request)
+        prepare(engine)
+        compile_now(engine, request)
     whole, stream = ResponseWriter(request, "m", ""), ResponseWriter(request, "m", "")
     chunks = []
 
     async def run():
-        jobs = engine.make_jobs(request, "")
+        jobs = make_jobs(engine, request, "")
         async for events in engine.submit(jobs):
             whole.add(events)
-            chunks.extend(json.loads(line[6:]) for line in stream.chunks(events).decode().split(
-                "\n\n") if line)
+            text = stream.chunks(events, jobs).decode()
+            chunks.extend(json.loads(line[6:]) for line in text.split("\n\n") if line)
         engine.cancel(jobs)
         return whole.completion(jobs)
 

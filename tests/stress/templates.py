@@ -27,8 +27,8 @@ sys.path[:0] = [str(STRESS.parent.parent), str(STRESS.parent), str(STRESS)]
 
 from transformers.utils import chat_template_utils  # noqa: E402
 
-from chat_template import ChatTemplate, unescape  # noqa: E402
 from cli import plain_parser  # noqa: E402
+from formats.chat_template import ChatTemplate, unescape  # noqa: E402
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 # How the names of marks look in the templates of released models.

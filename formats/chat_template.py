@@ -75,17 +75,29 @@ class ChatTemplate:
             return alone, opening.removeprefix(alone)
         return opening, ""
 
-    def conversation(self, messages: list[dict], args: dict | None = None) -> tuple[str, str]:
-        """The beginning of a conversation, up to where an answer begins: (opening, rest).
+    def conversation(self, messages: list[dict], args: dict | None = None,
+                     ends_with: str = "answer") -> tuple[str, str]:
+        """The beginning of a conversation, up to where an answer begins: (opening, rest). With
+        ends_with "turn" it ends after the last message, with "message" within it, where its text
+        goes on.
 
         The opening is the first that system_turn returns. It is "" without a system turn, and where
         the template renders the system turn otherwise in this conversation."""
-        text, opening = self.render(messages, args=args), ""
+        text, opening = self._ending(messages, args, ends_with), ""
         if messages[0]["role"] == "system" and messages[0]["content"].strip():
             opening, _ = self.system_turn(messages[0]["content"], args)
         if not text.startswith(opening):
             opening = ""
         return opening, text.removeprefix(opening)
+
+    def _ending(self, messages: list[dict], args: dict | None, ends_with: str) -> str:
+        if ends_with != "message":
+            return self.render(messages, ends_with == "answer", args)
+        last = {**messages[-1], "content": messages[-1]["content"] + ANSWER_MARK}
+        text, mark, _ = self.render([*messages[:-1], last], False, args).partition(ANSWER_MARK)
+        if not mark:
+            raise ValueError("the chat template does not render the last message")
+        return text
 
     def next_turn(self, user: str, args: dict | None = None) -> str:
         """What stands between the end of an answer and the beginning of the next one."""
