@@ -8,7 +8,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from chat_template import ChatTemplate, unescape
+from formats.chat_template import ChatTemplate, unescape
 from formats.tool_calls import Reader, find_ability, hidden_marks
 from formats.tools import calls_for_template, grammar_of_calls, tools_of
 from generate import generate, make_cache
