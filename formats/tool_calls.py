@@ -203,14 +203,13 @@ class Reader:
     def end(self, cut: bool = False) -> tuple[str, list[dict]]:
         """The answer ended, or was cut. Returns what was held back. A call that was cut is told as
         far as it came."""
-        head = self.form.whole_head.match(self._held) if cut and self._read == self._read_call \
-            else None
-        if head and head["name"] in self.names:
-            self._begin_call(head["name"], head.groupdict().get("id"))
-            self._add_arguments(self._held[head.end():])
-        elif not self.done and (self._read == self._read_call and not self._is_surely_call()
-                                or self._read == self._read_text and not (
-                                    self.calls and self._held.isspace())):
+        if cut and self._read == self._read_call:
+            head = self.form.whole_head.match(self._held)
+            if head and head["name"] in self.names:
+                self._begin_call(head["name"], head.groupdict().get("id"))
+                self._add_arguments(self._held[head.end():])
+                self._held = ""
+        if self._ends_as_content():
             self._say(self._held)
         self.overran = self.done and bool(self._held.strip())
         self._held = ""
@@ -224,10 +223,10 @@ class Reader:
     # -------------------------------------------------------------------------- steps
 
     def _read_text(self) -> bool:
-        before, opener, _ = self._held.partition(self.form.opener or "{")
         if not self.form.opener:
             return self._read_start()
-        if opener:
+        before, found, _ = self._held.partition(self.form.opener)
+        if found:
             self._say(shown := before.rstrip())  # white space before a call belongs to neither
             self._held = self._held[len(shown):]
             return self._go_on(self._read_call)
@@ -275,15 +274,18 @@ class Reader:
             return 1
         return self._held.index(self.form.opener) + len(self.form.opener)
 
-    def _is_surely_call(self) -> bool:
-        """Whether what is held begins a call, though not yet which."""
-        return self.sure and bool(self.form.opener)
+    def _ends_as_content(self) -> bool:
+        """Whether what is held at the end is content: no part of a call, nor white space behind."""
+        if self._read == self._read_call:  # with an opener, a sure one begins a call in any case
+            return not (self.sure and self.form.opener)
+        return self._read == self._read_text and not self.done and not (
+            self.calls and self._held.isspace())
 
     def _cannot_be(self) -> bool:
         """Whether what is held is no call, whatever follows."""
         if self.sure and not self.form.opener:  # it may be an answer in JSON
             name_first = '{"name":"'
-            begun = re.sub(r"\s", "", re.sub(self.form.lead, "", self._held, count=1))
+            begun = re.sub(r"\s", "", re.sub(self.form.lead, "", self._held[:99], count=1))
             return not (begun.startswith(name_first) or name_first.startswith(begun))
         return bool(self.form.no_head.match(self._held))
 
@@ -355,17 +357,27 @@ class Reader:
 
 def read_object(head: re.Match, text: str) -> tuple[str | None, dict | None]:
     """A call's name and arguments, of its object; None for what is not there."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None, None
+    value = strict_json(text)
     if "name" in head.groupdict():
         return head["name"], value
+    if not isinstance(value, dict):
+        return None, None
     if isinstance(value.get("function"), dict):  # as some models nest it
         value = value["function"]
     name = value.get("name")
     arguments = value.get("arguments", value.get("parameters", {}))
     return (name, arguments) if isinstance(name, str) else (None, None)
+
+
+def strict_json(text: str):
+    """A value in JSON, of which Python's NaN and Infinity are no part; None where it is none."""
+    def refuse(name: str):
+        raise ValueError(name)
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return None
 
 
 def new_call_id() -> str:
