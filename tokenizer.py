@@ -2,8 +2,8 @@
 
 A checkpoint's vocabulary is its tokenizer.json, which the optional package `tokenizers` reads
 (formats/tokenizer_json.py), or its tokenizer.model, which sentencepiece reads
-(formats/tokenizer_model.py). formats/chat_template.py renders a conversation's turns, which are encoded
-here.
+(formats/tokenizer_model.py). formats/chat_template.py renders a conversation's turns, which are
+encoded here.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ ORDER = ["tp", "threads", "kv_cache", "linear", "layers", "attention", "model", 
          "formats.tool_calls", "formats.tools", "sample", "draw", "terminal", "cli",
          "formats.config", "quantize", "formats.checkpoint", "formats.published", "formats.folder",
          "formats.gguf_file", "formats.gguf_tokenizer", "formats.gguf", "formats.adapters",
-         "formats.hub", "load", "speculate", "formats.session", "generate", "chat", "streams", "batch",
-         "evaluation.harness", "eval", "convert_hf", "gptq"]
+         "formats.hub", "load", "speculate", "formats.session", "generate", "chat", "streams",
+         "batch", "evaluation.harness", "eval", "convert_hf", "gptq"]
 FOLDERS = ("bench", "examples", "server", "tests")  # which the engine never imports
 # Its command quantizes what later files read: the one exception.
 EXCEPTION = ("quantize", "main")
