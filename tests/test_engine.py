@@ -302,7 +302,8 @@ def test_make_cache_sizes_are_refused_by_name(loaded):
 
 
 def test_nothing_is_compiled_once_it_is_warm():
-    """Answers alone, side by side, past the window, gone on with, and of many settings."""
+    """Answers alone, side by side, past the window, gone on with, of many settings, and prompts
+    whose log-probabilities are asked for."""
     engine = Engine(*load(TINY, device="cpu", compile=True), batch_size=3, window=60)
     engine.warm()
     before = dict(torch._dynamo.utils.counters["stats"])
@@ -315,7 +316,14 @@ def test_nothing_is_compiled_once_it_is_warm():
         await asyncio.gather(*(ask(engine, f"Cat {n} " * n * 9, max_tokens=10 + 9 * n, min_p=0.1,
                                    repetition_penalty=1.2, logprobs=True) for n in range(1, 7)))
 
+    async def scored():
+        body = {"model": "m", "prompt": [5] * 150, "max_tokens": 1, "echo": True, "logprobs": 2}
+        jobs = make_jobs(engine, parse_request(json.dumps(body).encode(), False, "m", 500), "")
+        async for _ in engine.submit(jobs):
+            pass
+
     asyncio.run(several())
+    asyncio.run(scored())
     assert dict(torch._dynamo.utils.counters["stats"]) == before
     engine.stop()
 

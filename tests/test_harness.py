@@ -198,3 +198,29 @@ def test_without_the_harness_the_line_names_the_pip_command(monkeypatch):
 def test_a_task_that_is_not_there_is_one_line(argv, naming):
     pytest.importorskip("lm_eval")
     refused("eval", *argv, naming=naming)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", ["huggingface", "remote"])
+def test_over_http_the_harness_finds_the_same(folder, evaluated, tokens):
+    """Its `local-completions`, which asks for an echo with log-probabilities."""
+    pytest.importorskip("fastapi")
+    from lm_eval import simple_evaluate
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+    from lm_eval.tasks import TaskManager
+
+    from test_server import Server
+    server = Server("--checkpoint", folder, sizes=("--batch", 4, "--window", 252))
+    try:
+        lm = LocalCompletionsAPI(
+            base_url=f"http://127.0.0.1:{server.port}/v1/completions", model=folder.name,
+            tokenizer=str(folder), tokenizer_backend=tokens, add_bos_token=True, batch_size=3)
+        over_http = simple_evaluate(lm, tasks=NAMES[:2],
+                                    task_manager=TaskManager(include_path=str(TASKS)))
+    finally:
+        assert server.end() == 0
+    for name in NAMES[:2]:
+        ours, theirs = responses(over_http, name), responses(evaluated[1], name)
+        for found, expected in zip(ours, theirs, strict=True):
+            assert torch.allclose(torch.tensor(found), torch.tensor(expected), atol=1e-4,
+                                  rtol=1e-6)

@@ -68,6 +68,12 @@ def start_server(checkpoint):
     raise SystemExit("the server did not start")
 
 
+def tokenizer_folder(path):
+    """The folder whose tokenizer clients may read, where they count tokens themselves."""
+    kept = ROOT / "checkpoints" / "smollm2-135m-instruct"
+    return path.resolve() if path.exists() else kept
+
+
 def run(command, environment):
     """The checks that a script made: a list of {"check", "how", "why"}."""
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True,
@@ -99,11 +105,8 @@ def main():
     process, url = (None, args.url) if args.url else start_server(args.checkpoint)
     path = Path(args.checkpoint)
     model = path.name if path.exists() else args.checkpoint
-    prompts = folder / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"Tell me of cat {n}."}) + "\n"
-                               for n in range(20)))
     environment = {"BASE_URL": url, "MODEL": model, "TASKS": str(HERE.parent / "tasks"),
-                   "TOKENIZER": str(path), "PROMPTS": str(prompts), "OPENAI_API_KEY": "none",
+                   "TOKENIZER": str(tokenizer_folder(path)), "OPENAI_API_KEY": "none",
                    "HF_HUB_OFFLINE": "1"}
     lines, whys = [], []
     try:
