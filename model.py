@@ -58,6 +58,7 @@ class ModelConfig:
     norms: str = "before"  # attention and feed-forward, "after" them, or "both"
     norm_plus_one: bool = False  # norms multiply by 1 + their weight
     norm_all_heads: bool = False  # q/k norms are over all heads together
+    fused: bool = False  # Hugging Face's files stack q, k and v as here, and gate and up
     activation: str = "silu"  # or "gelu", by its approximation with tanh
     embed_scale: float = 1.0
 

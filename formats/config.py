@@ -6,6 +6,7 @@ setting stands in two places, the one that transformers 5 obeys counts, or the f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -17,12 +18,35 @@ from formats.files import read_json
 from model import ModelConfig
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral",
-                 "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}  # and their model_type
+                 "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3",
+                 "Gemma3ForCausalLM": "gemma3_text", "SmolLM3ForCausalLM": "smollm3",
+                 "Phi3ForCausalLM": "phi3", "Olmo3ForCausalLM": "olmo3"}  # and their model_type
 # What transformers takes for a key that is missing, and not for one that is null.
 QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
-MISSING = {"LlamaForCausalLM": {}, "Qwen2ForCausalLM": QWEN, "Qwen3ForCausalLM": QWEN,
-           "MistralForCausalLM": {"num_key_value_heads": 8, "sliding_window": 4096}}
-ROPE_TYPES = ("default", "linear", "llama3")
+MISSING = {
+    "LlamaForCausalLM": {}, "Qwen2ForCausalLM": QWEN, "Qwen3ForCausalLM": QWEN,
+    "MistralForCausalLM": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "Gemma3ForCausalLM": {
+        "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208,
+        "max_position_embeddings": 131072, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+        "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+        "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh"},
+    "SmolLM3ForCausalLM": {"num_key_value_heads": 4, "no_rope_layer_interval": 4,
+                           "rope_theta": 2e6, "tie_word_embeddings": True},
+    "Phi3ForCausalLM": {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+    "Olmo3ForCausalLM": {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "rope_local_base_freq": 5e5,
+                         "sliding_window": 4096, "sliding_window_pattern": 4}}
+# What an architecture's layers have whatever its config.json says: fields of ModelConfig.
+TRAITS = {"Qwen3ForCausalLM": {"qk_norm": True}, "Phi3ForCausalLM": {"fused": True},
+          "Gemma3ForCausalLM": {"qk_norm": True, "norms": "both", "norm_plus_one": True,
+                                "activation": "gelu"},
+          "Olmo3ForCausalLM": {"qk_norm": True, "norms": "after", "norm_all_heads": True}}
+LAYERED = ("Gemma3ForCausalLM", "Olmo3ForCausalLM")  # a rope for each of two kinds of layers
+ACTIVATIONS = {"silu": ("silu", "swish"), "gelu": ("gelu_pytorch_tanh",)}
+ROPE_TYPES = {name: name for name in ("default", "linear", "dynamic", "llama3", "yarn")}
+PHI_ROPE_TYPES = {"default": "default",
+                  **dict.fromkeys(("longrope", "su", "yarn"), "longrope")}  # as transformers has it
 # Type, least and greatest value of each key of a config.json that is read (check_keys). The bounds
 # of the sizes keep their products within 64 bits. The weights' shapes check the sizes themselves.
 COUNT, SIZE, POSITIVE = (int, 1, 2**16), (int, 1, 2**20), (float, 1e-6, 1e18)
@@ -32,13 +56,17 @@ SIZES = {"hidden_size": SIZE, "num_hidden_layers": COUNT, "num_attention_heads":
          "intermediate_size": SIZE, "vocab_size": SIZE, "max_position_embeddings": (int, 1, 2**40)}
 OPTIONAL = {"num_key_value_heads": COUNT, "head_dim": COUNT, "sliding_window": (int, 0, 2**40),
             "max_window_layers": (int, 0, 2**40), "layer_types": (list, None, None),
+            "sliding_window_pattern": COUNT, "no_rope_layers": (list, None, None),
+            "no_rope_layer_interval": COUNT, "query_pre_attn_scalar": POSITIVE,
             "rms_norm_eps": (float, 1e-20, 1), "attention_bias": SWITCH, "mlp_bias": SWITCH,
             "tie_word_embeddings": SWITCH, "use_sliding_window": SWITCH,
             **dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config"), OBJECT),
             "gpt_stream": (dict, {"quantization": (dict, {"layers": OBJECT}, None)}, None)}
 ROPE = {"rope_theta": POSITIVE, "factor": POSITIVE, "low_freq_factor": POSITIVE,
-        "high_freq_factor": POSITIVE, "original_max_position_embeddings": POSITIVE,
-        "partial_rotary_factor": (float, 1, 1)}
+        "high_freq_factor": POSITIVE, "original_max_position_embeddings": (float, 2, 1e18),
+        "beta_fast": POSITIVE, "beta_slow": POSITIVE, "attention_factor": POSITIVE,
+        "mscale": POSITIVE, "mscale_all_dim": POSITIVE, "truncate": (bool, 1, 1),
+        "short_factor": (list, None, None)}
 # Of a generation_config.json, what is read besides the EOS ids; and values that say nothing.
 SUGGESTED = {"temperature": (float, 0, 1e9), "top_k": (int, 0, 2**40), "top_p": (float, 0, 1),
              "min_p": (float, 0, 1), "repetition_penalty": (float, 1e-3, 1e9)}
@@ -47,34 +75,50 @@ OFF = {"repetition_penalty": 1.0, "top_k": 0, "min_p": 0.0}
 
 def config_from_hf(hf: dict) -> ModelConfig:
     """Read a Hugging Face config.json. Raises ValueError naming what is not supported."""
+    hf = text_config(hf)
     architecture = read_architecture(hf)
     hf = MISSING[architecture] | hf
     check_keys(hf, SIZES | OPTIONAL, needed=SIZES)
-    mistral, qwen2, qwen3 = (architecture.startswith(a) for a in ("Mistral", "Qwen2", "Qwen3"))
+    qwen2, qwen3 = (architecture.startswith(name) for name in ("Qwen2", "Qwen3"))
     dim, n_heads = hf["hidden_size"], hf["num_attention_heads"]
     n_kv_heads = hf.get("num_key_value_heads") or n_heads
     head_dim = hf.get("head_dim") or (128 if qwen3 else dim // n_heads)
     if n_heads % n_kv_heads or head_dim % 2:
         raise ValueError(f"{n_heads} heads of size {head_dim} cannot share {n_kv_heads} "
                          "key-value heads: the heads must divide evenly and have an even size")
-    bias = bool(hf.get("attention_bias")) and not mistral
+    bias = bool(hf.get("attention_bias")) and not architecture.startswith(("Mistral", "Phi3"))
     eos = hf.get("eos_token_id")
-    theta, scaling = read_rope(hf)
+    window, kinds = read_kinds(hf, architecture)
+    fields = {**TRAITS.get(architecture, {}),
+              **read_ropes(hf, architecture, window, kinds, head_dim)}
+    if architecture.startswith("Gemma"):
+        fields |= dict(embed_scale=dim ** 0.5,
+                       query_scale=(head_dim / hf["query_pre_attn_scalar"]) ** 0.5)
     return ModelConfig(
         dim=dim, n_layers=hf["num_hidden_layers"], n_heads=n_heads, n_kv_heads=n_kv_heads,
         head_dim=head_dim, ffn_dim=hf["intermediate_size"], vocab_size=hf["vocab_size"],
-        max_seq_len=hf["max_position_embeddings"], norm_eps=hf.get("rms_norm_eps") or 1e-6,
-        rope_theta=theta, rope_scaling=scaling, qkv_bias=bias or qwen2,
-        out_bias=bias and not qwen2, qk_norm=qwen3,
-        ffn_bias=architecture.startswith("Llama") and bool(hf.get("mlp_bias")),
+        norm_eps=hf.get("rms_norm_eps") or 1e-6, qkv_bias=bias or qwen2,
+        out_bias=bias and not qwen2,
+        ffn_bias=architecture.startswith(("Llama", "SmolLM3")) and bool(hf.get("mlp_bias")),
         tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
-        sliding_window=read_window(hf, architecture),
-        eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
+        sliding_window=window, kinds=kinds,
+        eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,), **fields)
+
+
+def text_config(hf: dict) -> dict:
+    """The config.json of the language model alone in one that sees pictures, too; others as they
+    are."""
+    if hf.get("architectures") != ["Gemma3ForConditionalGeneration"]:
+        return hf
+    check_keys(hf, {"text_config": OBJECT}, needed=["text_config"])
+    both = {key: hf[key] for key in ("dtype", "torch_dtype", "eos_token_id", "quantization_config",
+                                     "tie_word_embeddings", "gpt_stream") if key in hf}
+    return {**hf["text_config"], **both, "architectures": ["Gemma3ForCausalLM"]}
 
 
 def read_architecture(hf: dict) -> str:
-    """The architecture's name. Raises ValueError naming one that is not supported, and a model_type
-    of another one, by which transformers goes."""
+    """The architecture's name. Raises ValueError naming one that is not supported, a model_type of
+    another one, by which transformers goes, and what no module computes."""
     architecture = hf.get("architectures") or "none given"
     architecture = architecture[0] if isinstance(architecture, list) else architecture
     if architecture not in tuple(ARCHITECTURES):  # it may be anything
@@ -83,36 +127,117 @@ def read_architecture(hf: dict) -> str:
     if (model_type := hf.get("model_type")) not in (None, ARCHITECTURES[architecture]):
         raise ValueError(f"model_type {model_type!r:.80} is not that of {architecture}: "
                          f"{ARCHITECTURES[architecture]}")
-    if (activation := hf.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise ValueError(f"hidden_act {activation!r:.80} is not supported; known: silu")
+    known = ACTIVATIONS[TRAITS.get(architecture, {}).get("activation", "silu")]
+    name = "hidden_activation" if "gelu" in known[0] else "hidden_act"
+    if (activation := hf.get(name, known[0])) not in known:
+        raise ValueError(f"{name} {activation!r:.80} is not supported; known: {known[0]}")
+    for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+        if hf.get(key) and architecture.startswith("Gemma"):
+            raise ValueError(f"{key} {hf[key]!r:.80} is not supported; models without it are")
     return architecture
 
 
-def read_window(hf: dict, architecture: str) -> int | None:
-    """The sliding window that a model was trained with; None where no layer has one. One window is
-    for all layers here, so the layers without one have it, too."""
-    if architecture.startswith("Mistral"):
-        return hf["sliding_window"]
+def read_kinds(hf: dict, architecture: str) -> tuple[int | None, tuple[str, ...]]:
+    """The sliding window that layers were trained with, None where none slides; and the kind of
+    each layer (ModelConfig.kinds), () where all are alike."""
+    if architecture.startswith(("Mistral", "Phi3")):  # all layers slide, or none does
+        return hf.get("sliding_window"), ()
     if architecture.startswith("Llama"):  # which never slides, whatever its config says
-        return None
-    kinds, n_layers = hf.get("layer_types"), hf["num_hidden_layers"]
-    if kinds is not None and (len(kinds) != n_layers or not all(
-            kind in ("full_attention", "sliding_attention") for kind in kinds)):
+        return None, ()
+    if architecture.startswith("SmolLM3"):
+        return None, read_unrotated(hf)
+    n_layers, types = hf["num_hidden_layers"], hf.get("layer_types")
+    if types is not None and (len(types) != n_layers or not all(
+            kind in ("full_attention", "sliding_attention") for kind in types)):
         raise ValueError(f"layer_types must be full_attention or sliding_attention for each of "
                          f"{n_layers} layers")
-    window = hf["sliding_window"] if hf.get("use_sliding_window") else None
-    if kinds is not None and "sliding_attention" in kinds:
-        if window is None:
-            raise ValueError("layer_types has sliding_attention, but use_sliding_window or "
-                             "sliding_window says that no layer slides")
-        return window
-    slides = kinds is None and (hf["max_window_layers"] or 0) < n_layers
-    return window if slides else None
+    layered = architecture in LAYERED
+    window = hf["sliding_window"] if layered or hf.get("use_sliding_window") else None
+    if types is not None:
+        slides = [kind == "sliding_attention" for kind in types]
+    elif layered:  # every so many layers, one is full
+        slides = [bool((i + 1) % hf["sliding_window_pattern"]) for i in range(n_layers)]
+    else:
+        first = (hf["max_window_layers"] or 0) if window is not None else n_layers
+        slides = [i >= first for i in range(n_layers)]
+    if any(slides) and not window:
+        raise ValueError("layer_types has sliding_attention, but use_sliding_window or "
+                         "sliding_window says that no layer slides")
+    if all(slides) or not any(slides):
+        return window if slides[0] else None, ()
+    return window, tuple("sliding" if one else "full" for one in slides)
 
 
-def read_rope(hf: dict) -> tuple[float, dict | None]:
-    """(theta, scaling) of a config.json. Newer files keep both in rope_parameters; older ones keep
-    rope_theta at the top level and the scaling, if any, in rope_scaling.
+def read_unrotated(hf: dict) -> tuple[str, ...]:
+    """The kind of each layer of a SmolLM3: of some, nothing is rotated."""
+    n_layers, rotated, every = (hf.get(key) for key in (
+        "num_hidden_layers", "no_rope_layers", "no_rope_layer_interval"))
+    if rotated is None:
+        rotated = [int((i + 1) % every != 0) for i in range(n_layers)]
+    if len(rotated) < n_layers or not all(one in (0, 1) for one in rotated):
+        raise ValueError(f"no_rope_layers must be 1, for rotary positions, or 0, for each of "
+                         f"{n_layers} layers")
+    if hf.get("use_sliding_window") or "sliding_attention" in (hf.get("layer_types") or ()):
+        raise ValueError("use_sliding_window is not supported in a SmolLM3; full attention is")
+    kinds = tuple("full" if one else "unrotated" for one in rotated[:n_layers])
+    return kinds if "unrotated" in kinds else ()
+
+
+def read_ropes(hf: dict, architecture: str, window: int | None, kinds: tuple[str, ...],
+               head_dim: int) -> dict:
+    """The fields of a ModelConfig that say how positions are rotated, and max_seq_len: the context
+    that was trained with these frequencies. Raises ValueError naming what is not supported."""
+    fields = {"max_seq_len": hf["max_position_embeddings"]}
+    if architecture in LAYERED:
+        (theta, scaling, _), (sliding_theta, sliding_scaling, _) = map(read_rope, layered_ropes(hf))
+        if window and sliding_scaling:
+            raise ValueError(f"rope type {sliding_scaling['rope_type']!r} of sliding_attention is "
+                             "not supported; known: default")
+        if window and not kinds:  # all layers slide
+            return {**fields, "rope_theta": sliding_theta}
+        if kinds:
+            fields["sliding_theta"] = sliding_theta
+        return {**fields, "rope_theta": theta, "rope_scaling": scaling}
+    is_phi = architecture.startswith("Phi3")
+    theta, scaling, share = read_rope(hf, PHI_ROPE_TYPES if is_phi else ROPE_TYPES)
+    rotary_dim = int(head_dim * share)
+    if scaling and scaling["rope_type"] == "longrope":
+        # Above this context it has other frequencies, which no stream needs.
+        original = int(scaling["original_max_position_embeddings"])
+        fields["max_seq_len"] = min(fields["max_seq_len"], original)
+        factors = scaling["short_factor"]
+        if len(factors) != rotary_dim // 2 or not all(
+                type(one) in (int, float) and one > 0 for one in factors):
+            raise ValueError(f"short_factor must be {rotary_dim // 2} positive numbers, one for "
+                             "each pair of rotated elements")
+    if rotary_dim % 2:
+        raise ValueError(f"partial_rotary_factor {share} rotates {rotary_dim} of a head's "
+                         f"{head_dim} elements; it must be an even number of them")
+    if rotary_dim < head_dim:
+        fields["rotary_dim"] = rotary_dim
+    return {**fields, "rope_theta": theta, "rope_scaling": scaling}
+
+
+def layered_ropes(hf: dict) -> tuple[dict, dict]:
+    """A config.json with a rope for each of two kinds of layers as two, each with one: that of the
+    layers that see everything, and that of those that slide. As in transformers 5, a rope_scaling
+    is the former's."""
+    own = hf.get("rope_parameters") or {}
+    for kind, rope in own.items():
+        if kind not in ("full_attention", "sliding_attention") or not isinstance(rope, dict | None):
+            raise ValueError(f"rope_parameters has {kind!r:.80}; it must be an object with "
+                             "full_attention and sliding_attention")
+    alone = {**hf, "rope_scaling": None, "original_max_position_embeddings": None}
+    full = {**(own.get("full_attention") or {}), **(hf.get("rope_scaling") or {})}
+    return ({**alone, "rope_parameters": full},
+            {**alone, "rope_parameters": own.get("sliding_attention"),
+             "rope_theta": hf.get("rope_local_base_freq")})
+
+
+def read_rope(hf: dict, known: dict[str, str] = ROPE_TYPES) -> tuple[float, dict | None, float]:
+    """(theta, scaling, the share of a head that is rotated) of a config.json. Newer files keep them
+    in rope_parameters; older ones keep rope_theta at the top level and the scaling, if any, in
+    rope_scaling. known are the types that the architecture may have, and what each means.
 
     As in transformers 5, a rope_scaling takes the place of all of rope_parameters, and what such an
     object says counts more than the top level, but for original_max_position_embeddings. A type
@@ -120,9 +245,9 @@ def read_rope(hf: dict) -> tuple[float, dict | None]:
     either = [{key: value for key, value in (hf.get(name) or {}).items() if value is not None}
               for name in ("rope_scaling", "rope_parameters")]
     for rope_type in [each[key] for each in either for key in ("rope_type", "type") if key in each]:
-        if rope_type not in ROPE_TYPES:
+        if rope_type not in tuple(known):  # it may be anything
             raise ValueError(f"rope type {rope_type!r:.80} is not supported; "
-                             f"known: {', '.join(ROPE_TYPES)}")
+                             f"known: {', '.join(known)}")
     for key in [key for each in either for key, value in each.items() if isinstance(value, dict)]:
         raise ValueError(f"rope_parameters of {key!r:.80} alone are not supported; known: one rope "
                          "for all layers")
@@ -131,15 +256,44 @@ def read_rope(hf: dict) -> tuple[float, dict | None]:
     rope |= either[0] or either[1]
     if (original := hf.get("original_max_position_embeddings")) is not None:
         rope["original_max_position_embeddings"] = original
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    needed = {"default": (), "linear": ("factor",),
+    rope_type = known[rope.get("rope_type", rope.get("type", "default"))]
+    needed = {"linear": ("factor",), "longrope": ("short_factor",),
               "llama3": ("factor", "low_freq_factor", "high_freq_factor",
-                         "original_max_position_embeddings")}[rope_type]
-    check_keys(rope, ROPE, needed)
-    scaling = {"rope_type": rope_type, **{key: float(rope[key]) for key in needed}}
-    if needed[1:] and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+                         "original_max_position_embeddings")}.get(rope_type, ())
+    share = (float, 1e-6, 1) if known is PHI_ROPE_TYPES else (float, 1, 1)
+    check_keys(rope, {**ROPE, "partial_rotary_factor": share}, needed)
+    theta = float(rope.get("rope_theta") or 10000.0)
+    scaling = read_scaling(rope, rope_type, needed, theta, hf["max_position_embeddings"])
+    return theta, scaling, rope.get("partial_rotary_factor") or 1.0
+
+
+def read_scaling(rope: dict, rope_type: str, needed: tuple[str, ...], theta: float,
+                 context: int) -> dict | None:
+    """The rope_scaling of a ModelConfig. A dynamic scaling begins above the trained context, which
+    no stream reaches. yarn and longrope also have an attention_factor (model.rope_amplitude)."""
+    if rope_type in ("default", "dynamic"):
+        return None
+    scaling = {"rope_type": rope_type, **{key: rope[key] if key == "short_factor" else
+                                          float(rope[key]) for key in needed}}
+    if rope_type == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise ValueError(f"low_freq_factor {rope['low_freq_factor']} is not below high_freq_factor")
-    return float(rope.get("rope_theta") or 10000.0), scaling if needed else None
+    if rope_type in ("linear", "llama3"):
+        return scaling
+    original = float(rope["original_max_position_embeddings"])
+    factor = float(rope.get("factor") or context / original)
+    scaling["original_max_position_embeddings"] = original
+    if rope_type == "yarn":  # Peng et al., 2023
+        check_keys({"rope_theta": theta}, {"rope_theta": (float, 2, 1e18)})
+        scaling |= {"factor": factor, "beta_fast": float(rope.get("beta_fast") or 32),
+                    "beta_slow": float(rope.get("beta_slow") or 1)}
+        both = [rope.get(key) for key in ("mscale", "mscale_all_dim")]
+        above, below = (0.1 * scale * math.log(max(factor, 1)) + 1
+                        for scale in (both if all(both) else (1, 0)))
+        attention_factor = above / below
+    else:
+        attention_factor = math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
+    scaling["attention_factor"] = float(rope.get("attention_factor") or attention_factor)
+    return scaling
 
 
 def check_keys(raw: dict, kinds: dict[str, tuple], needed: Iterable[str] = ()) -> None:
@@ -201,13 +355,18 @@ class Layer(NamedTuple):
     int4: bool = True  # whether int4 applies to it; if not, it is int8 in an int4 model
     is_table: bool = False  # an embedding, which every rank holds whole
     tied_to: str | None = None  # the layer whose weight it shares; files store that one only
+    fused: tuple[int, ...] = ()  # the rows of each part, where Hugging Face stacks them, too
+
+    @property
+    def rows(self) -> list[int]:
+        return list(self.fused or self.parts.values())
 
 
 def block_layers(config: ModelConfig) -> dict[str, Layer]:
     """The linear layers of one block by our names, in the order of computation."""
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     dim, ffn = config.dim, config.ffn_dim
-    return {
+    layers = {
         "attention.qkv": Layer(
             {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv},
             columns=dim, bias=config.qkv_bias, sharded="heads"),
@@ -218,6 +377,12 @@ def block_layers(config: ModelConfig) -> dict[str, Layer]:
         "feed_forward.down": Layer(
             {"mlp.down_proj": dim}, columns=ffn, bias=config.ffn_bias, sharded="inputs"),
     }
+    if config.fused:
+        for name, theirs in (("attention.qkv", "self_attn.qkv_proj"),
+                             ("feed_forward.gate_up", "mlp.gate_up_proj")):
+            rows = layers[name].rows
+            layers[name] = layers[name]._replace(parts={theirs: sum(rows)}, fused=tuple(rows))
+    return layers
 
 
 def model_layers(config: ModelConfig) -> dict[str, Layer]:
@@ -235,11 +400,19 @@ def model_layers(config: ModelConfig) -> dict[str, Layer]:
 
 def block_norms(config: ModelConfig) -> dict[str, tuple[str, int]]:
     """The norms of one block by our names: Hugging Face's name and the size of each."""
-    norms = {"attention_norm": ("input_layernorm", config.dim),
-             "ffn_norm": ("post_attention_layernorm", config.dim)}
+    names = {
+        "before": {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
+        "after": {"attention_post_norm": "post_attention_layernorm",
+                  "ffn_post_norm": "post_feedforward_layernorm"},
+        "both": {"attention_norm": "input_layernorm",
+                 "attention_post_norm": "post_attention_layernorm",
+                 "ffn_norm": "pre_feedforward_layernorm",
+                 "ffn_post_norm": "post_feedforward_layernorm"}}[config.norms]
+    norms = {name: (theirs, config.dim) for name, theirs in names.items()}
     if config.qk_norm:
-        norms["attention.q_norm"] = ("self_attn.q_norm", config.head_dim)
-        norms["attention.k_norm"] = ("self_attn.k_norm", config.head_dim)
+        q, k = (n if config.norm_all_heads else 1 for n in (config.n_heads, config.n_kv_heads))
+        norms["attention.q_norm"] = ("self_attn.q_norm", q * config.head_dim)
+        norms["attention.k_norm"] = ("self_attn.k_norm", k * config.head_dim)
     return norms
 
 
