@@ -65,7 +65,7 @@ OPTIONAL = {"num_key_value_heads": COUNT, "head_dim": COUNT, "sliding_window": (
 ROPE = {"rope_theta": POSITIVE, "factor": POSITIVE, "low_freq_factor": POSITIVE,
         "high_freq_factor": POSITIVE, "original_max_position_embeddings": (float, 2, 1e18),
         "beta_fast": POSITIVE, "beta_slow": POSITIVE, "attention_factor": POSITIVE,
-        "mscale": POSITIVE, "mscale_all_dim": POSITIVE, "truncate": (bool, 1, 1),
+        "mscale": POSITIVE, "mscale_all_dim": POSITIVE, "truncate": SWITCH,
         "short_factor": (list, None, None)}
 # Of a generation_config.json, what is read besides the EOS ids; and values that say nothing.
 SUGGESTED = {"temperature": (float, 0, 1e9), "top_k": (int, 0, 2**40), "top_p": (float, 0, 1),
@@ -284,6 +284,8 @@ def read_scaling(rope: dict, rope_type: str, needed: tuple[str, ...], theta: flo
     scaling["original_max_position_embeddings"] = original
     if rope_type == "yarn":  # Peng et al., 2023
         check_keys({"rope_theta": theta}, {"rope_theta": (float, 2, 1e18)})
+        if rope.get("truncate") is False:
+            raise ValueError("truncate False of yarn is not supported; True is")
         scaling |= {"factor": factor, "beta_fast": float(rope.get("beta_fast") or 32),
                     "beta_slow": float(rope.get("beta_slow") or 1)}
         both = [rope.get(key) for key in ("mscale", "mscale_all_dim")]

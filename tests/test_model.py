@@ -187,7 +187,7 @@ def test_older_files_say_rope_at_the_top_level():
 
 @pytest.mark.parametrize("change, named", [
     (dict(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel"), (dict(architectures=[]), "none"),
-    (dict(rope_scaling={"rope_type": "yarn", "factor": 4}), "yarn"),
+    (dict(rope_scaling={"rope_type": "longrope", "factor": 4}), "longrope"),
     (dict(rope_scaling={"rope_type": "llama3", "factor": 4}), "low_freq_factor"),
     (dict(hidden_act="gelu"), "gelu"), (dict(hidden_size="64"), "hidden_size"),
     (dict(num_hidden_layers=0), "num_hidden_layers"), (dict(num_key_value_heads=3), "3"),
