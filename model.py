@@ -49,8 +49,8 @@ class ModelConfig:
     sliding_window: int | None = None  # that layers were trained with, if any slides
     eos_ids: tuple[int, ...] = ()
     n_ranks: int = 1  # processes that share the model; heads and ffn_dim are then those of one
-    # Of each layer, where they differ: "full" sees everything, "sliding" the sliding window, and
-    # "unrotated" everything, without rotary positions.
+    # Of each layer, where they differ: "full" saw everything in training, "sliding" the sliding
+    # window, and "unrotated" everything, without rotary positions.
     kinds: tuple[str, ...] = ()
     sliding_theta: float | None = None  # rope_theta of sliding layers, which have no rope_scaling
     rotary_dim: int | None = None  # the first so many elements of a head are rotated; None: all
@@ -66,6 +66,10 @@ class ModelConfig:
     def layer_kinds(self) -> tuple[str, ...]:
         """The kind of each layer. Layers that are all alike are called full, even if they slide."""
         return self.kinds or ("full",) * self.n_layers
+
+    @property
+    def distinct_kinds(self) -> list[str]:
+        return sorted(set(self.layer_kinds))
 
     @property
     def common_window(self) -> int | None:
@@ -109,9 +113,8 @@ def rope_frequencies(config: ModelConfig, device=None, kind: str = "full") -> Te
 
 
 def all_frequencies(config: ModelConfig, device=None) -> Tensor:
-    """(kinds, D / 2) float64: the frequencies of each kind that the model has, by their names."""
-    kinds = sorted(set(config.layer_kinds))
-    return torch.stack([rope_frequencies(config, device, kind) for kind in kinds])
+    """(kinds, D / 2) float64: the frequencies of each of the config's distinct_kinds."""
+    return torch.stack([rope_frequencies(config, device, kind) for kind in config.distinct_kinds])
 
 
 def rope_amplitude(config: ModelConfig, kind: str) -> float:
@@ -126,7 +129,8 @@ def rope(positions: Tensor, frequencies: Tensor, amplitude: float = 1.0) -> tupl
     The angle is computed in float64, since a stream has no last position: in float32 it would be
     wrong by 0.02 radians at position 10^6 and by 2 at 10^8."""
     angles = positions[:, :, None, None].double() * frequencies
-    return tuple(materialize((x * amplitude).float()) for x in (angles.cos(), angles.sin()))
+    cos, sin = angles.cos() * amplitude, angles.sin() * amplitude
+    return materialize(cos.float()), materialize(sin.float())
 
 
 def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
@@ -349,7 +353,7 @@ class Transformer(nn.Module):
               in_use: list[Tensor] | None) -> dict[str, Step]:
         """The Step of each kind of layers, for the next n_tokens of each row."""
         config, steps = self.config, {}
-        for kind, frequencies in zip(sorted(set(config.layer_kinds)), self.frequencies):
+        for kind, frequencies in zip(config.distinct_kinds, self.frequencies):
             if cache is None:
                 steps[kind] = sequence_step(config, kind, n_tokens, frequencies)
                 continue

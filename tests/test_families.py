@@ -32,6 +32,8 @@ from server.prefix_cache import copy_from_row, copy_to_row
 from speculate import Speculation
 from test_kv_cache import MIXED, largest_difference, tokens_of
 from test_model import MODELS, SIZES
+from test_published import EXPORTED, SCHEMES, check_logits, compress, dequantized, edit
+from test_published import SIZES as PUBLISHED
 
 FAMILIES = ("gemma3", "smollm3", "phi3-longrope", "olmo3")
 SINKS, WINDOW, CHUNK = 2, 30, 16  # wider than the sliding windows of 24
@@ -192,13 +194,13 @@ def test_compiled_it_is_a_region_for_each_geometry(changes, regions, monkeypatch
                         keep_code(torch._inductor.graph.GraphLowering._compile_to_module, codes))
     model, tokens = random_model(**changes), tokens_of(90)
     eager, compiled = (KVCache(model.config, 1, 4, 12, 16) for _ in range(2))
-    expected = [model(token[None], eager) for token in tokens.t()]
+    expected = [model(token, eager) for token in tokens.split(1, dim=1)]
     model = copy.deepcopy(model)
     compile_model(model)
     with torch._inductor.config.patch(force_disable_caches=True):
-        first = model(tokens[:, :1], compiled)
+        logits = [model(tokens[:, :1], compiled)]
     with torch._dynamo.config.patch(error_on_recompile=True):
-        logits = [first] + [model(token[None], compiled) for token in tokens.t()[1:]]
+        logits += [model(token, compiled) for token in tokens[:, 1:].split(1, dim=1)]
     assert (torch.cat(logits) - torch.cat(expected)).abs().max() < 1e-4
     [code] = codes
     assert code.count("def auto_functionalized_subgraph_") == regions
@@ -294,3 +296,58 @@ def test_transformers_names_of_its_language_model_are_those():
            "architectures": ["Gemma3ForConditionalGeneration"]}
     ours = config_from_hf(raw)
     assert ours.kinds == ("sliding", "full", "sliding") and ours.dim == 64
+
+
+TWO_KINDS = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=24,
+                 head_dim=16, query_pre_attn_scalar=20, tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize("name", ["pack-4-32", "int-8"])
+def test_a_compressed_tensors_folder_of_gemma_3(name, tmp_path):
+    read = compress(tmp_path / "it", SCHEMES[name], family="Gemma3", **TWO_KINDS)
+    model, _ = load(tmp_path / "it", device="cpu", dtype=torch.float32)
+    assert len(read) == 14 and model.config.kinds == ("sliding", "full")
+    check_logits(model, tmp_path / "it", read)
+
+
+@pytest.mark.parametrize("name", ["gptq-act-order", "gptq-8bit"])
+def test_a_gptq_folder_of_gemma_3(name, tmp_path):
+    """What a tool wrote of a Llama's layer, in both layers of a Gemma 3 of its sizes."""
+    theirs = hf_model("Gemma3", **{**PUBLISHED, **TWO_KINDS}, initializer_range=0.2)
+    theirs.half().save_pretrained(tmp_path)
+    shutil.copy(TINY / "tokenizer.model", tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    stored = {name: tensor for name, tensor in stored.items() if "_proj." not in name}
+    read, written = dequantized(name), load_file(EXPORTED / name / "model.safetensors")
+    for layer in ("layers.0", "layers.1"):
+        stored |= {tensor_name.replace("layers.0", layer): tensor.clone()
+                   for tensor_name, tensor in written.items() if "_proj." in tensor_name}
+    read |= {weight.replace("layers.0", "layers.1"): tensor for weight, tensor in read.items()}
+    save_file(stored, tmp_path / "model.safetensors")
+    exported = json.loads((EXPORTED / name / "config.json").read_text())
+    edit(tmp_path, quantization_config=exported["quantization_config"])
+    model, _ = load(tmp_path, device="cpu", dtype=torch.float32)
+    assert len(read) == 14
+    check_logits(model, tmp_path, read)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, modules", [
+    ("gemma3", ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]),
+    ("phi3-longrope", ["qkv_proj", "gate_up_proj", "down_proj"])])
+def test_lora_merged_in_equals_peft_s(name, modules, tmp_path):
+    peft = pytest.importorskip("peft")
+    kind, changes = MODELS[name]
+    theirs = hf_model(kind, **{**SIZES, **changes})
+    theirs.save_pretrained(tmp_path / "base")
+    shutil.copy(TINY / "tokenizer.model", tmp_path / "base")
+    adapted = peft.get_peft_model(theirs, peft.LoraConfig(r=4, target_modules=modules))
+    for weight_name, weight in adapted.named_parameters():
+        if "lora_" in weight_name:
+            weight.data.normal_(std=0.1)
+    adapted.save_pretrained(tmp_path / "lora")
+    with torch.no_grad():
+        expected = adapted(tokens_of(40)).logits
+        plain, ours = (load(tmp_path / "base", device="cpu", adapters=adapters)[0](tokens_of(40))
+                       for adapters in ([], [tmp_path / "lora"]))
+    assert (ours - expected).abs().max() < 1e-4 < 0.1 < (plain - expected).abs().max()

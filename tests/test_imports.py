@@ -15,10 +15,10 @@ ROOT = TINY.parent.parent
 ORDER = ["tp", "threads", "kv_cache", "linear", "layers", "attention", "model", "formats.files",
          "formats.tokenizer_config", "chat_template", "formats.added_tokens",
          "formats.tokenizer_model", "formats.tokenizer_json", "tokenizer", "grammar", "sample",
-         "draw", "terminal", "cli", "formats.config", "quantize", "formats.checkpoint",
-         "formats.published", "formats.folder", "formats.gguf_file", "formats.gguf_tokenizer",
-         "formats.gguf", "formats.adapters", "formats.hub", "load", "speculate", "formats.session",
-         "generate", "chat", "batch", "eval", "convert_hf", "gptq"]
+         "draw", "terminal", "cli", "formats.rope", "formats.config", "quantize",
+         "formats.checkpoint", "formats.published", "formats.folder", "formats.gguf_file",
+         "formats.gguf_tokenizer", "formats.gguf", "formats.adapters", "formats.hub", "load",
+         "speculate", "formats.session", "generate", "chat", "batch", "eval", "convert_hf", "gptq"]
 FOLDERS = ("bench", "examples", "server", "tests")  # which the engine never imports
 # Its command quantizes what later files read: the one exception.
 EXCEPTION = ("quantize", "main")
