@@ -186,7 +186,8 @@ def test_as_a_gpu_computes_it_nothing_differs(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes, regions", [
-    (MIXED, 2), (dict(n_layers=3, kinds=("full", "unrotated", "full")), 1)])
+    (dict(MIXED, n_layers=4, kinds=("sliding", "full") * 2), 2),
+    (dict(n_layers=4, kinds=("full", "unrotated") * 2), 1)])
 def test_compiled_it_is_a_region_for_each_geometry(changes, regions, monkeypatch):
     """One token, whatever the layers hold, and nothing is compiled again."""
     codes = []

