@@ -334,7 +334,7 @@ class Transformer(nn.Module):
              last: Tensor | None) -> Tensor:
         """What `forward` computes, as one graph. in_use are the slots to attend to
         (KVCache.in_use)."""
-        steps = self.steps(tokens.shape[1], cache, in_use)
+        steps = self.steps_by_kind(tokens.shape[1], cache, in_use)
         if cache is not None:
             cache.length.add_(tokens.shape[1])  # in place: += would make it an output of the graph
         # draw.UNDRAWN is read as token 0: whoever reads the ids drops what follows.
@@ -349,8 +349,8 @@ class Transformer(nn.Module):
         logits = self.output(self.norm(x))  # (B, T, this rank's part of the vocabulary)
         return all_gather(logits, self.config.n_ranks, self.config.vocab_size).float()
 
-    def steps(self, n_tokens: int, cache: KVCache | None,
-              in_use: list[Tensor] | None) -> dict[str, Step]:
+    def steps_by_kind(self, n_tokens: int, cache: KVCache | None,
+                      in_use: list[Tensor] | None) -> dict[str, Step]:
         """The Step of each kind of layers, for the next n_tokens of each row."""
         config, steps = self.config, {}
         for kind, frequencies in zip(config.distinct_kinds, self.frequencies):
