@@ -180,6 +180,8 @@ def main():
     add("--tokens", type=int, default=8000, metavar="N", help="tokens of a perplexity")
     add("--llama-python", metavar="PYTHON", help="a Python with llama-cpp-python")
     add("--rounds", type=int, default=9, metavar="N", help="turns of each speed")
+    add("--quantize", nargs="+", choices=("int8", "int4"), default=["int8", "int4"],
+        help="how our weights are stored where speeds are compared")
     add("--only", choices=("transformers", "perplexity", "speed"), help="one of the checks")
     args = parser.parse_args()
     file, text = join(args.parts), read_text(args.text)
@@ -193,8 +195,8 @@ def main():
             assert math.isfinite(record["perplexity"]), record
             print(json.dumps(record), flush=True)
     if args.llama_python and args.only in (None, "speed"):
-        for name, kind in (("int8", "int8"), ("int4", "int4")):
-            made = converted(file, name, torch.bfloat16, asked_quantization(kind, 32))
+        for kind in args.quantize:
+            made = converted(file, kind, torch.bfloat16, asked_quantization(kind, 32))
             for record in speeds(made, file, args.llama_python, args.rounds):
                 print(json.dumps(record), flush=True)
 
