@@ -91,6 +91,9 @@ def main():
     with user_errors(parser):
         args = parser.parse_args()
         model, tokenizer = load(args.checkpoint, device="cpu", dtype=torch.float32)
+        if "sliding" in model.config.kinds:
+            raise ValueError(f"--checkpoint {args.checkpoint} has layers that slide; this compares "
+                             "layers that see everything")
         ids = torch.tensor(tokenizer.encode(read_text(args.text))[:2048])
         if len(ids) <= 384:
             raise ValueError(f"{args.text} has {len(ids)} tokens; it needs more than 384")
