@@ -137,10 +137,8 @@ def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate x (B, T, heads, D) by its positions' angles, in Hugging Face's half-split layout. What
     has no angle, at the end of a head, stays."""
     cos, sin = cos_sin
-    half = cos.shape[-1]
-    a, b, rest = x.float().split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    rotated = [a * cos - b * sin, b * cos + a * sin]
-    return torch.cat(rotated + [rest] if rest.shape[-1] else rotated, dim=-1).type_as(x)
+    a, b, *rest = x.float().split(cos.shape[-1], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, *rest], dim=-1).type_as(x)
 
 
 # ------------------------------------------------------------------------------ modules
