@@ -91,7 +91,7 @@ def measure(model: Transformer, ids: Tensor, mode: str, n_sink: int, window: int
     """Nats of the tokens of ids (N + 1,) but the first, with a progress bar: of each n-th of them,
     n = every, so (N // n,). Modes without sinks see no further than the model's sliding window.
     Raises ValueError where a token's are not finite."""
-    longest = model.config.sliding_window or math.inf
+    longest = model.config.common_window or math.inf
     size = min(n_sink + window, longest)
     if mode == "dense":
         ids = ids[:min(model.config.max_seq_len, longest) + 1]

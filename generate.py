@@ -63,7 +63,7 @@ def default_window(config: ModelConfig, n_sink: int) -> int:
     if (window := context - n_sink) < 1:
         raise ValueError(f"{n_sink} sinks leave no window in {context} tokens, the default in all; "
                          "a model with a longer context takes an explicit window")
-    return min(window, config.sliding_window or window)
+    return min(window, config.common_window or window)
 
 
 # ------------------------------------------------------------------------------ prefill and decode

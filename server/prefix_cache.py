@@ -69,8 +69,8 @@ class CachedPrefix:
 
 def copy_from_row(cache: KVCache, row: int, ids: list[int]) -> CachedPrefix:
     """A copy, in host memory, of a row that holds these ids."""
-    used = min(len(ids), cache.n_sink + cache.ring)
-    k, v = ([layer[row, :, :used].to("cpu", copy=True) for layer in layers]
+    used = [min(len(ids), geometry.n_used) for geometry in cache.of_layer]
+    k, v = ([layer[row, :, :n].to("cpu", copy=True) for layer, n in zip(layers, used)]
             for layers in (cache.k, cache.v))
     return CachedPrefix(k, v, ids, cache.overhang[row], cache.max_chunk)
 

@@ -16,7 +16,7 @@ ORDER = ["tp", "threads", "kv_cache", "linear", "layers", "attention", "model", 
          "formats.tokenizer_config", "formats.chat_template", "formats.added_tokens",
          "formats.tokenizer_model", "formats.tokenizer_json", "tokenizer", "grammar",
          "formats.tool_calls", "formats.tools", "sample", "draw", "terminal", "cli",
-         "formats.config", "quantize", "formats.checkpoint", "formats.published", "formats.folder",
+         "formats.rope", "formats.config", "quantize", "formats.checkpoint", "formats.published", "formats.folder",
          "formats.gguf_file", "formats.gguf_tokenizer", "formats.gguf", "formats.adapters",
          "formats.hub", "load", "speculate", "formats.session", "generate", "chat", "streams",
          "batch", "evaluation.harness", "eval", "convert_hf", "gptq"]
