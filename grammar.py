@@ -252,6 +252,7 @@ def byte_alphabet() -> dict[str, int]:
 BY_NAME = "properties", "patternProperties", "$defs", "definitions"
 LISTS = "anyOf", "oneOf", "allOf", "prefixItems", "items"
 VALUES = "items", "additionalProperties", "additionalItems"
+ANNOTATIONS = "title", "description", "examples", "$comment"  # they say nothing of a value
 # The formats of the standard. Any other says nothing of a value, as "int32" or "password".
 FORMATS = {"date-time", "time", "date", "duration", "email", "idn-email", "hostname",
            "idn-hostname", "ipv4", "ipv6", "uri", "uri-reference", "iri", "iri-reference", "uuid",
@@ -301,7 +302,7 @@ def exactly(schema: dict | bool) -> dict | bool:
     cannot be obeyed, beside what llguidance refuses itself."""
     if not isinstance(schema, dict):
         return schema
-    found = dict(schema)
+    found = {name: value for name, value in schema.items() if name not in ANNOTATIONS}
     for name in BY_NAME:
         if isinstance(schema.get(name), dict):
             exact_name = exact_pattern if name == "patternProperties" else str

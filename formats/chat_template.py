@@ -238,7 +238,8 @@ class ChatTemplate:
 def probe_turns(n_calls: int) -> list[dict]:
     """A question, and an answer that calls so many of PROBE_TOOLS, with their results."""
     calls = [{"id": f"probe000{letter}", "type": "function", "function": {
-        "name": f"probe_{letter}", "arguments": {"x": "y"}}} for letter in "ab"[:n_calls]]
+        "name": f"probe_{letter}", "arguments": {"x": f"said_{letter}"}}}
+        for letter in "ab"[:n_calls]]
     turns = [{"role": "user", "content": "a"}]
     if calls:
         turns.append({"role": "assistant", "content": "", "tool_calls": calls})
@@ -303,9 +304,10 @@ def compile_template(source: str):
             return caller()
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True,
+        trim_blocks=True, lstrip_blocks=True, finalize=to_text,
         extensions=[GenerationBlock, "jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = to_json
+    environment.filters["string"] = lambda value: str(to_text(value))
     environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
     return environment.from_string(source)
 
@@ -320,5 +322,21 @@ def strftime_now(format: str) -> str:
 
 
 def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+    text = json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
                       sort_keys=sort_keys)
+    return keep_escapes(text) if ensure_ascii else text
+
+
+def to_text(value) -> Any:
+    """A value as a template writes it: a list or an object as Python does."""
+    return keep_escapes(str(value)) if isinstance(value, (list, tuple, dict)) else value
+
+
+def keep_escapes(text: str) -> str:
+    """Text with ESCAPE itself where JSON in ASCII, or Python, has spelled it: once for the escape
+    of a name, and twice for the character."""
+    def kept(found: re.Match) -> str:
+        backslash, first, second = found.groups()
+        return backslash or (first if second else ESCAPE)
+
+    return re.sub(r"(\\\\)|(\\ue002)(\\ue002)?", kept, text)

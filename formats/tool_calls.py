@@ -111,14 +111,11 @@ def find_ability(template: ChatTemplate) -> Ability:
             return ""
 
     question, texts = text_of(PROBE_TOOLS), [text_of(None, 1), text_of(PROBE_TOOLS, 1)]
-    parallel = "probe_b" in text_of(None, 2) + text_of(PROBE_TOOLS, 2)[len(question):]
-    answer = texts[1].removeprefix(question)
-    calls = "probe_a" in texts[0], '"y"' in answer
+    parallel = any("said_b" in text_of(tools, 2) for tools in (None, PROBE_TOOLS))
     # Some templates do not write calls, but tell the model how to.
-    form = form_in(answer if calls[1] else question)
-    results = ["probe_result" in text for text in texts]
-    return Ability("probe_a" in question, form and replace(form, parallel=parallel),
-                   (calls[0] and results[0], calls[1] and results[1]))
+    form = form_in(texts[1].removeprefix(question) if "said_a" in texts[1] else question)
+    return Ability("probe_a" in question, form and replace(form, parallel=parallel), tuple(
+        "said_a" in text and "probe_result" in text for text in texts))
 
 
 def form_of_calls(ability: Ability, asking: str) -> Form:
@@ -134,8 +131,9 @@ def form_of_calls(ability: Ability, asking: str) -> Form:
 
 def form_in(text: str) -> Form | None:
     """The form of the calls in a text; one without an opener only where the text begins with it."""
+    begins = rf"\s*(?:{re.escape(PYTHON_TAG)})?\s*"
     for pattern, form in FORMS:
-        if re.search(pattern, text) if form.opener else re.match(rf"\s*{pattern}", text):
+        if re.search(pattern, text) if form.opener else re.match(begins + pattern, text):
             return form
     return None
 
@@ -205,14 +203,13 @@ class Reader:
     def end(self, cut: bool = False) -> tuple[str, list[dict]]:
         """The answer ended, or was cut. Returns what was held back. A call that was cut is told as
         far as it came."""
-        head = self.form.whole_head.match(self._held) if cut and self._read == self._read_call \
-            else None
-        if head and head["name"] in self.names:
-            self._begin_call(head["name"], head.groupdict().get("id"))
-            self._add_arguments(self._held[head.end():])
-        elif not self.done and (self._read == self._read_call and not self._is_surely_call()
-                                or self._read == self._read_text and not (
-                                    self.calls and self._held.isspace())):
+        if cut and self._read == self._read_call:
+            head = self.form.whole_head.match(self._held)
+            if head and head["name"] in self.names:
+                self._begin_call(head["name"], head.groupdict().get("id"))
+                self._add_arguments(self._held[head.end():])
+                self._held = ""
+        if self._ends_as_content():
             self._say(self._held)
         self.overran = self.done and bool(self._held.strip())
         self._held = ""
@@ -226,10 +223,10 @@ class Reader:
     # -------------------------------------------------------------------------- steps
 
     def _read_text(self) -> bool:
-        before, opener, _ = self._held.partition(self.form.opener or "{")
         if not self.form.opener:
             return self._read_start()
-        if opener:
+        before, found, _ = self._held.partition(self.form.opener)
+        if found:
             self._say(shown := before.rstrip())  # white space before a call belongs to neither
             self._held = self._held[len(shown):]
             return self._go_on(self._read_call)
@@ -277,15 +274,18 @@ class Reader:
             return 1
         return self._held.index(self.form.opener) + len(self.form.opener)
 
-    def _is_surely_call(self) -> bool:
-        """Whether what is held begins a call, though not yet which."""
-        return self.sure and bool(self.form.opener)
+    def _ends_as_content(self) -> bool:
+        """Whether what is held at the end is content: no part of a call, nor white space behind."""
+        if self._read == self._read_call:  # with an opener, a sure one begins a call in any case
+            return not (self.sure and self.form.opener)
+        return self._read == self._read_text and not self.done and not (
+            self.calls and self._held.isspace())
 
     def _cannot_be(self) -> bool:
         """Whether what is held is no call, whatever follows."""
         if self.sure and not self.form.opener:  # it may be an answer in JSON
             name_first = '{"name":"'
-            begun = re.sub(r"\s", "", re.sub(self.form.lead, "", self._held, count=1))
+            begun = re.sub(r"\s", "", re.sub(self.form.lead, "", self._held[:99], count=1))
             return not (begun.startswith(name_first) or name_first.startswith(begun))
         return bool(self.form.no_head.match(self._held))
 
@@ -357,17 +357,27 @@ class Reader:
 
 def read_object(head: re.Match, text: str) -> tuple[str | None, dict | None]:
     """A call's name and arguments, of its object; None for what is not there."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None, None
+    value = strict_json(text)
     if "name" in head.groupdict():
         return head["name"], value
+    if not isinstance(value, dict):
+        return None, None
     if isinstance(value.get("function"), dict):  # as some models nest it
         value = value["function"]
     name = value.get("name")
     arguments = value.get("arguments", value.get("parameters", {}))
     return (name, arguments) if isinstance(name, str) else (None, None)
+
+
+def strict_json(text: str):
+    """A value in JSON, of which Python's NaN and Infinity are no part; None where it is none."""
+    def refuse(name: str):
+        raise ValueError(name)
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return None
 
 
 def new_call_id() -> str:

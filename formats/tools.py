@@ -11,12 +11,11 @@ import json
 import re
 from dataclasses import dataclass
 
-from formats.tool_calls import ARGUMENTS_MARK, PYTHON_TAG, Form
+from formats.tool_calls import ARGUMENTS_MARK, PYTHON_TAG, Form, strict_json
 from grammar import Grammar, lark_of_schema, special_texts
 from tokenizer import Tokenizer
 
 NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
-NOTHING = '"\\u0000"'  # in a grammar, for what is not there: no model says it
 
 
 @dataclass(frozen=True)
@@ -120,18 +119,10 @@ def calls_for_template(calls, where: str) -> list[dict]:
 
 
 def read_arguments(text, where: str) -> dict:
-    try:
-        arguments = json.loads(text, parse_constant=lambda name: not_json()) if isinstance(
-            text, str) else None
-    except (ValueError, RecursionError):
-        arguments = None
+    arguments = strict_json(text) if isinstance(text, str) else None
     if not isinstance(arguments, dict):
         raise ValueError(f"{where}.function.arguments: must be a JSON object, as a text")
     return arguments
-
-
-def not_json():
-    raise ValueError("NaN and Infinity are no JSON")
 
 
 # ------------------------------------------------------------------------------ grammars
@@ -169,45 +160,63 @@ def arguments_schema(function: dict, tools: Tools) -> dict:
 def lark_of_calls(tools: Tools, form: Form, tokenizer: Tokenizer, vocab_size: int,
                   answer: dict | bool | None) -> str:
     """grammar_of_calls in llguidance's kind of Lark."""
+    if answer is not None and not (form.opener or tools.forced):
+        return calls_or_answer(tools, form, answer)
     special = {text: f"<[{token_id}]>"
                for token_id, text in special_texts(tokenizer, vocab_size).items()}
+    opener = special.get(form.opener) or json.dumps(form.opener) if form.opener else ""
+    rules = rules_of_call(tools, form, special)
+    if form.in_list:
+        first, more = '"[" call', '", " call'
+    elif form.closer:
+        closer = special.get(form.closer) or json.dumps(form.closer)
+        first = f'"\\n" call "\\n" {closer}'
+        more = f'"\\n" {opener} {first}'
+    else:
+        first, more = "call", f"{opener} call" if opener else '"; " call'
+    more = f"({more})*" if tools.parallel and form.parallel else ""
+    end = '"]"' if form.in_list else ""
+    rules.append(f"calls: {first} {more} {end}")
+    if tools.forced:
+        rules.append(f"start: {opener} calls")
+    elif answer is not None:
+        rules.append(lark_of_schema(answer).replace("start:", "answer:", 1))
+        rules.append(f"start: answer | {opener} calls")
+    else:
+        rules += rules_of_free_text(form, special)
+    return "\n".join(rules)
 
-    def mark(text: str) -> str:
-        return special.get(text) or json.dumps(text)
 
+def rules_of_call(tools: Tools, form: Form, special: dict[str, str]) -> list[str]:
+    """One call, without what encloses it: the rule `call`. special are special tokens, by text."""
     names = tools.forced or tuple(tools.functions)
     rules = [f"call: {' | '.join(f'call_{n}' for n in range(len(names)))}"]
     for n, name in enumerate(names):
         schema = lark_of_schema(arguments_schema(tools.functions[name], tools))
         rules.append(schema.replace("start:", f"arguments_{n}:", 1))
         if form.by_name:
-            rules.append(f"call_{n}: {json.dumps(name)} {mark(ARGUMENTS_MARK)} arguments_{n}")
+            between = special.get(ARGUMENTS_MARK) or json.dumps(ARGUMENTS_MARK)
+            rules.append(f"call_{n}: {json.dumps(name)} {between} arguments_{n}")
         else:
             before = json.dumps(form.before_arguments(name))
             rules.append(f'call_{n}: {before} arguments_{n} "}}"')
-    opener = mark(form.opener) if form.opener else ""
-    first, more = "call", f"{opener} call" if opener else '"; " call'
-    if form.in_list:
-        first, more = '"[" call more* "]"', '", " call'
-    elif form.closer:
-        first = f'"\\n" call "\\n" {mark(form.closer)}'
-        more = f'"\\n" {opener} {first}'
-    several = tools.parallel and form.parallel
-    rules += [f"more: {more}"] if several else []
-    first = first if several else first.replace(" more*", "")
-    rules.append(f"calls: {first}" + (" more*" if several and not form.in_list else ""))
-    if tools.forced:
-        rules.append(f"start: {opener} calls")
-    elif answer is not None and not form.opener:
-        return calls_or_answer(tools, form, answer)
-    elif answer is not None:
-        rules += [lark_of_schema(answer).replace("start:", "answer:", 1),
-                  f"start: answer | {opener} calls"]
-    else:
-        others = special.keys() - {form.opener or PYTHON_TAG}
-        rules += free_text(form, special.get(form.opener or PYTHON_TAG),
-                           [special[text] for text in sorted(others)])
-    return "\n".join(rules)
+    return rules
+
+
+def rules_of_free_text(form: Form, special: dict[str, str]) -> list[str]:
+    """An answer of any text, up to where a call begins, if one does: the rule `start`."""
+    opener = special.get(form.opener or PYTHON_TAG)
+    others = [token for token in special.values() if token != opener]
+    rest = f"(({' | '.join(others)}) TEXT?)*" if others else ""
+    if not form.opener:  # a call begins the answer
+        return [f"start: BEGIN? {rest} | {opener + '? ' if opener else ''}calls",
+                r"BEGIN: /\s*[^\s{](?s:.*)/", "TEXT: /(?s:.+)/"]
+    # No text holds the opener, be it a special token or not: nothing would hold such a call.
+    text = re.escape(form.opener).replace("/", r"\/")
+    rules = [f"TEXT: /(?s:.+)/ & ~/(?s:.*){text}(?s:.*)/", f"free: TEXT? {rest}"]
+    if opener:
+        return [*rules, f"start: free ({opener} calls)?"]
+    return [*rules, "start: free | free until calls", f"until[lazy]: /(?s:.*){text}/"]
 
 
 def calls_or_answer(tools: Tools, form: Form, answer: dict | bool) -> str:
@@ -232,18 +241,3 @@ def rerooted(schema, root: str):
     ref = schema.get("$ref")
     moved = {"$ref": root + ref[1:]} if isinstance(ref, str) and ref.startswith("#") else {}
     return {**{name: rerooted(inner, root) for name, inner in schema.items()}, **moved}
-
-
-def free_text(form: Form, opener: str | None, others: list[str]) -> list[str]:
-    """The rules of an answer of any text, up to where a call begins, if one does. The opener is a
-    special token, or None: it is text, which no other text may hold. Others are all other special
-    tokens."""
-    other = f"other: {' | '.join(others or [NOTHING])}"
-    if not form.opener:  # a call begins the answer
-        return [other, f"start: (BEGIN rest | other rest)? | {opener or NOTHING}? calls",
-                r"BEGIN: /\s*[^\s{]/", "rest: TEXT? (other TEXT?)*", "TEXT: /(?s:.+)/"]
-    text = re.escape(form.opener).replace("/", r"\/")
-    rules = [other, f"TEXT: /(?s:.+)/ & ~/(?s:.*){text}(?s:.*)/", "free: TEXT? (other TEXT?)*"]
-    if opener:
-        return [*rules, f"start: free ({opener} calls)?"]
-    return [*rules, "start: free | free until calls", f"until[lazy]: /(?s:.*){text}/"]

@@ -21,8 +21,7 @@ from selenium.webdriver.common.keys import Keys  # noqa: E402
 
 from helpers import TINY  # noqa: E402
 from test_server import WINDOW, Server, said, user  # noqa: E402
-from test_tools import WEATHER  # noqa: E402
-from tool_forms import HERMES  # noqa: E402
+from tool_forms import HERMES, WEATHER  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 browsers = pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt install chromium "

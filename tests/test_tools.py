@@ -8,6 +8,7 @@ import jsonschema
 import numpy as np
 import pytest
 
+from formats.chat_template import ChatTemplate, unescape
 from formats.tool_calls import Reader, find_ability, hidden_marks
 from formats.tools import calls_for_template, grammar_of_calls, tools_of
 from generate import generate, make_cache
@@ -16,17 +17,11 @@ from helpers import random_model
 from sample import Sampling
 from schemas import random_schema
 from tokenizer import GeneratedText, Tokenizer
-from tool_forms import TEMPLATES, write_tool_tokenizer
+from tool_forms import TEMPLATES, TOOLS, WEATHER, write_tool_tokenizer
 
 transformers = pytest.importorskip("transformers")
+chat_template_utils = pytest.importorskip("transformers.utils.chat_template_utils")
 pytest.importorskip("llguidance")
-WEATHER = {"type": "function", "function": {
-    "name": "get_weather", "description": "The weather of a <city>", "strict": True, "parameters": {
-        "type": "object", "additionalProperties": False, "required": ["city", "days"],
-        "properties": {"city": {"type": "string", "maxLength": 9, "description": "Größe"},
-                       "days": {"type": "integer", "minimum": 1, "maximum": 14}}}}}
-CLOCK = {"type": "function", "function": {"name": "clock", "description": "The time"}}
-TOOLS = [WEATHER, CLOCK]
 FORMS = list(TEMPLATES)
 
 
@@ -113,6 +108,18 @@ def test_no_result_opens_a_turn_or_ends_itself(folders):
     assert fed[0] == fed[1]
     assert typed in tokenizer.vocabulary.library.decode(
         tokenizer.conversation(forged, args), skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("source", [
+    "{{ tools }}", "{{ tools | string }}", "{{ tools | tojson(ensure_ascii=true) }}",
+    "{{ tools | tojson(indent=2) }}", "{% for tool in tools %}{{ tool.a }}{% endfor %}"])
+def test_however_a_template_writes_tools_names_in_them_stay_escaped(source):
+    tools = [{"a": "x</s>y \ue002 \\ue002 \\\ue002 é"}]
+    rendered = ChatTemplate({"default": source}, {"</s>"}, set(), {}).render(
+        [{"role": "user", "content": "a"}], True, {"tools": tools})
+    assert "</s>" not in rendered
+    assert unescape(rendered) == chat_template_utils.render_jinja_template(
+        [[{"role": "user", "content": "a"}]], tools=tools, chat_template=source)[0][0]
 
 
 # ------------------------------------------------------------------------------ a template's form

@@ -7,6 +7,14 @@ import json
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+WEATHER = {"type": "function", "function": {
+    "name": "get_weather", "description": "The weather of a <city>", "strict": True, "parameters": {
+        "type": "object", "additionalProperties": False, "required": ["city", "days"],
+        "properties": {"city": {"type": "string", "maxLength": 9, "description": "Größe"},
+                       "days": {"type": "integer", "minimum": 1, "maximum": 14}}}}}
+CLOCK = {"type": "function", "function": {"name": "clock", "description": "The time"}}
+TOOLS = [WEATHER, CLOCK]
+
 HERMES = (  # Hermes, Qwen 2.5 and Qwen 3
     "{% if tools %}<|im_start|>system\n{% if messages[0].role == 'system' %}"
     "{{ messages[0].content }}\n\n{% endif %}Tools:{% for tool in tools %}{{ '\n' }}"
