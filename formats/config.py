@@ -41,6 +41,7 @@ TRAITS = {"Qwen3ForCausalLM": {"qk_norm": True}, "Phi3ForCausalLM": {"fused": Tr
           "Gemma3ForCausalLM": {"qk_norm": True, "norms": "both", "norm_plus_one": True,
                                 "activation": "gelu"},
           "Olmo3ForCausalLM": {"qk_norm": True, "norms": "after", "norm_all_heads": True}}
+NEVER_NULL = ("query_pre_attn_scalar", "sliding_window_pattern", "no_rope_layer_interval")
 LAYERED = ("Gemma3ForCausalLM", "Olmo3ForCausalLM")  # a rope for each of two kinds of layers
 ACTIVATIONS = {"silu": ("silu", "swish"), "gelu": ("gelu_pytorch_tanh",)}
 # Type, least and greatest value of each key of a config.json that is read (check_keys). The bounds
@@ -68,7 +69,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
     hf = text_config(hf)
     architecture = read_architecture(hf)
     hf = MISSING[architecture] | hf
-    check_keys(hf, SIZES | OPTIONAL, needed=SIZES)
+    check_keys(hf, SIZES | OPTIONAL, needed=[*SIZES, *(key for key in NEVER_NULL if key in hf)])
     qwen2, qwen3 = (architecture.startswith(name) for name in ("Qwen2", "Qwen3"))
     dim, n_heads = hf["hidden_size"], hf["num_attention_heads"]
     n_kv_heads = hf.get("num_key_value_heads") or n_heads

@@ -219,6 +219,8 @@ def test_a_released_config_says_only_what_differs():
     ("Gemma3", dict(final_logit_softcapping=30.0), "final_logit_softcapping 30.0"),
     ("Gemma3", dict(use_bidirectional_attention=True), "use_bidirectional_attention True"),
     ("Gemma3", dict(hidden_activation="gelu"), "hidden_activation 'gelu' .*gelu_pytorch_tanh"),
+    ("Gemma3", dict(query_pre_attn_scalar=None), "query_pre_attn_scalar is None"),
+    ("SmolLM3", dict(no_rope_layer_interval=None), "no_rope_layer_interval is None"),
     ("Gemma3", dict(sliding_window=None), "sliding_window says that no layer slides"),
     ("Gemma3", dict(layer_types=["full_attention"]), "layer_types must be"),
     ("Gemma3", dict(rope_parameters={"rope_theta": 1e4}), "rope_parameters has 'rope_theta'"),
