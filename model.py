@@ -130,7 +130,8 @@ class Attention(nn.Module):
         else:
             write(k_cache, at.slots, k)
             write(v_cache, at.slots, v)
-            y = attend(rotate(q, at.sink_rope), q_recent, k_cache, v_cache, at)
+            q_sink = rotate(q, at.sink_rope) if at.sink_rope else q_recent
+            y = attend(q_sink, q_recent, k_cache, v_cache, at)
         return self.out(y.reshape(B, T, -1))  # (B, T, dim)
 
 
@@ -171,7 +172,8 @@ class Step:
     """What a call's T tokens have in common in every layer, computed once a call."""
 
     rope: tuple[Tensor, Tensor]  # cosine and sine at the true positions, for keys and ring queries
-    sink_rope: tuple[Tensor, Tensor] | None = None  # at the positions at which sinks see queries
+    # At the positions at which sinks see queries. None: these are the queries' own.
+    sink_rope: tuple[Tensor, Tensor] | None = None
     slots: Tensor | None = None  # (B, T) int64: where the new keys and values are stored
     # (B, T * G, n) float32: 0 where a query sees one of the n slots in use, else -inf. The G
     # queries of a token that share a key-value head have a row each.
@@ -250,8 +252,11 @@ class Transformer(nn.Module):
         else:
             positions = cache.positions(tokens.shape[1])  # (B, T)
             groups = self.config.n_heads // self.config.n_kv_heads
+            # An eager call knows whether the window slides yet; a graph is for any number of slots.
+            slides = torch.compiler.is_compiling() or len(in_use) >= cache.n_sink + cache.window
+            sinks_at = cache.sink_positions(positions)
             at = Step(rope=rope(positions, self.frequencies),
-                      sink_rope=rope(cache.sink_positions(positions), self.frequencies),
+                      sink_rope=rope(sinks_at, self.frequencies) if slides else None,
                       slots=materialize(cache.slots(positions)),
                       mask=materialize(cache.mask(positions, in_use).repeat_interleave(groups, 1)),
                       n_sink=cache.n_sink, window=cache.window)
