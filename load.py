@@ -212,6 +212,9 @@ def pack(model: Transformer, compile: bool) -> None:
         if isinstance(module, Linear | Int8Linear):
             module.unpack()
     model.tie()
+    # glibc's malloc maps larger blocks than any that it has seen freed anew each time, so their
+    # pages are zeroed each time. This makes it keep what the steps' tensors take.
+    torch.empty(31 << 20, dtype=torch.uint8)
     for module in model.modules():
         if isinstance(module, Linear):
             module.pack(compile, shared=module.weight is model.embed.weight)

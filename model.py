@@ -197,7 +197,7 @@ class Attention(nn.Module):
         else:
             write(k_cache, at.slots, k)
             write(v_cache, at.slots, v)
-            q_sink = rotate(q, at.sink_rope) if at.n_sink else q_recent
+            q_sink = rotate(q, at.sink_rope) if at.sink_rope else q_recent
             y = attend(q_sink, q_recent, k_cache, v_cache, at)
         return self.out(y.reshape(B, T, -1))  # (B, T, dim)
 
@@ -246,7 +246,8 @@ class Step:
     """What a call's T tokens have in common in every layer of a kind, computed once a call."""
 
     rope: tuple[Tensor, Tensor]  # cosine and sine at the true positions, for keys and ring queries
-    sink_rope: tuple[Tensor, Tensor] | None = None  # at the positions at which sinks see queries
+    # At the positions at which sinks see queries. None: these are the queries' own.
+    sink_rope: tuple[Tensor, Tensor] | None = None
     slots: Tensor | None = None  # (B, T) int64: where the new keys and values are stored
     # (B, T * G, n) float32: 0 where a query sees one of the n slots in use, else -inf. The G
     # queries of a token that share a key-value head have a row each. Without a cache it is (T, T),
@@ -388,10 +389,14 @@ class Transformer(nn.Module):
             slots = in_use[cache.geometries.index(geometry)]
             mask = cache.mask(geometry, positions, slots)  # (B, T, n)
             groups, amplitude = config.n_heads // config.n_kv_heads, rope_amplitude(config, kind)
-            sink_positions = cache.sink_positions(geometry, positions)
+            # Until the window slides, sinks see queries at their own positions. An eager call knows
+            # whether it does; a graph is for any number of slots.
+            slides = torch.compiler.is_compiling() or len(slots) > geometry.n_sink + geometry.window
+            sinks_at = cache.sink_positions(geometry, positions)
             steps[kind] = Step(
                 rope=rope(positions, frequencies, amplitude),
-                sink_rope=rope(sink_positions, frequencies, amplitude),
+                sink_rope=(rope(sinks_at, frequencies, amplitude)
+                           if geometry.n_sink and slides else None),
                 slots=materialize(cache.slots(geometry, positions)),
                 mask=materialize(mask.repeat_interleave(groups, 1)),
                 n_sink=geometry.n_sink, window=geometry.window)
