@@ -33,13 +33,15 @@ def attend(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, at) -> Tensor
     return torch.ops.gpt_stream.attend_held(q_sink, q_recent, k, v, at.mask, at.n_sink, at.window)
 
 
-def attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention without a cache: each token sees itself and all tokens before it.
+def attend_causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention without a cache: each token sees itself and all tokens before it, or what a mask
+    (T, T), to add to the scores, leaves of these.
     q (B, T, heads, D), k and v (B, T, kv_heads, D) -> (B, T, heads, D)"""
     if not q.is_cuda:  # PyTorch's flash attention for CPUs has no grouped queries
         k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.is_cuda)
+    mask = mask if mask is None else mask.type_as(q)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.is_cuda)
     return y.transpose(1, 2)
 
 

@@ -13,6 +13,8 @@ a session holds the pinned system turn alone.
 
     python chat.py --pin-system "$(cat rules.txt)" --save-session rules.session < /dev/null
     python chat.py --pin-system "$(cat rules.txt)" --load-session rules.session
+
+With --tools the model may call functions. A call is shown, and the next typed line is its result.
 """
 
 from __future__ import annotations
@@ -35,12 +37,15 @@ from cli import (
     make_parser,
     number,
     read_prompts,
+    read_tools,
     sampling_of,
     speculation_arguments,
     template_args_of,
 )
 from formats.files import check_target, name_leftovers
 from formats.session import load_session, save_session
+from formats.tool_calls import Form, Reader, find_ability, form_of_calls, hidden_marks
+from formats.tools import Tools, grammar_of_calls
 from generate import (
     answer,
     chat_stop_ids,
@@ -114,6 +119,10 @@ class Conversation:
     stop: Sequence[str] = ()  # texts
     ignore_eos: bool = False
     template_args: dict = field(default_factory=dict)  # what else the chat template is given
+    tools: Tools | None = None  # that the model may call
+    form: Form | None = None  # of its calls
+    calls: list[dict] = field(default_factory=list)  # of the latest answer, waiting for results
+    results: list[dict] = field(default_factory=list)  # of these calls, as messages
 
     def caches(self) -> dict[str, tuple[Transformer, KVCache]]:
         """The caches by name, each with its model, as formats.session.save_session takes them."""
@@ -129,6 +138,10 @@ def turn_ids(talk: Conversation, text: str, raw: bool) -> list[int]:
     held = int(talk.cache.length)
     if raw:
         return talk.tokenizer.encode(text, bos=not held)
+    if talk.results:  # what stands before the answer is in the cache, and is not rendered
+        turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}]
+        return talk.tokenizer.turns_after([*turns, *talk.results], 1, talk.last_id,
+                                          talk.template_args)
     if not held or talk.last_id is None and talk.system:
         ids = talk.tokenizer.first_turn(text, talk.system, talk.template_args, pinned=held > 0)
         return ids[held:]
@@ -140,6 +153,7 @@ def reset_conversation(talk: Conversation) -> None:
     if talk.speculation:
         talk.speculation.reset()
     talk.last_id = None
+    talk.calls, talk.results = [], []
 
 
 def save_conversation(path: str | Path, talk: Conversation) -> None:
@@ -164,6 +178,7 @@ def load_conversation(path: str | Path, talk: Conversation) -> None:
     facts = load_session(path, talk.caches(), system=talk.system,
                          template_args=talk.template_args or None)
     talk.last_id = facts.get("last_id")
+    talk.calls, talk.results = [], []
     if talk.speculation:
         talk.speculation.restart(facts.get("unread") or [])
     say(f"loaded {path}: {int(talk.cache.length)} tokens so far")
@@ -202,6 +217,8 @@ def take_turn(talk: Conversation, text: str, raw: bool, is_typed: bool, sampling
     elif text in ("/reset", "/help") or text.split()[0] in ("/save", "/load"):
         run_command(text, talk)
         return None
+    if talk.calls and take_result(talk, text):
+        return None
     try:
         ids = turn_ids(talk, check_text("the turn", text), raw)
         check_ids(talk.model, ids)
@@ -212,11 +229,43 @@ def take_turn(talk: Conversation, text: str, raw: bool, is_typed: bool, sampling
         return None
     prompt = timed_prefill(talk.model, talk.cache, ids, talk.speculation)
     stop_ids = talk.model.config.eos_ids if raw else chat_stop_ids(talk.model, talk.tokenizer)
+    reader, marks = None, None
+    if talk.tools:
+        reader = Reader(talk.form, talk.tools.functions, sure=sampling.grammar is not None)
+        marks = hidden_marks(talk.form, talk.tokenizer)
     record = answer(talk.model, talk.tokenizer, prompt, talk.max_new_tokens, sampling,
-                    stop=talk.stop, stop_ids=() if talk.ignore_eos else stop_ids, emit=emit,
+                    stop=talk.stop, stop_ids=() if talk.ignore_eos else stop_ids,
+                    emit=lambda text: emit(reader.add(text)[0] if reader else text), marks=marks,
                     speculation=talk.speculation)
     talk.last_id = record["token_ids"][-1]
+    if reader:
+        emit(reader.end(cut=record["finish_reason"] != "eos")[0])
+        record = {**record, "text": reader.content, "tool_calls": reader.calls}
+        expect_results(talk, record, emit)
     return record
+
+
+def expect_results(talk: Conversation, record: dict, emit: Callable[[str], None]) -> None:
+    """Show an answer's calls, whose results are typed next. A call that was cut has none."""
+    for call in record["tool_calls"]:
+        said = call["function"]
+        emit(f"{chr(10) * bool(record['text'])}{said['name']}({said['arguments']})")
+    talk.results, talk.calls = [], record["tool_calls"] if record["finish_reason"] == "eos" else []
+    ask_for_result(talk)
+
+
+def ask_for_result(talk: Conversation) -> None:
+    if len(talk.results) < len(talk.calls):
+        say(f"the result of {talk.calls[len(talk.results)]['function']['name']}?")
+
+
+def take_result(talk: Conversation, text: str) -> bool:
+    """Take a typed line as the result of a call. True while there are more to be typed."""
+    call = talk.calls[len(talk.results)]
+    talk.results.append({"role": "tool", "tool_call_id": call["id"], "content": text,
+                         "name": call["function"]["name"]})
+    ask_for_result(talk)
+    return len(talk.results) < len(talk.calls)
 
 
 def converse(talk: Conversation, turns: Iterable[tuple[str, bool]], is_typed: bool,
@@ -262,6 +311,8 @@ def main():
         help="of --prompts, the first N turns only; default: all")
     add("--pin-system", metavar="TEXT", help="a system turn that is never evicted")
     add_template_args(parser)
+    add("--tools", metavar="FILE", help="functions that the model may call: OpenAI's list of them "
+        "as JSON; what they return is typed")
     add("--save-session", metavar="FILE", help="keep the conversation at its end")
     add("--load-session", metavar="FILE", help="go on with one that was kept")
     with user_errors(parser):
@@ -271,13 +322,19 @@ def main():
             raise ValueError("--limit goes with --prompts")
         if n_ranks() > 1 and (args.save_session or args.load_session):
             raise ValueError("--save-session and --load-session work without torchrun")
+        if args.tools and args.prompts:
+            raise ValueError("--tools works without --prompts: what functions return is typed")
         if args.save_session:
             check_target(args.save_session)  # fail before the conversation, not after it
         turns = turns_of(read_prompts(args.prompts), args.limit) if args.prompts else None
         stop = [check_text("--stop", stop_text) for stop_text in args.stop]
         template_args = template_args_of(args)
+        tools = read_tools(args) if args.tools else None
+        if tools:
+            template_args["tools"] = list(tools.tools)
         model, tokenizer = open_model(args.checkpoint, compile=args.compile,
                                       compile_prefill=args.compile_prefill, **load_arguments(args))
+        form = form_of_calls(find_ability(tokenizer.chat_template), "--tools") if tools else None
         n_sink = args.sink
         if args.pin_system is not None:
             if args.sink is not None:
@@ -289,13 +346,16 @@ def main():
         raw = turns and any(raw for _, raw in turns)
         ends = model.config.eos_ids if raw else chat_stop_ids(model, tokenizer)
         grammar = make_grammar(*asked, tokenizer, model.config.vocab_size, ends)
+        if tools and tools.strict:
+            grammar = grammar_of_calls(tools, form, tokenizer, model.config.vocab_size)
         cache = make_cache(model, n_sink, args.window)
         speculation = open_speculation(model, cache, tokenizer, **speculating)
         how = replace(sampling_of(args, model.suggested), grammar=grammar)
         compile_s, how = get_ready(model, cache, how, speculation)
         talk = Conversation(model, tokenizer, cache, speculation, args.pin_system,
                             max_new_tokens=args.max_new_tokens, stop=stop,
-                            ignore_eos=args.ignore_eos, template_args=template_args)
+                            ignore_eos=args.ignore_eos, template_args=template_args, tools=tools,
+                            form=form)
         if args.load_session:
             load_conversation(args.load_session, talk)
         is_typed = turns is None

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from chat_template import check_args
+from formats.chat_template import check_args
+from formats.tools import Tools, tools_of
 from grammar import Grammar
 from layers import GROUP_SIZES, MODES
 from sample import Sampling
@@ -282,6 +283,25 @@ def read_schema(path: str) -> dict:
     if not isinstance(schema, dict):
         raise ValueError(f"{path}: not a JSON Schema, which is an object")
     return schema
+
+
+def read_tools(args) -> Tools:
+    """The tools in the file that --tools names: OpenAI's list of them, as JSON. Raises ValueError
+    naming the file, and for flags that do not go with them."""
+    path, tools = args.tools, None
+    if flag := grammar_arguments(args)[0]:
+        raise ValueError(f"--tools and {flag} exclude each other")
+    try:
+        tools = tools_of(json.loads(Path(path).read_bytes()), None, None)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+        raise ValueError(f"{path}: not JSON in UTF-8") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if tools is None:
+        raise ValueError(f"{path}: no tools in it")
+    if tools.strict and (args.draft or args.lookup):
+        raise ValueError(f"{path}: strict functions work without --draft and --lookup")
+    return tools
 
 
 def make_grammar(source: str, asked: dict, tokenizer: Tokenizer, vocab_size: int,

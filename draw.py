@@ -286,6 +286,8 @@ class RowSampler:
         # (B, V), made for the first row with a penalty. seen: the token is in the prompt or the
         # answer; counts: how often it is in the answer.
         self.seen = self.counts = None
+        # Of rows with a logit_bias or min_tokens: ids, what is added to their logits, stop ids.
+        self.biases: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * n_rows
         self.vocab_size, self.device = vocab_size, device
         self.matchers: list[Matcher | None] = [None] * n_rows  # of rows with a grammar
         self.masks = None  # (B, n_bytes) on the host, made for the first of those
@@ -303,6 +305,12 @@ class RowSampler:
                 self.masks = new_masks(len(self.asked), self.vocab_size, pin_memory=on_gpu)
         self.asked[row], self.on_gpu = sampling, {}
         self.keys[row], self.drawn[row] = seed_key(sampling.seed or 0), 0
+        if sampling.logit_bias or sampling.min_tokens:
+            ids = [token_id for token_id, _ in sampling.logit_bias]
+            values = [value for _, value in sampling.logit_bias]
+            ends = [token_id for token_id in stop_ids if token_id < self.vocab_size]
+            self.biases[row] = (self.to_device(ids).long(), self.to_device(values).float(),
+                                self.to_device(ends).long())
         if not sampling.penalizes:
             return
         if self.seen is None:
@@ -313,7 +321,7 @@ class RowSampler:
         self.seen[row] = seen_in(prompt_ids, self.vocab_size, self.device)[0]
 
     def end(self, row: int) -> None:
-        self.asked[row], self.on_gpu = GREEDY, {}
+        self.asked[row], self.on_gpu, self.biases[row] = GREEDY, {}, None
         if self.matchers[row]:
             self.matchers[row] = None
             self.unread.pop(row, None)
@@ -348,6 +356,8 @@ class RowSampler:
         """The next token (B, 1), or UNDRAWN, of all rows, or of a slice of them, for their logits
         (B, 1, V)."""
         asked, logits = self.asked[rows], logits[:, -1].float()
+        if any(self.biases[rows]):
+            logits = self.bias(logits, rows)
         penalized = [row for row, one in enumerate(asked) if one.penalizes]
         if penalized:
             logits = self.penalize(logits, rows, penalized)
@@ -374,6 +384,19 @@ class RowSampler:
             first = range(len(self.asked))[rows].start
             self.unread.update({row: (read, row - first) for row in masked})
         return ids
+
+    def bias(self, logits: Tensor, rows: slice) -> Tensor:
+        """The logits (B, V) of a slice of rows with their biases, and without the stop ids where
+        min_tokens are not drawn yet."""
+        logits = logits.clone()
+        for row, drawn, one, bias in zip(logits, self.drawn[rows], self.asked[rows],
+                                         self.biases[rows], strict=True):
+            if bias:
+                ids, values, stop_ids = bias
+                row.index_add_(0, ids, values)
+                if drawn < one.min_tokens:
+                    row.index_fill_(0, stop_ids, -math.inf)
+        return logits
 
     def mask(self, logits: Tensor, rows: slice, masked: list[int]) -> Tensor:
         """The logits (B, V) of a slice of rows, -inf where a grammar does not allow a token. The

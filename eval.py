@@ -1,12 +1,17 @@
-"""Perplexity along one long text, in one uninterrupted stream, for each way of keeping the past.
+"""How good a model is: its perplexity along one long text, or its marks in lm-evaluation-harness.
 
     python eval.py --text tests/text.txt
     python eval.py --text valid.txt.xz --mode stream window recompute dense --plot stream.png
+    python eval.py --checkpoint smollm2 --tasks arc_easy,lambada_openai   # pip install lm_eval
+
+A text is one uninterrupted stream, for each way of keeping the past:
 
     stream     sinks and a window: StreamingLLM, this engine's cache
     window     the window alone (no sinks), of the same total size
     recompute  the latest S + W tokens read anew for every token: the paper's slow gold standard
     dense      every token seen, and so only up to the trained context
+
+Tasks (evaluation/harness.py) are read as streams, too.
 """
 
 from __future__ import annotations
@@ -24,12 +29,14 @@ from torch import Tensor
 
 from cli import load_arguments, make_parser, number
 from draw import NOT_FINITE
+from evaluation.harness import harness_model, run_tasks
 from formats.files import atomic_write, check_target, import_optional
 from generate import default_window, make_cache
 from kv_cache import KVCache
 from load import load
 from model import Transformer
 from terminal import progress, show, user_errors
+from tokenizer import Tokenizer
 
 MODES = ("stream", "window", "recompute", "dense")
 RECOMPUTED_ROWS = 16  # windows in one call of the model
@@ -84,7 +91,7 @@ def measure(model: Transformer, ids: Tensor, mode: str, n_sink: int, window: int
     """Nats of the tokens of ids (N + 1,) but the first, with a progress bar: of each n-th of them,
     n = every, so (N // n,). Modes without sinks see no further than the model's sliding window.
     Raises ValueError where a token's are not finite."""
-    longest = model.config.sliding_window or math.inf
+    longest = model.config.common_window or math.inf
     size = min(n_sink + window, longest)
     if mode == "dense":
         ids = ids[:min(model.config.max_seq_len, longest) + 1]
@@ -142,11 +149,61 @@ def plot_curves(path: str, curves: dict[str, Tensor], marks: dict[str, int], eve
         figure.savefig(partial, dpi=110, format=Path(path).suffix[1:])
 
 
+def run_texts(args, model: Transformer, ids: Tensor) -> None:
+    """Print a record for each way of keeping the past that the command line names, and draw."""
+    curves, marks = {}, {"trained context,": model.config.max_seq_len}
+    for mode in args.mode:
+        for n_sink in args.sink:
+            start = time.perf_counter()
+            window = args.window or default_window(model.config, n_sink)
+            nats = measure(model, ids, mode, n_sink, window, args.every).cpu()
+            if not len(nats):
+                raise ValueError(f"--every {args.every}: {mode} has fewer tokens than that")
+            name = f"{mode}, {n_sink} sinks" if mode == "stream" else mode
+            curves[name] = nats
+            marks[f"{name} slides from"] = n_sink + window
+            record = dict(mode=mode, sink=n_sink, window=window, tokens=len(nats),
+                          nats=nats.mean().item(), perplexity=perplexity(nats.mean().item()),
+                          seconds=time.perf_counter() - start)
+            show((json.dumps(record) if args.json else f"{name:20} {record['tokens']} tokens  "
+                  f"perplexity {record['perplexity']:.3f}") + "\n")
+            if mode != "stream":
+                break  # the number of sinks changes only the stream
+    if args.plot:
+        plot_curves(args.plot, curves, marks, args.every)
+
+
+def run_harness(args, model: Transformer, tokenizer: Tokenizer) -> None:
+    """Print the harness's table of the tasks, or a record of each."""
+    from lm_eval.utils import make_table
+
+    n_sink = args.sink[0]
+    lm = harness_model(model, tokenizer, n_sink,
+                       args.window or default_window(model.config, n_sink), args.batch)
+    results = run_tasks(args.tasks.split(","), args.include_path, lm, limit=args.limit,
+                        num_fewshot=args.num_fewshot)
+    if args.json:
+        for name, figures in results["results"].items():
+            show(json.dumps({"task": name, **figures}) + "\n")
+        return
+    show(make_table(results))
+    if results.get("groups"):
+        show(make_table(results, "groups"))
+
+
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--json", action="store_true", help="JSON on stdout")
-    add("--text", required=True, metavar="FILE", help="UTF-8 text, plain or .xz")
+    add("--text", metavar="FILE", help="UTF-8 text, plain or .xz")
+    add("--tasks", metavar="NAME,...", help="instead: tasks of lm-evaluation-harness")
+    add("--include-path", metavar="DIR", help="a folder with tasks of your own (YAML)")
+    add("--limit", type=number(int, 1), metavar="N",
+        help="of each task, the first N questions only; default: all")
+    add("--num-fewshot", type=number(int, 0), metavar="N",
+        help="answered questions before each; default: as the task says")
+    add("--batch", type=number(int, 1), default=8, metavar="B",
+        help="streams side by side")
     add("--mode", nargs="+", choices=MODES, default=["stream"],
         help="how the past is kept: sinks and a window, the window alone, the latest tokens read "
         "anew for every token, or all of it")
@@ -159,34 +216,23 @@ def main():
     add("--plot", metavar="FILE.png", help="draw it")
     with user_errors(parser):
         args = parser.parse_args()
-        text = read_text(args.text)
+        if (args.text is None) == (args.tasks is None):
+            raise ValueError("give --text FILE or --tasks NAME,..., and not both")
+        if args.tasks:
+            import_optional("lm_eval", "--tasks")
+        else:
+            text = read_text(args.text)
         if args.plot:
             check_plot(args.plot)  # fail before everything has been measured, not after it
         model, tokenizer = load(args.checkpoint, **load_arguments(args))
+        if args.tasks:
+            run_harness(args, model, tokenizer)
+            return
         ids = torch.tensor(tokenizer.encode(text)[:args.max_tokens + 1],
                            device=model.norm.weight.device)
         if len(ids) < 2:
             raise ValueError(f"{args.text}: no text in it")
-        curves, marks = {}, {"trained context,": model.config.max_seq_len}
-        for mode in args.mode:
-            for n_sink in args.sink:
-                start = time.perf_counter()
-                window = args.window or default_window(model.config, n_sink)
-                nats = measure(model, ids, mode, n_sink, window, args.every).cpu()
-                if not len(nats):
-                    raise ValueError(f"--every {args.every}: {mode} has fewer tokens than that")
-                name = f"{mode}, {n_sink} sinks" if mode == "stream" else mode
-                curves[name] = nats
-                marks[f"{name} slides from"] = n_sink + window
-                record = dict(mode=mode, sink=n_sink, window=window, tokens=len(nats),
-                              nats=nats.mean().item(), perplexity=perplexity(nats.mean().item()),
-                              seconds=time.perf_counter() - start)
-                show((json.dumps(record) if args.json else f"{name:20} {record['tokens']} tokens  "
-                      f"perplexity {record['perplexity']:.3f}") + "\n")
-                if mode != "stream":
-                    break  # the number of sinks changes only the stream
-        if args.plot:
-            plot_curves(args.plot, curves, marks, args.every)
+        run_texts(args, model, ids)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def default_window(config: ModelConfig, n_sink: int) -> int:
     if (window := context - n_sink) < 1:
         raise ValueError(f"{n_sink} sinks leave no window in {context} tokens, the default in all; "
                          "a model with a longer context takes an explicit window")
-    return min(window, config.sliding_window or window)
+    return min(window, config.common_window or window)
 
 
 # ------------------------------------------------------------------------------ prefill and decode
@@ -86,10 +86,10 @@ def prefill(model: Transformer, cache: KVCache, prompt_ids: list[int],
 
 
 @torch.no_grad()
-def prefill_chunks(model: Transformer, cache: KVCache,
-                   prompt_ids: list[int]) -> Iterator[Tensor | None]:
+def prefill_chunks(model: Transformer, cache: KVCache, prompt_ids: list[int],
+                   must_pause: Callable[[], bool] | None = None) -> Iterator[Tensor | None]:
     """`prefill`, a chunk at a time: yields None after each chunk, after the last one the logits
-    (1, 1, V).
+    (1, 1, V). A chunk that is not compiled also yields None between layers, where it must pause.
 
     A prompt of any length is cut into chunks. In compiled prefill they have two fixed sizes, and
     the last one is padded, and the padding is rolled back."""
@@ -106,7 +106,13 @@ def prefill_chunks(model: Transformer, cache: KVCache,
         tokens = torch.zeros(1, size, dtype=torch.int64)
         tokens[0, :len(chunk)] = torch.tensor(chunk)
         last = torch.tensor([len(chunk) - 1])
-        logits = model(tokens.to(cache.length.device), cache, last.to(cache.length.device))
+        tokens, last = tokens.to(cache.length.device), last.to(cache.length.device)
+        if must_pause and not padded:
+            for logits in model.step_in_parts(tokens, cache, last, must_pause):
+                if logits is None:
+                    yield None
+        else:
+            logits = model(tokens, cache, last)
         if len(chunk) < size:
             cache.rollback(size - len(chunk))
         done += size
@@ -160,13 +166,14 @@ def generate(model: Transformer, cache: KVCache, prompt_ids: list[int], max_new_
     loose = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                  repetition_penalty=repetition_penalty, seed=seed)
     sampling = either_sampling(sampling, loose)
-    if speculation is not None and sampling.penalizes:
-        raise ValueError("a penalty works without speculation")
-    if speculation is not None and sampling.grammar:
-        raise ValueError("a grammar works without speculation")
+    for what, asked in (("a penalty", sampling.penalizes), ("a grammar", sampling.grammar),
+                        ("a logit_bias", sampling.logit_bias),
+                        ("a number of min_tokens", sampling.min_tokens)):
+        if speculation is not None and asked:
+            raise ValueError(f"{what} works without speculation")
     if cache.batch_size != 1:
         raise ValueError(f"generate takes a cache of one row, and this one has {cache.batch_size}; "
-                         "batch.generate_batch continues many")
+                         "streams.generate_batch continues many")
     cache.check_fits(model.config, model.norm.weight)
     check_ids(model, prompt_ids)
     stop_ids = model.config.eos_ids if stop_ids is None else tuple(stop_ids)
@@ -275,10 +282,11 @@ class Transcript:
     """What one stream says, shown as it comes, with the times that --json prints."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_tokens: int, stop: Sequence[str] = (),
-                 emit: Callable[[str], None] = discard):
-        """stop are texts that end the answer; emit shows each piece of it."""
+                 emit: Callable[[str], None] = discard, marks: dict[int, str] | None = None):
+        """stop are texts that end the answer; emit shows each piece of it. marks are as in
+        GeneratedText."""
         self.prompt_tokens, self.emit = prompt_tokens, emit
-        self.said, self.interrupted = GeneratedText(tokenizer, stop), False
+        self.said, self.interrupted = GeneratedText(tokenizer, stop, marks), False
         # When the prefill began and ended, and when the first and the latest token came
         self.start = self.prefilled = self.first = self.last = time.perf_counter()
 
@@ -315,14 +323,16 @@ class Transcript:
 
 def answer(model: Transformer, tokenizer: Tokenizer, prompt: Prefilled, max_new_tokens: int,
            sampling: Sampling, *, stop: Sequence[str] = (), stop_ids: Collection[int] | None = None,
-           emit: Callable[[str], None] = discard, speculation: Speculation | None = None) -> dict:
+           emit: Callable[[str], None] = discard, marks: dict[int, str] | None = None,
+           speculation: Speculation | None = None) -> dict:
     """Answer a prompt and show the answer as it comes. Returns what --json prints.
 
     The Sampling needs a seed. stop are texts, stop_ids tokens that end the answer (None: the EOS
-    ids). Ctrl-C ends it too, as finish_reason "interrupt", and the cache keeps what was said."""
+    ids). marks are as in GeneratedText. Ctrl-C ends it too, as finish_reason "interrupt", and the
+    cache keeps what was said."""
     stop_ids = model.config.eos_ids if stop_ids is None else stop_ids
     before = speculation and speculation.figures()
-    transcript = Transcript(tokenizer, len(prompt.prompt_ids), stop, emit)
+    transcript = Transcript(tokenizer, len(prompt.prompt_ids), stop, emit, marks)
     transcript.start, transcript.prefilled = prompt.began, prompt.ended
     with hold_interrupt() as interrupted:
         for token_id in continue_from(model, prompt.cache, prompt.logits, prompt.prompt_ids,

@@ -34,7 +34,7 @@ from formats.hub import find
 from layers import GROUP_SIZES
 from linear import pack_nibbles
 from load import check_device
-from model import Block, ModelConfig, Step, rope, rope_frequencies
+from model import Block, ModelConfig, Step, rope_frequencies, sequence_step
 from quantize import (
     asked_quantization,
     dequantize,
@@ -236,9 +236,10 @@ def calibrated_tensors(blocks: dict[str, list[Tensor]], config: ModelConfig, gro
     quantized_states = embedding["embed.weight"][sequences] * scale  # (N, L, dim)
     float_states = table[sequences].float()  # the same
     del table, embedding
-    positions = torch.arange(sequences.shape[1], device=device)[None]
-    at = Step(rope(positions, rope_frequencies(config, device)))
-    for layer in range(config.n_layers):
+    for states in (quantized_states, float_states):
+        states.mul_(config.embed_scale)
+    for layer, kind in enumerate(config.layer_kinds):
+        at = sequence_step(config, kind, sequences.shape[1], rope_frequencies(config, device, kind))
         prefix = f"layers.{layer}."
         weights = {name: stack(parts).to(device) for name, parts in blocks.items()
                    if name.startswith(prefix)}
@@ -281,7 +282,7 @@ def gptq_checkpoint(source: Path, text: str, out: Path, n_sequences: int = 128,
         raise ValueError(f"{source}: others have quantized it already; quantize the original")
     check_not_ours_quantized(checkpoint)
     shapes = stored_shapes(empty_model(config, quantization))  # raises for a wrong group size
-    longest = min(config.max_seq_len, config.sliding_window or config.max_seq_len)
+    longest = min(config.max_seq_len, config.common_window or config.max_seq_len)
     if length and length > longest:
         raise ValueError(f"--length {length} is above the model's trained context of {longest}")
 

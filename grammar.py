@@ -185,15 +185,20 @@ def vocabulary(tokenizer: Tokenizer, vocab_size: int):
     """llguidance's table of a tokenizer's tokens, which takes a while to make. Grammars that name a
     special token spell it <name>, and no text in an answer can be one."""
     llguidance = import_optional("llguidance", "a grammar")
-    texts = token_bytes(tokenizer, vocab_size)
-    special = {token_id: text for text, token_id in tokenizer.named_ids.items()
-               if token_id < vocab_size
-               and (token_id in tokenizer.hidden_ids or text[:1] + text[-1:] == "<>")}
+    texts, special = token_bytes(tokenizer, vocab_size), special_texts(tokenizer, vocab_size)
     for token_id, text in special.items():
         texts[token_id] = text.encode(errors="replace")
     return llguidance.LLTokenizer(types.SimpleNamespace(
         is_tokenizer_wrapper=True, tokens=texts, special_token_ids=list(special),
         eos_token_id=None, bos_token_id=None))
+
+
+def special_texts(tokenizer: Tokenizer, vocab_size: int) -> dict[int, str]:
+    """The tokens that no text in an answer can be, by id: those that are not shown, and words such
+    as <think>."""
+    return {token_id: text for text, token_id in tokenizer.named_ids.items()
+            if token_id < vocab_size
+            and (token_id in tokenizer.hidden_ids or text[:1] + text[-1:] == "<>")}
 
 
 def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> list[bytes]:
@@ -247,6 +252,7 @@ def byte_alphabet() -> dict[str, int]:
 BY_NAME = "properties", "patternProperties", "$defs", "definitions"
 LISTS = "anyOf", "oneOf", "allOf", "prefixItems", "items"
 VALUES = "items", "additionalProperties", "additionalItems"
+ANNOTATIONS = "title", "description", "examples", "$comment"  # they say nothing of a value
 # The formats of the standard. Any other says nothing of a value, as "int32" or "password".
 FORMATS = {"date-time", "time", "date", "duration", "email", "idn-email", "hostname",
            "idn-hostname", "ipv4", "ipv6", "uri", "uri-reference", "iri", "iri-reference", "uuid",
@@ -296,7 +302,7 @@ def exactly(schema: dict | bool) -> dict | bool:
     cannot be obeyed, beside what llguidance refuses itself."""
     if not isinstance(schema, dict):
         return schema
-    found = dict(schema)
+    found = {name: value for name, value in schema.items() if name not in ANNOTATIONS}
     for name in BY_NAME:
         if isinstance(schema.get(name), dict):
             exact_name = exact_pattern if name == "patternProperties" else str

@@ -19,14 +19,32 @@ any more (`visible`), and R - W tokens later the ring writes over it.
 Which position a ring slot holds follows from the row's length alone. Beside K, V and the lengths,
 the cache keeps each row's high-water mark, the most tokens that the row has ever held: it limits
 how deep a rollback may be.
+
+Some models mix layers that saw everything in training with layers that saw a sliding window only
+(Gemma 3, OLMo 3). Each of the two has a `Geometry` (S, W, R): the former the stream's, the latter
+their own window, without sinks, which they never knew. The rows' lengths and high-water marks are
+the same for both.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Geometry(NamedTuple):
+    """The slots of a layer: S sinks, then a ring of R for a window of W."""
+
+    n_sink: int
+    window: int
+    ring: int
+
+    @property
+    def n_used(self) -> int:
+        return self.n_sink + self.ring
 
 
 class KVCache:
@@ -42,13 +60,17 @@ class KVCache:
             raise ValueError(f"batch size {batch_size} and chunk {max_chunk} must be at least 1")
         self.batch_size, self.n_sink, self.window, self.max_chunk = (
             batch_size, n_sink, window, max_chunk)
-        self.ring = window + max_chunk - 1
-        self.n_slots = allocated_slots(n_sink + self.ring, device)
-        shape = (batch_size, config.n_kv_heads, self.n_slots, config.head_dim)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
+        self.kinds = config.kinds
+        self.of_layer = [layer_geometry(config, kind, n_sink, window, max_chunk)
+                         for kind in config.layer_kinds]
+        self.geometries = list(dict.fromkeys(self.of_layer))  # those that differ: one, or two
+        shapes = [(batch_size, config.n_kv_heads, allocated_slots(geometry.n_used, device),
+                   config.head_dim) for geometry in self.of_layer]
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         self.length = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.every_slot = torch.arange(self.n_slots, device=device)
+        self.every_slot = [torch.arange(allocated_slots(geometry.n_used, device), device=device)
+                           for geometry in self.geometries]
         # The overhang of a row is its high-water mark (padding and rejected tokens counted) minus
         # its length. It is kept on the host, which knows of every write and rollback.
         self.overhang = [0] * batch_size
@@ -57,13 +79,13 @@ class KVCache:
     def mark_static(self) -> None:
         """CUDA graphs replay on fixed addresses: a tensor that is written in place disables them
         unless it is marked."""
-        for tensor in (*self.k, *self.v, self.length, self.every_slot):
+        for tensor in (*self.k, *self.v, self.length, *self.every_slot):
             torch._dynamo.mark_static_address(tensor, guard=False)
 
     def check_static(self) -> None:
         """Raises RuntimeError unless every tensor is marked: a compiled step would write K and V to
         copies, and say nothing."""
-        for tensor in (*self.k, *self.v, self.length, self.every_slot):
+        for tensor in (*self.k, *self.v, self.length, *self.every_slot):
             if not hasattr(tensor, "_dynamo_static_input_type"):
                 raise RuntimeError("a cache's tensor is not marked as static; KVCache.mark_static "
                                    "marks those of a cache that was not made by KVCache")
@@ -83,7 +105,8 @@ class KVCache:
                 ("dtype", k.dtype, weight.dtype), ("device", k.device, weight.device),
                 ("shape (layers, key-value heads, head size)",
                  (len(self.k), k.shape[1], k.shape[3]),
-                 (config.n_layers, config.n_kv_heads, config.head_dim))):
+                 (config.n_layers, config.n_kv_heads, config.head_dim)),
+                ("kinds of layers", self.kinds, config.kinds)):
             if ours != theirs:
                 raise ValueError(f"the cache's {what} is {ours}, the model's {theirs}; "
                                  "generate.make_cache(model) makes one that fits")
@@ -101,44 +124,47 @@ class KVCache:
         """(B, T) int64: the positions that the next n_tokens will have."""
         return self.length[:, None] + torch.arange(n_tokens, device=self.length.device)
 
-    def sink_positions(self, positions: Tensor) -> Tensor:
-        """(B, T) int64: the position at which the sinks see each query."""
-        return positions.clamp(max=self.n_sink + self.window - 1)
-
-    def in_use(self, n_tokens: int) -> Tensor:
-        """(n,) int64: the slots to attend to once n_tokens more are written. On a CPU these are the
-        slots that hold something by then. On a GPU they are all slots: to read the lengths, the
-        host would wait for the device."""
+    def in_use(self, n_tokens: int) -> list[Tensor]:
+        """For each of `geometries` (n,) int64: the slots to attend to once n_tokens more are
+        written. On a CPU these are the slots that hold something by then. On a GPU they are all
+        slots: to read the lengths, the host would wait for the device."""
         if self.length.is_cuda:
             return self.every_slot
-        return self.every_slot[:int(self.length.max()) + n_tokens]
+        n = int(self.length.max()) + n_tokens
+        return [every[:n] for every in self.every_slot]
 
-    def slots(self, positions: Tensor) -> Tensor:
+    # These are the arithmetic of the slots of one geometry.
+
+    def sink_positions(self, geometry: Geometry, positions: Tensor) -> Tensor:
+        """(B, T) int64: the position at which the sinks see each query."""
+        return positions.clamp(max=geometry.n_sink + geometry.window - 1)
+
+    def slots(self, geometry: Geometry, positions: Tensor) -> Tensor:
         """(B, T) int64: the slot of each position."""
-        ring_slot = self.n_sink + (positions - self.n_sink) % self.ring
-        return torch.where(positions < self.n_sink, positions, ring_slot)
+        ring_slot = geometry.n_sink + (positions - geometry.n_sink) % geometry.ring
+        return torch.where(positions < geometry.n_sink, positions, ring_slot)
 
-    def held(self, positions: Tensor, slot: Tensor) -> Tensor:
+    def held(self, geometry: Geometry, positions: Tensor, slot: Tensor) -> Tensor:
         """(B, n) int64: the position that each of the slots (n,) holds, when these positions (B, T)
         are the last that were written. A ring slot for which it is below S is empty."""
         newest = positions[:, -1:]  # (B, 1)
         # Slot r holds the largest k <= newest with slot(k) = r.
-        return torch.where(slot < self.n_sink, slot, newest - (newest - slot) % self.ring)
+        return torch.where(slot < geometry.n_sink, slot, newest - (newest - slot) % geometry.ring)
 
-    def visible(self, positions: Tensor, slot: Tensor) -> Tensor:
+    def visible(self, geometry: Geometry, positions: Tensor, slot: Tensor) -> Tensor:
         """(B, T, n) bool: which of the slots (n,) a query at each position sees, when these
         positions are the last that were written. For another attention rule, override this alone.
         """
-        held = self.held(positions, slot)[:, None]  # (B, 1, n)
+        held = self.held(geometry, positions, slot)[:, None]  # (B, 1, n)
         query = positions[:, :, None]  # (B, T, 1)
-        recent = (held >= self.n_sink) & (held > query - self.window)
-        return ((slot < self.n_sink) | recent) & (held <= query)
+        recent = (held >= geometry.n_sink) & (held > query - geometry.window)
+        return ((slot < geometry.n_sink) | recent) & (held <= query)
 
-    def mask(self, positions: Tensor, slot: Tensor) -> Tensor:
+    def mask(self, geometry: Geometry, positions: Tensor, slot: Tensor) -> Tensor:
         """(B, T, n) float32 to add to the scores: 0 where `visible`, -inf elsewhere."""
-        seen = self.visible(positions, slot)
-        if self.n_slots > self.n_sink + self.ring:
-            seen = seen & (slot < self.n_sink + self.ring)
+        seen = self.visible(geometry, positions, slot)
+        if allocated_slots(geometry.n_used, self.length.device) > geometry.n_used:
+            seen = seen & (slot < geometry.n_used)
         return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, -math.inf)
 
     # Callers use these methods between calls of the model.
@@ -208,6 +234,14 @@ class KVCache:
         return sum(t.nbytes for t in (*self.k, *self.v))
 
 
+def layer_geometry(config, kind: str, n_sink: int, window: int, max_chunk: int) -> Geometry:
+    """The geometry of a layer of this kind (ModelConfig.layer_kinds), in a stream of n_sink sinks
+    and this window."""
+    if kind == "sliding":
+        n_sink, window = 0, min(config.sliding_window, n_sink + window)
+    return Geometry(n_sink, window, window + max_chunk - 1)
+
+
 def allocated_slots(n: int, device) -> int:
     """The slots to allocate where n are used. A GPU attends to all of them, and does so best where
     rows of scores begin at aligned addresses."""
@@ -230,6 +264,6 @@ def check_sizes(config, n_sink: int, window: int) -> None:
     if n_sink + window > config.max_seq_len:
         raise ValueError(f"sink {n_sink} + window {window} = {n_sink + window} tokens is above the "
                          f"model's trained context of {config.max_seq_len}")
-    if config.sliding_window and window > config.sliding_window:
+    if config.common_window and window > config.common_window:
         raise ValueError(f"window {window} is above the model's sliding window of "
-                         f"{config.sliding_window}")
+                         f"{config.common_window}")

@@ -66,8 +66,8 @@ def reorder(x: Tensor, order: Tensor | None) -> Tensor:
 
 def put_in_lanes(layer: nn.Module, integers: Tensor, zero: Tensor) -> None:
     """Lay a layer's W out for lane_sums. integers are unsigned, (N, bytes of a row), and zero is
-    theirs."""
-    words = integers.view(torch.int32).unflatten(1, (zero.shape[1], -1))  # (N, G, m)
+    theirs. The highest bit of each word is inverted, so the last integer's is a sign."""
+    words = integers.view(torch.int32).unflatten(1, (zero.shape[1], -1)) ^ -2**31  # (N, G, m)
     layer.weight = to_lanes(words).view(torch.float32)
     layer.scale, layer.zero, layer.layout = to_lanes(layer.scale), to_lanes(zero.float()), LANES
 

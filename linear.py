@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PART = 1 << 20  # weights turned to float32 at a time, which stay in a CPU's caches until used
+PART = 1 << 19  # weights turned to float32 at a time, which stay in a CPU's caches until used
 
 
 def pack_nibbles(nibbles: Tensor) -> Tensor:
@@ -83,12 +83,12 @@ def linear_in_parts(x, weight):
     rows, y = x32.new_empty(size, K), x32.new_empty(N, len(x32))
     for part, out in zip(weight.split(size), y.split(size)):
         torch.mm(rows[:len(part)].copy_(part), x32.t(), out=out)
-    return y[:, :T].t().type_as(x).contiguous().unflatten(0, x.shape[:-1])
+    return y[:, :T].type_as(x).t().unflatten(0, x.shape[:-1])
 
 
 @torch.library.register_fake("gpt_stream::linear_in_parts")
 def linear_in_parts_fake(x, weight):
-    return x.new_empty(*x.shape[:-1], len(weight))
+    return x.new_empty(len(weight), x.numel() // x.shape[-1]).t().unflatten(0, x.shape[:-1])
 
 
 define("gpt_stream::lanes_in_parts",
@@ -97,26 +97,27 @@ define("gpt_stream::lanes_in_parts",
 
 @implement("gpt_stream::lanes_in_parts", "cpu")
 def lanes_in_parts_cpu(x, words, scale, zero):
-    """As lane_sums, but a part of W at a time becomes a matrix of the fields, times the scale. 2 G
-    more of its rows are for the last field and the zeros. So W is neither transposed nor shifted,
-    and there are few passes over it."""
+    """As lane_sums, but a part of W at a time becomes a matrix (K, rows) of the fields, times the
+    scale, and the zeros are a product of their own. So there are few passes over W."""
     (B, m, G, lanes), K = words.shape, x.shape[-1]
     n, x32 = K // (m * G), x.reshape(-1, K).float()
     T, groups = len(x32), x32.view(-1, G, m, n)
     inputs = word_inputs(x32, n).view_as(groups).permute(0, 3, 2, 1).reshape(T, K)
-    inputs = torch.cat([inputs, last_field(groups, n), -groups.sum((2, 3))], 1)  # (T, K + 2 G)
     masks = torch.tensor(word_masks(32 // n), dtype=torch.int32).view(n, 1, 1, 1)
+    more = (scale * zero).transpose(0, 1).reshape(G, -1)  # (G, N)
+    y = torch.mm(-groups.sum((2, 3)), more)  # (T, N)
     size = math.ceil(B / math.ceil(B * lanes * K / PART))
-    buffer, y = x32.new_empty(size, K + 2 * G, lanes), x32.new_empty(B, T, lanes)
-    for w, s, z, out in zip(*(tensor.split(size) for tensor in (words, scale, zero, y))):
-        part = buffer[:len(w)]
-        fields = part[:, :K].unflatten(1, (n, m, G))  # (size, fields, m, G, lanes)
+    buffer = x32.new_empty(K * size * lanes)
+    for w, s, out in zip(words.split(size), scale.split(size), y.split(size * lanes, dim=1)):
+        fields = buffer[:K * out.shape[1]].view(n, m, G, -1)  # the last dimension: rows of W
         integers = fields.view(torch.int32)
-        torch.bitwise_and(w.view(torch.int32)[:, None] ^ -2**31, masks, out=integers)
-        fields.copy_(integers).mul_(s[:, None, None])  # in place
-        part[:, K:] = torch.cat([s, s * z], 1)
-        torch.bmm(inputs.expand(len(w), -1, -1), part, out=out)
-    return y.transpose(0, 1).reshape(T, -1).type_as(x)
+        w = w.view(torch.int32).permute(1, 2, 0, 3).reshape(m, G, -1)
+        torch.bitwise_and(w, masks, out=integers)
+        fields.copy_(integers)  # in place
+        fields[-1] += 2.0**31  # the highest value of the last field, which lanes store as a sign
+        fields *= s.transpose(0, 1).reshape(G, -1)
+        out.addmm_(inputs, fields.view(K, -1))
+    return y.type_as(x)
 
 
 @torch.library.register_fake("gpt_stream::lanes_in_parts")
@@ -205,12 +206,11 @@ def int8_one_pass(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 # the stack first. So a graph reads W as float32 words, which hold four int8 or eight nibbles each.
 
 
-def word_fields(words: Tensor, bits: int, flip: int) -> list[Tensor]:
-    """The 32 / bits integers in each of the float32 `words`, as float32. A mask leaves each where
-    it lies, so the j-th is 2^(bits j) times as large. They are unsigned but for the last, which
-    has the word's sign. Bits of the word that `flip` has are inverted first."""
-    w = words.view(torch.int32) ^ flip
-    return [(w & mask).float() for mask in word_masks(bits)]
+def word_fields(words: Tensor, bits: int) -> list[Tensor]:
+    """The 32 / bits integers in each of the int32 `words`, as float32. A mask leaves each where it
+    lies, so the j-th is 2^(bits j) times as large. They are unsigned but for the last, which has
+    the word's sign."""
+    return [(words & mask).float() for mask in word_masks(bits)]
 
 
 def word_masks(bits: int) -> list[int]:
@@ -238,7 +238,8 @@ def int8_words(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     more = materialize(128 * x.reshape(-1, 4)[:, :3].float().sum().view(1))
     sums = []
     for part in weight.chunk(2):
-        terms = [field * row for field, row in zip(word_fields(part, 8, 0x808080), inputs)]
+        fields = word_fields(part.view(torch.int32) ^ 0x808080, 8)
+        terms = [field * row for field, row in zip(fields, inputs)]
         sums.append((terms[0] + terms[1] + terms[2] + terms[3]).sum(-1))
     return ((torch.cat(sums) - more) * scale).view(*x.shape[:-1], -1).type_as(x)
 
@@ -268,7 +269,7 @@ def lane_sums(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     inputs = materialize(inputs.permute(0, 3, 2, 1, 4).contiguous())[:, None, :, :, None]
     more = torch.stack([last_field(groups, n), groups.sum((3, 4))])
     more = materialize(more)[:, :, :, None, :, None]
-    fields = word_fields(words, 32 // n, -2**31)
+    fields = word_fields(words.view(torch.int32), 32 // n)
     tokens = []
     for t in range(each):
         y = (scale * (more[0][:, t] - zero * more[1][:, t])).sum(2)  # (passes, N / 16, 16)

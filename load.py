@@ -39,7 +39,7 @@ from formats.hub import find, find_adapter
 from kv_cache import KVCache
 from layers import GroupedInt8Linear, Int4Linear, Int8Linear, Linear, check_types
 from linear import ROWS, WORDS
-from model import ModelConfig, Transformer, rope_frequencies
+from model import ModelConfig, Transformer, all_frequencies
 from quantize import asked_quantization, empty_model, kind_of_tensor, store
 from threads import at_most, most_threads
 from tokenizer import Tokenizer
@@ -198,7 +198,7 @@ def finish(model: Transformer, weights: dict[str, Tensor], device: torch.device)
     check_types(model, weights)
     model.load_state_dict(weights, assign=True)
     model.tie()
-    model.frequencies = rope_frequencies(model.config, device)
+    model.frequencies = all_frequencies(model.config, device)
     model.requires_grad_(False).eval()
     for module in model.modules():
         if isinstance(module, Int4Linear) and device.type == "cuda":
@@ -212,6 +212,9 @@ def pack(model: Transformer, compile: bool) -> None:
         if isinstance(module, Linear | Int8Linear):
             module.unpack()
     model.tie()
+    # glibc's malloc maps larger blocks than any that it has seen freed anew each time, so their
+    # pages are zeroed each time. This makes it keep what the steps' tensors take.
+    torch.empty(31 << 20, dtype=torch.uint8)
     for module in model.modules():
         if isinstance(module, Linear):
             module.pack(compile, shared=module.weight is model.embed.weight)
@@ -277,11 +280,11 @@ class CompiledStep:
         self.graphs: dict[tuple, tuple[Callable, int]] = {}
 
     def __call__(self, model: Transformer, tokens: Tensor, cache: KVCache | None,
-                 in_use: Tensor | None, last: Tensor | None) -> Tensor:
+                 in_use: list[Tensor] | None, last: Tensor | None) -> Tensor:
         if last is not None and not self.prefill:
             return model.step(tokens, cache, in_use, last)
         kind = (tokens.shape, last is None,
-                cache and (cache.batch_size, cache.n_sink, cache.window, cache.ring))
+                cache and (cache.batch_size, cache.n_sink, cache.window, cache.max_chunk))
         if kind in self.graphs:
             return self.run(kind, model, tokens, cache, in_use, last)
         if self.on_gpu and cache is not None:
@@ -295,12 +298,12 @@ class CompiledStep:
         return logits
 
     def run(self, kind: tuple, model: Transformer, tokens: Tensor, cache: KVCache | None,
-            in_use: Tensor | None, last: Tensor | None) -> Tensor:
+            in_use: list[Tensor] | None, last: Tensor | None) -> Tensor:
         graph, n_threads = self.graphs[kind]
         if self.on_gpu:  # the next replay of a CUDA graph overwrites its output
             return graph(model, tokens, cache, in_use, last).clone()
-        if in_use is not None:  # one graph for any number of slots
-            torch._dynamo.decorators.mark_unbacked(in_use, 0)
+        for slots in in_use or ():  # one graph for any number of slots
+            torch._dynamo.decorators.mark_unbacked(slots, 0)
         with at_most(n_threads):
             return graph(model, tokens, cache, in_use, last)
 

@@ -36,7 +36,10 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None  # None: a random one
-    grammar: Grammar | None = None  # what the answer may say; draw.RowSampler obeys it
+    # draw.RowSampler obeys the following.
+    grammar: Grammar | None = None  # what the answer may say
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (id, what is added to its logit)
+    min_tokens: int = 0  # the answer's first tokens, among which no stop id is drawn
 
     def __post_init__(self):
         """Raises ValueError naming the setting, its value and what would be right."""
@@ -49,6 +52,7 @@ class Sampling:
         if self.top_k != int(self.top_k):
             raise ValueError(f"top_k {self.top_k} must be a whole number")
         object.__setattr__(self, "top_k", int(self.top_k))
+        check_range("min_tokens", self.min_tokens, 0, math.inf)
 
     @property
     def penalizes(self) -> bool:

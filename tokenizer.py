@@ -2,8 +2,8 @@
 
 A checkpoint's vocabulary is its tokenizer.json, which the optional package `tokenizers` reads
 (formats/tokenizer_json.py), or its tokenizer.model, which sentencepiece reads
-(formats/tokenizer_model.py). chat_template.py renders a conversation's turns, which are encoded
-here.
+(formats/tokenizer_model.py). formats/chat_template.py renders a conversation's turns, which are
+encoded here.
 """
 
 from __future__ import annotations
@@ -17,8 +17,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from chat_template import ESCAPE, VICUNA_TEMPLATE, ChatTemplate, any_of, unescape, unescaped_pieces
 from formats.added_tokens import AFTER_TEXT, START, read_extra_tokens
+from formats.chat_template import (
+    ESCAPE,
+    VICUNA_TEMPLATE,
+    ChatTemplate,
+    any_of,
+    unescape,
+    unescaped_pieces,
+)
 from formats.files import read_json
 from formats.tokenizer_config import read_templates
 from formats.tokenizer_json import JsonStream, TokenizerJson
@@ -160,15 +167,16 @@ class Tokenizer:
         return self.conversation(turns, template_args, pinned)
 
     def conversation(self, messages: list[dict], template_args: dict | None = None,
-                     pinned: bool = False) -> list[int]:
-        """Ids of messages, each {"role": ..., "content": text}, up to where an answer begins.
+                     pinned: bool = False, ends_with: str = "answer") -> list[int]:
+        """Ids of messages, each {"role": ..., "content": text}, up to where an answer begins, or to
+        where ends_with says (ChatTemplate.conversation).
 
         template_args is what else the chat template is given, such as {"enable_thinking": False}.
         Where the first message is a system turn, the ids begin with those of system_turn, so that
         its cache can be shared. Some texts merge farther back than system_turn foresees: then they
         only do so for `pinned`, whose system turn is in the cache already. Raises ValueError for
         what the chat template refuses."""
-        opening, rest = self.chat_template.conversation(messages, template_args)
+        opening, rest = self.chat_template.conversation(messages, template_args, ends_with)
         ids = self.encode_rendered(opening + rest)
         if not (pinned and opening):
             return ids
@@ -254,11 +262,13 @@ class Tokenizer:
 class GeneratedText:
     """One answer as it comes: its token ids, and its text up to a stop text."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (),
+                 marks: dict[int, str] | None = None):
+        """stop are texts that end it. marks are special tokens that are to be shown, by id."""
         self.ids: list[int] = []  # every token added
         self.stopped = False  # a stop text was reached; the text ends before it
         self.decoded_length = 0  # of all text decoded so far, shown or held back
-        self._stream, self._stops = tokenizer.stream(), stop
+        self._stream, self._stops, self._marks = tokenizer.stream(), stop, marks or {}
         self._shown: list[str] = []  # one piece a token
         self._held = ""  # decoded, and it may become a stop text
 
@@ -270,7 +280,7 @@ class GeneratedText:
     def add(self, token_id: int) -> str:
         """Take the next token. Returns the text that can be shown now; none after a stop text."""
         self.ids.append(token_id)
-        return self._take(self._stream(token_id))
+        return self._take(self._marks.get(token_id) or self._stream(token_id))
 
     def flush(self) -> str:
         """End the text. Returns what was held back; none after a stop text."""

@@ -216,6 +216,10 @@ def shard_config(config, n: int, group_size: int | None = None):
     may cut a group of columns."""
     unit = group_size or 1
 
+    if config.norm_all_heads:
+        raise ValueError(f"a model whose q/k norms are over all heads together (OLMo 3) cannot be "
+                         f"shared by {n} processes; one can run it")
+
     def fits(n):
         return (config.n_heads % n == 0 and config.ffn_dim % (n * unit) == 0
                 and (config.n_kv_heads % n == 0 or n % config.n_kv_heads == 0)
@@ -250,7 +254,7 @@ def shard(tensor: str, layer, blocks: list[Tensor], config, n: int) -> Tensor:
     if layer.sharded == "inputs":
         return shard_inputs(blocks[0], part, n)
     # Of each of the stacked parts, this rank holds one shard of several: (which, of how many).
-    places = [(rank(), n)] * len(layer.parts)
+    places = [(rank(), n)] * len(layer.rows)
     if layer.sharded == "heads":
         # With more ranks than key-value heads, several ranks hold the same head.
         holders = max(n // config.n_kv_heads, 1)
@@ -258,8 +262,8 @@ def shard(tensor: str, layer, blocks: list[Tensor], config, n: int) -> Tensor:
     number = owner.rpartition(".")[2]
     if number.isdigit():  # layers of different kinds (layers.ConcatLinear) are stored apart
         return shard_rows(blocks[0], *places[int(number)])
-    if len(blocks) != len(layer.parts):
-        blocks = blocks[0].split(list(layer.parts.values()))
+    if len(blocks) != len(layer.rows):
+        blocks = blocks[0].split(layer.rows)
     mine = [shard_rows(block, *place) for block, place in zip(blocks, places, strict=True)]
     return mine[0] if len(mine) == 1 else torch.cat(mine)
 

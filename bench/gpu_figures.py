@@ -181,7 +181,7 @@ def batch_figures(args) -> Iterator[dict]:
 
 @torch.no_grad()
 def batch_steps(model: Transformer, cache: KVCache, n: int) -> None:
-    """n steps as batch.generate_batch does them: each is queued before the last one's tokens are
+    """n steps as streams.generate_batch does them: each is queued before the last one's tokens are
     read."""
     tokens = torch.zeros_like(cache.length)[:, None]
     for _ in range(n):

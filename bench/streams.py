@@ -6,12 +6,12 @@ import random
 import statistics
 from collections.abc import Iterator
 
-from batch import Batch, Stream, generate_batch
 from bench import peers
 from bench.apart import beside
 from bench.clocks import compile_all, decode_at, rounds, seconds
 from bench.models import peer_settings, sizes
 from model import Transformer
+from streams import Batch, Stream, generate_batch
 from terminal import progress, say
 
 

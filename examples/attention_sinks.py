@@ -61,7 +61,8 @@ def by_place(model, cache, ids):
         positions, slides = cache.positions(chunk.shape[1]), int(cache.length) >= S + W
         shares = record_weights(model, cache, chunk)
         ring = torch.arange(S, shares.shape[-1])
-        distance = positions[0, :, None] - cache.held(positions, ring)  # (T, n - S)
+        held = cache.held(cache.of_layer[0], positions, ring)
+        distance = positions[0, :, None] - held  # (T, n - S)
         spans = [(shares[..., S:] * ((a <= distance) & (distance <= b))).sum(-1) for a, b in SPANS]
         places = torch.cat([shares[..., :S], torch.stack(spans, -1)], -1).transpose(0, 1)
         found.append(places if slides else places[:0])
@@ -90,6 +91,9 @@ def main():
     with user_errors(parser):
         args = parser.parse_args()
         model, tokenizer = load(args.checkpoint, device="cpu", dtype=torch.float32)
+        if "sliding" in model.config.kinds:
+            raise ValueError(f"--checkpoint {args.checkpoint} has layers that slide; this compares "
+                             "layers that see everything")
         ids = torch.tensor(tokenizer.encode(read_text(args.text))[:2048])
         if len(ids) <= 384:
             raise ValueError(f"{args.text} has {len(ids)} tokens; it needs more than 384")

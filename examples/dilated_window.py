@@ -29,12 +29,12 @@ NEAR, EVERY = 60, 4  # the latest 60 tokens, and of the 192 before them every fo
 
 
 class DilatedCache(KVCache):
-    def visible(self, positions, slot):
-        held = self.held(positions, slot)[:, None]  # (B, 1, n)
+    def visible(self, geometry, positions, slot):
+        held = self.held(geometry, positions, slot)[:, None]  # (B, 1, n)
         near = held > positions[:, :, None] - NEAR  # (B, T, n)
         # By the position itself, not by its distance: what was left out never comes back.
-        chosen = (slot < self.n_sink) | near | (held % EVERY == 0)
-        return super().visible(positions, slot) & chosen
+        chosen = (slot < geometry.n_sink) | near | (held % EVERY == 0)
+        return super().visible(geometry, positions, slot) & chosen
 
 
 def main():

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from formats.checkpoint import Checkpoint
-from formats.config import OBJECT, check_float, check_keys, hf_parts, model_layers
-from formats.files import read_json
+from formats.config import OBJECT, check_float, hf_parts, model_layers
+from formats.files import check_keys, read_json
 from formats.folder import open_file
 from model import ModelConfig
 

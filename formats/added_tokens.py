@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from chat_template import any_of
+from formats.chat_template import any_of
 from formats.files import read_json
 
 # The special tokens with names, in the order in which transformers adds them to a vocabulary.

@@ -6,39 +6,58 @@ setting stands in two places, the one that transformers 5 obeys counts, or the f
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from formats.files import read_json
+from formats.files import check_keys, read_json
+from formats.rope import POSITIVE, SWITCH, read_ropes
 from model import ModelConfig
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral",
-                 "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}  # and their model_type
+                 "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3",
+                 "Gemma3ForCausalLM": "gemma3_text", "SmolLM3ForCausalLM": "smollm3",
+                 "Phi3ForCausalLM": "phi3", "Olmo3ForCausalLM": "olmo3"}  # and their model_type
 # What transformers takes for a key that is missing, and not for one that is null.
 QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
-MISSING = {"LlamaForCausalLM": {}, "Qwen2ForCausalLM": QWEN, "Qwen3ForCausalLM": QWEN,
-           "MistralForCausalLM": {"num_key_value_heads": 8, "sliding_window": 4096}}
-ROPE_TYPES = ("default", "linear", "llama3")
+MISSING = {
+    "LlamaForCausalLM": {}, "Qwen2ForCausalLM": QWEN, "Qwen3ForCausalLM": QWEN,
+    "MistralForCausalLM": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "Gemma3ForCausalLM": {
+        "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208,
+        "max_position_embeddings": 131072, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+        "sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+        "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh"},
+    "SmolLM3ForCausalLM": {"num_key_value_heads": 4, "no_rope_layer_interval": 4,
+                           "rope_theta": 2e6, "tie_word_embeddings": True},
+    "Phi3ForCausalLM": {"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+    "Olmo3ForCausalLM": {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "rope_local_base_freq": 5e5,
+                         "sliding_window": 4096, "sliding_window_pattern": 4}}
+# What an architecture's layers have whatever its config.json says: fields of ModelConfig.
+TRAITS = {"Qwen3ForCausalLM": {"qk_norm": True}, "Phi3ForCausalLM": {"fused": True},
+          "Gemma3ForCausalLM": {"qk_norm": True, "norms": "both", "norm_plus_one": True,
+                                "activation": "gelu"},
+          "Olmo3ForCausalLM": {"qk_norm": True, "norms": "after", "norm_all_heads": True}}
+NEVER_NULL = ("query_pre_attn_scalar", "sliding_window_pattern", "no_rope_layer_interval")
+LAYERED = ("Gemma3ForCausalLM", "Olmo3ForCausalLM")  # a rope for each of two kinds of layers
+ACTIVATIONS = {"silu": ("silu", "swish"), "gelu": ("gelu_pytorch_tanh",)}
 # Type, least and greatest value of each key of a config.json that is read (check_keys). The bounds
 # of the sizes keep their products within 64 bits. The weights' shapes check the sizes themselves.
-COUNT, SIZE, POSITIVE = (int, 1, 2**16), (int, 1, 2**20), (float, 1e-6, 1e18)
-SWITCH, OBJECT = (bool, 0, 1), (dict, {}, None)
+COUNT, SIZE, OBJECT = (int, 1, 2**16), (int, 1, 2**20), (dict, {}, None)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # of weights in a file
 SIZES = {"hidden_size": SIZE, "num_hidden_layers": COUNT, "num_attention_heads": COUNT,
          "intermediate_size": SIZE, "vocab_size": SIZE, "max_position_embeddings": (int, 1, 2**40)}
 OPTIONAL = {"num_key_value_heads": COUNT, "head_dim": COUNT, "sliding_window": (int, 0, 2**40),
             "max_window_layers": (int, 0, 2**40), "layer_types": (list, None, None),
+            "sliding_window_pattern": COUNT, "no_rope_layers": (list, None, None),
+            "no_rope_layer_interval": COUNT, "query_pre_attn_scalar": POSITIVE,
             "rms_norm_eps": (float, 1e-20, 1), "attention_bias": SWITCH, "mlp_bias": SWITCH,
             "tie_word_embeddings": SWITCH, "use_sliding_window": SWITCH,
             **dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config"), OBJECT),
             "gpt_stream": (dict, {"quantization": (dict, {"layers": OBJECT}, None)}, None)}
-ROPE = {"rope_theta": POSITIVE, "factor": POSITIVE, "low_freq_factor": POSITIVE,
-        "high_freq_factor": POSITIVE, "original_max_position_embeddings": POSITIVE,
-        "partial_rotary_factor": (float, 1, 1)}
 # Of a generation_config.json, what is read besides the EOS ids; and values that say nothing.
 SUGGESTED = {"temperature": (float, 0, 1e9), "top_k": (int, 0, 2**40), "top_p": (float, 0, 1),
              "min_p": (float, 0, 1), "repetition_penalty": (float, 1e-3, 1e9)}
@@ -47,34 +66,51 @@ OFF = {"repetition_penalty": 1.0, "top_k": 0, "min_p": 0.0}
 
 def config_from_hf(hf: dict) -> ModelConfig:
     """Read a Hugging Face config.json. Raises ValueError naming what is not supported."""
+    hf = text_config(hf)
     architecture = read_architecture(hf)
     hf = MISSING[architecture] | hf
-    check_keys(hf, SIZES | OPTIONAL, needed=SIZES)
-    mistral, qwen2, qwen3 = (architecture.startswith(a) for a in ("Mistral", "Qwen2", "Qwen3"))
+    check_keys(hf, SIZES | OPTIONAL, needed=[*SIZES, *(key for key in NEVER_NULL if key in hf)])
+    qwen2, qwen3 = (architecture.startswith(name) for name in ("Qwen2", "Qwen3"))
     dim, n_heads = hf["hidden_size"], hf["num_attention_heads"]
     n_kv_heads = hf.get("num_key_value_heads") or n_heads
     head_dim = hf.get("head_dim") or (128 if qwen3 else dim // n_heads)
     if n_heads % n_kv_heads or head_dim % 2:
         raise ValueError(f"{n_heads} heads of size {head_dim} cannot share {n_kv_heads} "
                          "key-value heads: the heads must divide evenly and have an even size")
-    bias = bool(hf.get("attention_bias")) and not mistral
+    bias = bool(hf.get("attention_bias")) and not architecture.startswith(("Mistral", "Phi3"))
     eos = hf.get("eos_token_id")
-    theta, scaling = read_rope(hf)
+    window, kinds = read_kinds(hf, architecture)
+    fields = {**TRAITS.get(architecture, {}),
+              **read_ropes(hf, architecture in LAYERED, architecture.startswith("Phi3"), window,
+                           kinds, head_dim)}
+    if architecture.startswith("Gemma"):
+        fields |= dict(embed_scale=dim ** 0.5,
+                       query_scale=(head_dim / hf["query_pre_attn_scalar"]) ** 0.5)
     return ModelConfig(
         dim=dim, n_layers=hf["num_hidden_layers"], n_heads=n_heads, n_kv_heads=n_kv_heads,
         head_dim=head_dim, ffn_dim=hf["intermediate_size"], vocab_size=hf["vocab_size"],
-        max_seq_len=hf["max_position_embeddings"], norm_eps=hf.get("rms_norm_eps") or 1e-6,
-        rope_theta=theta, rope_scaling=scaling, qkv_bias=bias or qwen2,
-        out_bias=bias and not qwen2, qk_norm=qwen3,
-        ffn_bias=architecture.startswith("Llama") and bool(hf.get("mlp_bias")),
+        norm_eps=hf.get("rms_norm_eps") or 1e-6, qkv_bias=bias or qwen2,
+        out_bias=bias and not qwen2,
+        ffn_bias=architecture.startswith(("Llama", "SmolLM3")) and bool(hf.get("mlp_bias")),
         tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
-        sliding_window=read_window(hf, architecture),
-        eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
+        sliding_window=window, kinds=kinds,
+        eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,), **fields)
+
+
+def text_config(hf: dict) -> dict:
+    """The config.json of the language model alone in one that sees pictures, too; others as they
+    are."""
+    if hf.get("architectures") != ["Gemma3ForConditionalGeneration"]:
+        return hf
+    check_keys(hf, {"text_config": OBJECT}, needed=["text_config"])
+    both = {key: hf[key] for key in ("dtype", "torch_dtype", "eos_token_id", "quantization_config",
+                                     "tie_word_embeddings", "gpt_stream") if key in hf}
+    return {**hf["text_config"], **both, "architectures": ["Gemma3ForCausalLM"]}
 
 
 def read_architecture(hf: dict) -> str:
-    """The architecture's name. Raises ValueError naming one that is not supported, and a model_type
-    of another one, by which transformers goes."""
+    """The architecture's name. Raises ValueError naming one that is not supported, a model_type of
+    another one, by which transformers goes, and what no module computes."""
     architecture = hf.get("architectures") or "none given"
     architecture = architecture[0] if isinstance(architecture, list) else architecture
     if architecture not in tuple(ARCHITECTURES):  # it may be anything
@@ -83,82 +119,60 @@ def read_architecture(hf: dict) -> str:
     if (model_type := hf.get("model_type")) not in (None, ARCHITECTURES[architecture]):
         raise ValueError(f"model_type {model_type!r:.80} is not that of {architecture}: "
                          f"{ARCHITECTURES[architecture]}")
-    if (activation := hf.get("hidden_act", "silu")) not in ("silu", "swish"):
-        raise ValueError(f"hidden_act {activation!r:.80} is not supported; known: silu")
+    known = ACTIVATIONS[TRAITS.get(architecture, {}).get("activation", "silu")]
+    name = "hidden_activation" if "gelu" in known[0] else "hidden_act"
+    if (activation := hf.get(name, known[0])) not in known:
+        raise ValueError(f"{name} {activation!r:.80} is not supported; known: {known[0]}")
+    for key in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+        if hf.get(key) and architecture.startswith("Gemma"):
+            raise ValueError(f"{key} {hf[key]!r:.80} is not supported; models without it are")
     return architecture
 
 
-def read_window(hf: dict, architecture: str) -> int | None:
-    """The sliding window that a model was trained with; None where no layer has one. One window is
-    for all layers here, so the layers without one have it, too."""
-    if architecture.startswith("Mistral"):
-        return hf["sliding_window"]
+def read_kinds(hf: dict, architecture: str) -> tuple[int | None, tuple[str, ...]]:
+    """The sliding window that layers were trained with, None where none slides; and the kind of
+    each layer (ModelConfig.kinds), () where all are alike."""
+    if architecture.startswith(("Mistral", "Phi3")):  # all layers slide, or none does
+        return hf.get("sliding_window"), ()
     if architecture.startswith("Llama"):  # which never slides, whatever its config says
-        return None
-    kinds, n_layers = hf.get("layer_types"), hf["num_hidden_layers"]
-    if kinds is not None and (len(kinds) != n_layers or not all(
-            kind in ("full_attention", "sliding_attention") for kind in kinds)):
+        return None, ()
+    if architecture.startswith("SmolLM3"):
+        return None, read_unrotated(hf)
+    n_layers, types = hf["num_hidden_layers"], hf.get("layer_types")
+    if types is not None and (len(types) != n_layers or not all(
+            kind in ("full_attention", "sliding_attention") for kind in types)):
         raise ValueError(f"layer_types must be full_attention or sliding_attention for each of "
                          f"{n_layers} layers")
-    window = hf["sliding_window"] if hf.get("use_sliding_window") else None
-    if kinds is not None and "sliding_attention" in kinds:
-        if window is None:
-            raise ValueError("layer_types has sliding_attention, but use_sliding_window or "
-                             "sliding_window says that no layer slides")
-        return window
-    slides = kinds is None and (hf["max_window_layers"] or 0) < n_layers
-    return window if slides else None
+    layered = architecture in LAYERED
+    window = hf["sliding_window"] if layered or hf.get("use_sliding_window") else None
+    if types is not None:
+        slides = [kind == "sliding_attention" for kind in types]
+    elif layered:  # every so many layers, one is full
+        slides = [bool((i + 1) % hf["sliding_window_pattern"]) for i in range(n_layers)]
+    else:
+        first = (hf["max_window_layers"] or 0) if window is not None else n_layers
+        slides = [i >= first for i in range(n_layers)]
+    if any(slides) and not window:
+        raise ValueError("layer_types has sliding_attention, but use_sliding_window or "
+                         "sliding_window says that no layer slides")
+    if all(slides) or not any(slides):
+        return window if slides[0] else None, ()
+    return window, tuple("sliding" if one else "full" for one in slides)
 
 
-def read_rope(hf: dict) -> tuple[float, dict | None]:
-    """(theta, scaling) of a config.json. Newer files keep both in rope_parameters; older ones keep
-    rope_theta at the top level and the scaling, if any, in rope_scaling.
-
-    As in transformers 5, a rope_scaling takes the place of all of rope_parameters, and what such an
-    object says counts more than the top level, but for original_max_position_embeddings. A type
-    that is not supported is refused wherever it stands."""
-    either = [{key: value for key, value in (hf.get(name) or {}).items() if value is not None}
-              for name in ("rope_scaling", "rope_parameters")]
-    for rope_type in [each[key] for each in either for key in ("rope_type", "type") if key in each]:
-        if rope_type not in ROPE_TYPES:
-            raise ValueError(f"rope type {rope_type!r:.80} is not supported; "
-                             f"known: {', '.join(ROPE_TYPES)}")
-    for key in [key for each in either for key, value in each.items() if isinstance(value, dict)]:
-        raise ValueError(f"rope_parameters of {key!r:.80} alone are not supported; known: one rope "
-                         "for all layers")
-    rope = {key: hf.get(key) for key in ("rope_theta", "partial_rotary_factor")}
-    rope["original_max_position_embeddings"] = hf["max_position_embeddings"]
-    rope |= either[0] or either[1]
-    if (original := hf.get("original_max_position_embeddings")) is not None:
-        rope["original_max_position_embeddings"] = original
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    needed = {"default": (), "linear": ("factor",),
-              "llama3": ("factor", "low_freq_factor", "high_freq_factor",
-                         "original_max_position_embeddings")}[rope_type]
-    check_keys(rope, ROPE, needed)
-    scaling = {"rope_type": rope_type, **{key: float(rope[key]) for key in needed}}
-    if needed[1:] and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-        raise ValueError(f"low_freq_factor {rope['low_freq_factor']} is not below high_freq_factor")
-    return float(rope.get("rope_theta") or 10000.0), scaling if needed else None
-
-
-def check_keys(raw: dict, kinds: dict[str, tuple], needed: Iterable[str] = ()) -> None:
-    """Check the values of a JSON object. kinds gives each key's type with the least and the
-    greatest number, or for an object the kinds of its own keys. A float may be written as an
-    integer. A null counts as missing. Raises ValueError naming the key, the value, and what would
-    be right."""
-    for key, (kind, low, high) in kinds.items():
-        value = raw.get(key)
-        if value is None and key not in needed:
-            continue
-        fits = type(value) in ((int, float) if kind is float else (kind,))
-        if fits and kind is dict:
-            check_keys(value, low)
-        elif not fits or kind in (int, float) and not low <= value <= high:
-            what = {bool: "true or false", dict: "an object",
-                    int: f"an integer from {low} to {high}",
-                    float: f"a number from {low} to {high}", list: "a list"}[kind]
-            raise ValueError(f"{key} is {value!r:.80}; it must be {what}")
+def read_unrotated(hf: dict) -> tuple[str, ...]:
+    """The kind of each layer of a SmolLM3: of some, nothing is rotated."""
+    n_layers, rotated, every = (hf.get(key) for key in (
+        "num_hidden_layers", "no_rope_layers", "no_rope_layer_interval"))
+    if rotated is None:
+        rotated = [int((i + 1) % every != 0) for i in range(n_layers)]
+    if len(rotated) < n_layers or not all(one in (0, 1) for one in rotated):
+        raise ValueError(f"no_rope_layers must be 1, for rotary positions, or 0, for each of "
+                         f"{n_layers} layers")
+    if hf.get("use_sliding_window") or "sliding_attention" in (hf.get("layer_types") or ()):
+        raise ValueError("use_sliding_window is not supported in a SmolLM3; full attention is")
+    kinds = tuple("full" if one else "unrotated" for one in rotated[:n_layers])
+    return kinds if "unrotated" in kinds else ()
 
 
 def eos_ids(path: Path) -> list[int]:
@@ -201,13 +215,18 @@ class Layer(NamedTuple):
     int4: bool = True  # whether int4 applies to it; if not, it is int8 in an int4 model
     is_table: bool = False  # an embedding, which every rank holds whole
     tied_to: str | None = None  # the layer whose weight it shares; files store that one only
+    fused: tuple[int, ...] = ()  # the rows of each part, where Hugging Face stacks them, too
+
+    @property
+    def rows(self) -> list[int]:
+        return list(self.fused or self.parts.values())
 
 
 def block_layers(config: ModelConfig) -> dict[str, Layer]:
     """The linear layers of one block by our names, in the order of computation."""
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     dim, ffn = config.dim, config.ffn_dim
-    return {
+    layers = {
         "attention.qkv": Layer(
             {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv},
             columns=dim, bias=config.qkv_bias, sharded="heads"),
@@ -218,6 +237,12 @@ def block_layers(config: ModelConfig) -> dict[str, Layer]:
         "feed_forward.down": Layer(
             {"mlp.down_proj": dim}, columns=ffn, bias=config.ffn_bias, sharded="inputs"),
     }
+    if config.fused:
+        for name, theirs in (("attention.qkv", "self_attn.qkv_proj"),
+                             ("feed_forward.gate_up", "mlp.gate_up_proj")):
+            rows = layers[name].rows
+            layers[name] = layers[name]._replace(parts={theirs: sum(rows)}, fused=tuple(rows))
+    return layers
 
 
 def model_layers(config: ModelConfig) -> dict[str, Layer]:
@@ -235,11 +260,19 @@ def model_layers(config: ModelConfig) -> dict[str, Layer]:
 
 def block_norms(config: ModelConfig) -> dict[str, tuple[str, int]]:
     """The norms of one block by our names: Hugging Face's name and the size of each."""
-    norms = {"attention_norm": ("input_layernorm", config.dim),
-             "ffn_norm": ("post_attention_layernorm", config.dim)}
+    names = {
+        "before": {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
+        "after": {"attention_post_norm": "post_attention_layernorm",
+                  "ffn_post_norm": "post_feedforward_layernorm"},
+        "both": {"attention_norm": "input_layernorm",
+                 "attention_post_norm": "post_attention_layernorm",
+                 "ffn_norm": "pre_feedforward_layernorm",
+                 "ffn_post_norm": "post_feedforward_layernorm"}}[config.norms]
+    norms = {name: (theirs, config.dim) for name, theirs in names.items()}
     if config.qk_norm:
-        norms["attention.q_norm"] = ("self_attn.q_norm", config.head_dim)
-        norms["attention.k_norm"] = ("self_attn.k_norm", config.head_dim)
+        q, k = (n if config.norm_all_heads else 1 for n in (config.n_heads, config.n_kv_heads))
+        norms["attention.q_norm"] = ("self_attn.q_norm", q * config.head_dim)
+        norms["attention.k_norm"] = ("self_attn.k_norm", k * config.head_dim)
     return norms
 
 

@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import safetensors
@@ -30,6 +30,25 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a JSON object is needed, not {type(content).__name__}")
     return content
+
+
+def check_keys(raw: dict, kinds: dict[str, tuple], needed: Iterable[str] = ()) -> None:
+    """Check the values of a JSON object. kinds gives each key's type with the least and the
+    greatest number, or for an object the kinds of its own keys. A float may be written as an
+    integer. A null counts as missing. Raises ValueError naming the key, the value, and what would
+    be right."""
+    for key, (kind, low, high) in kinds.items():
+        value = raw.get(key)
+        if value is None and key not in needed:
+            continue
+        fits = type(value) in ((int, float) if kind is float else (kind,))
+        if fits and kind is dict:
+            check_keys(value, low)
+        elif not fits or kind in (int, float) and not low <= value <= high:
+            what = {bool: "true or false", dict: "an object",
+                    int: f"an integer from {low} to {high}",
+                    float: f"a number from {low} to {high}", list: "a list"}[kind]
+            raise ValueError(f"{key} is {value!r:.80}; it must be {what}")
 
 
 def write_json(path: Path, content: dict) -> None:

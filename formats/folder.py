@@ -33,6 +33,7 @@ from formats.config import (
     config_from_hf,
     eos_ids,
     hf_parts,
+    text_config,
 )
 from formats.files import atomic_write, first_line, read_json, write_json
 from formats.published import read_published
@@ -44,6 +45,8 @@ FILE_BYTES = 1 << 30  # of an output file, and so about the memory that converti
 COPIED = ("generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
           "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
           "chat_template.json")
+# Beside a language model, what sees pictures
+PICTURES = ("vision_tower.", "multi_modal_projector.")
 
 
 # ------------------------------------------------------------------------------ reading
@@ -53,7 +56,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """What a checkpoint folder holds, be it Hugging Face's, ours, or GPTQ's, AWQ's or
     compressed-tensors'. Raises ValueError naming the folder, and in it the file, key or tensor."""
     raw, config = read_config(folder)
-    tensors = open_tensors(folder)
+    tensors = language_model(open_tensors(folder))
     check_layers(folder, config, tensors)
     try:
         raw, config = read_tie(raw, config, tensors)
@@ -70,6 +73,16 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     return Checkpoint(folder, raw, config, quantization, blocks)
+
+
+def language_model(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the language model alone in a model that sees pictures, too, by the names that
+    they have in one that does not; others as they are."""
+    if not any(name.startswith(("language_model.", "model.language_model.")) for name in tensors):
+        return tensors
+    return {name.removeprefix("language_model.").replace("model.language_model.", "model."): tensor
+            for name, tensor in tensors.items()
+            if not name.removeprefix("model.").startswith(PICTURES)}
 
 
 def read_tie(raw: dict, config: ModelConfig,
@@ -117,7 +130,7 @@ def read_config(folder: Path) -> tuple[dict, ModelConfig]:
         raise ValueError(f"{folder}: no such checkpoint folder")
     if not path.exists():
         raise ValueError(f"{folder}: no config.json; a checkpoint folder has one")
-    raw = read_json(path)
+    raw = text_config(read_json(path))
     gptq = read_json(folder / "quantize_config.json")  # of older tools; config.json's counts more
     if gptq and not raw.get("quantization_config"):
         raw["quantization_config"] = {"quant_method": "gptq", **gptq}

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from formats.checkpoint import Checkpoint, Encoded
+from formats.config import ARCHITECTURES as MODEL_TYPES
 from formats.config import check_tensors, config_from_hf, hf_parts
 from formats.files import import_optional, write_json
 from formats.folder import write_converted
@@ -32,7 +33,8 @@ from model import ModelConfig, rope_frequencies
 from tokenizer import Tokenizer
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
-                 "qwen3": "Qwen3ForCausalLM"}  # Mistral's files say llama
+                 "qwen3": "Qwen3ForCausalLM",
+                 "gemma3": "Gemma3ForCausalLM"}  # Mistral's files say llama
 SIZES = {"hidden_size": "embedding_length", "num_hidden_layers": "block_count",
          "num_attention_heads": "attention.head_count", "intermediate_size": "feed_forward_length",
          "max_position_embeddings": "context_length"}
@@ -44,6 +46,9 @@ NAMES = {"model.embed_tokens": "token_embd", "model.layers": "blk", "model.norm"
          "lm_head": "output", "input_layernorm": "attn_norm",
          "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output",
          "self_attn.": "attn_", "mlp.": "ffn_", "_proj": ""}  # replaced from the first to the last
+FOUR_NORMS = {"post_attention_layernorm": "post_attention_norm",  # where a block has so many
+              "pre_feedforward_layernorm": "ffn_norm",
+              "post_feedforward_layernorm": "post_ffw_norm"}
 # Contexts before llama3's scaling, to try in turn: Llama 3's own, then others.
 ORIGINALS = [8192, *(2**n for n in range(5, 21))]
 INT4_OF_Q4_0 = {"mode": "int4", "group_size": 32}
@@ -59,15 +64,16 @@ def read_settings(metadata: dict, tensors: dict[str, GGUFTensor]) -> tuple[dict,
     name = check_architecture(metadata)
     if "token_embd.weight" not in tensors:
         raise ValueError("tensor token_embd.weight is missing")
+    rope = {"rope_type": "default", "rope_theta": read_number(
+        metadata, f"{name}.rope.freq_base", float, 10000.0)}
     raw = {
-        "architectures": [ARCHITECTURES[name]], "model_type": name, "hidden_act": "silu",
+        "architectures": [ARCHITECTURES[name]], "model_type": MODEL_TYPES[ARCHITECTURES[name]],
         **read_sizes(metadata, name, tensors),
         "rms_norm_eps": read_number(metadata, f"{name}.attention.layer_norm_rms_epsilon", float),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
-        "rope_parameters": {"rope_type": "default", "rope_theta": read_number(
-            metadata, f"{name}.rope.freq_base", float, 10000.0)},
+        "rope_parameters": rope,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": sorted({metadata[key] for end in ("eos", "eot", "eom")
                                 if (key := f"tokenizer.ggml.{end}_token_id") in metadata})}
@@ -76,8 +82,28 @@ def read_settings(metadata: dict, tensors: dict[str, GGUFTensor]) -> tuple[dict,
                    max_window_layers=0)
         if name == "llama":  # it is Mistral's: a Llama has none
             raw.update(architectures=["MistralForCausalLM"], model_type="mistral")
-    raw["rope_parameters"].update(read_scaling(metadata, name, tensors, config_from_hf(raw)))
+    if name == "gemma3":
+        raw.update(read_gemma3(metadata, raw))
+    rope.update(read_scaling(metadata, name, tensors, config_from_hf(raw)))
     return raw, config_from_hf(raw)
+
+
+def read_gemma3(metadata: dict, raw: dict) -> dict:
+    """What else a config.json of Gemma 3 has. A file does not say how queries are scaled, nor which
+    layers slide: as in llama.cpp, the largest model (62 layers) scales them otherwise, and of six
+    layers five slide, where there is a window."""
+    largest = raw["num_hidden_layers"] == 62
+    every = read_number(metadata, "gemma3.attention.sliding_window_pattern", int, 6)
+    types = ["sliding_attention" if (i + 1) % every and "sliding_window" in raw else
+             "full_attention" for i in range(raw["num_hidden_layers"])]
+    return {
+        "hidden_activation": "gelu_pytorch_tanh", "layer_types": types,
+        "query_pre_attn_scalar": (raw["hidden_size"] // raw["num_attention_heads"] if largest
+                                  else raw["head_dim"]),
+        "rope_parameters": {
+            "full_attention": raw["rope_parameters"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": read_number(
+                metadata, "gemma3.rope.freq_base_swa", float, 10000.0)}}}
 
 
 def read_sizes(metadata: dict, name: str, tensors: dict[str, GGUFTensor]) -> dict[str, int]:
@@ -107,7 +133,7 @@ def check_architecture(metadata: dict) -> str:
     if name not in ARCHITECTURES:
         raise ValueError(f"architecture {name!r} is not supported; known: "
                          f"{', '.join(ARCHITECTURES)}")
-    for key in NOT_COMPUTED:
+    for key in (*NOT_COMPUTED, "attn_logit_softcapping", "final_logit_softcapping"):
         if value := metadata.get(f"{name}.{key}"):
             raise ValueError(f"{name}.{key} is {value}; only models without it are supported")
     return name
@@ -168,7 +194,8 @@ def read_blocks(config: ModelConfig, tensors: dict[str, GGUFTensor],
     llama.cpp's order of rows (split_halves). Raises ValueError naming a tensor that is missing,
     misshapen, extra, or of an unknown type."""
     heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads} if interleaved else {}
-    parts = {name: {gguf_name(part): shape for part, shape in each.items()}
+    names = NAMES | FOUR_NORMS if config.norms == "both" else NAMES
+    parts = {name: {gguf_name(part, names): shape for part, shape in each.items()}
              for name, each in hf_parts(config).items()}
     expected = {part: shape for each in parts.values() for part, shape in each.items()}
     found = {name: tensor.shape for name, tensor in tensors.items() if name != "rope_freqs.weight"}
@@ -176,7 +203,9 @@ def read_blocks(config: ModelConfig, tensors: dict[str, GGUFTensor],
     for name in expected:
         check_type(name, tensors[name])
         layer = name.split(".")[-2]
-        tensors[name] = tensors[name]._replace(interleaved_heads=heads.get(layer, 0))
+        tensors[name] = tensors[name]._replace(
+            interleaved_heads=heads.get(layer, 0),
+            plus_one=config.norm_plus_one and layer.endswith("norm"))
     return {name: [as_block(part, tensors[part]) for part in each] for name, each in parts.items()}
 
 
@@ -194,9 +223,9 @@ def as_block(name: str, tensor: GGUFTensor) -> Encoded:
     return Encoded(kind, partial(decode_rows, name, tensor, kind))
 
 
-def gguf_name(hf_name: str) -> str:
+def gguf_name(hf_name: str, names: dict[str, str] = NAMES) -> str:
     """The name in a GGUF file of a tensor of Hugging Face's."""
-    for theirs, name in NAMES.items():
+    for theirs, name in names.items():
         hf_name = hf_name.replace(theirs, name)
     return hf_name
 
@@ -224,7 +253,11 @@ def decode_rows(name: str, tensor: GGUFTensor, kind: dict | None) -> Iterator[di
     tensor = split_halves(tensor)
     for first in range(0, len(tensor.rows), ROWS):
         piece = tensor._replace(rows=tensor.rows[first:first + ROWS])
-        yield int4_of_q4_0(name, piece) if kind else {"weight": to_float32(piece)}
+        if kind:
+            yield int4_of_q4_0(name, piece)
+        else:
+            weight = to_float32(piece)
+            yield {"weight": weight - 1 if tensor.plus_one else weight}
 
 
 def int4_of_q4_0(name: str, tensor: GGUFTensor) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ class GGUFTensor(NamedTuple):
     shape: tuple[int, ...]
     rows: np.ndarray  # (shape[0], bytes) uint8
     interleaved_heads: int = 0  # heads with llama.cpp's order of rows (split_halves); 0: none
+    plus_one: bool = False  # a norm's weight, stored plus one
 
 
 class Header:

@@ -99,8 +99,8 @@ def cache_settings(model, cache: KVCache) -> dict:
 def filled_slots(name: str, cache: KVCache, length: list[int]) -> dict[str, Tensor]:
     """Views of the slots in use when the rows have this length, by their names in a file. Slots
     beyond them are outside every window."""
-    used = min(max(length), cache.n_sink + cache.ring)
-    return {f"{name}.{kind}.{i}": layer[:, :, :used]
+    used = [min(max(length), geometry.n_used) for geometry in cache.of_layer]
+    return {f"{name}.{kind}.{i}": layer[:, :, :used[i]]
             for kind, layers in (("k", cache.k), ("v", cache.v)) for i, layer in enumerate(layers)}
 
 

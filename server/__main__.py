@@ -28,6 +28,7 @@ from cli import check_text, load_arguments, make_parser, number, say_suggested
 from load import load
 from server.app import Settings, make_app
 from server.engine import Engine
+from server.protocol import MAX_ANSWER
 from terminal import ending_signals, say, say_compiling, user_errors
 from tp import n_ranks
 
@@ -43,7 +44,9 @@ def make_server_parser() -> argparse.ArgumentParser:
     add("--queue", type=number(int, 1), default=64, metavar="N",
         help="requests that may wait")
     add("--max-new-tokens", type=number(int, 1), default=512, metavar="N",
-        help="an answer's tokens, at most; a request may ask for fewer")
+        help="an answer's tokens, unless its request says another number")
+    add("--max-tokens-limit", type=number(int, 1), default=MAX_ANSWER, metavar="N",
+        help="an answer's tokens, at most, whatever a request asks for")
     add("--sink", type=number(int, 0), metavar="S", help="first tokens, never evicted; default 4")
     add("--pin-system", metavar="TEXT", help="a system turn that is never evicted")
     add("--keep-gb", type=number(float, 0), default=2.0, metavar="G",
@@ -77,6 +80,9 @@ def validate_arguments(args) -> None:
         raise ValueError("--pin-system decides the number of sinks; leave --sink out")
     if n_ranks() > 1:
         raise ValueError("the server works without torchrun; replicas are for several processes")
+    if args.max_new_tokens > args.max_tokens_limit:
+        raise ValueError(f"--max-new-tokens {args.max_new_tokens} is above --max-tokens-limit "
+                         f"{args.max_tokens_limit}")
     check_exposure(args.host, args.api_key_file, args.no_auth)
 
 
@@ -110,11 +116,12 @@ def model_name(checkpoint: str) -> str:
     return path.name.removesuffix(".gguf") if path.exists() else str(checkpoint)
 
 
-def make_settings(checkpoint: str, max_new_tokens: int, api_key_file: str | None,
-                  hosts: list[str], origins: list[str]) -> Settings:
+def make_settings(checkpoint: str, max_new_tokens: int, max_tokens_limit: int,
+                  api_key_file: str | None, hosts: list[str], origins: list[str]) -> Settings:
     """The routes' settings. Raises ValueError or OSError for a key file without keys."""
     keys = read_keys(api_key_file) if api_key_file else ()
-    return Settings(model_name(checkpoint), max_new_tokens, keys, tuple(hosts), tuple(origins))
+    return Settings(model_name(checkpoint), max_new_tokens, max_tokens_limit, keys, tuple(hosts),
+                    tuple(origins))
 
 
 def engine_arguments(args) -> dict:
@@ -207,8 +214,9 @@ def main():
     with user_errors(parser):
         args = parser.parse_args()
         validate_arguments(args)
-        settings = make_settings(args.checkpoint, args.max_new_tokens, args.api_key_file,
-                                 [args.host, *args.allow_host], args.allow_origin)
+        settings = make_settings(args.checkpoint, args.max_new_tokens, args.max_tokens_limit,
+                                 args.api_key_file, [args.host, *args.allow_host],
+                                 args.allow_origin)
         sock = listen(args.host, args.port)
         engine = make_engine(**engine_arguments(args))
         serving = serve_beside(make_app(engine, settings), sock, engine, args.grace)

@@ -10,15 +10,12 @@ import asyncio
 import base64
 import contextlib
 import hashlib
-import hmac
-import ipaddress
 import json
 import logging
 import re
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -30,26 +27,31 @@ from starlette.requests import ClientDisconnect
 
 from server.answers import Event, Job
 from server.engine import Engine
+from server.grammars import check_tools, compile_grammar
+from server.jobs import make_jobs
 from server.metrics import Metrics
-from server.protocol import MAX_BODY, ApiError, Request, parse_request
+from server.protocol import (
+    MAX_PROMPT,
+    ApiError,
+    parse_request,
+)
+from server.requests import (
+    Settings,
+    check_host,
+    check_json,
+    check_key,
+    read_body,
+    request_id,
+    way_round,
+)
 from server.responses import ResponseWriter
+from server.responses_api import ItemWriter, chat_body
+from server.tokenize import detokenize, tokenize, tokenizer_info
 
 log = logging.getLogger("gpt_stream")
 PAGE = Path(__file__).parent / "page.html"
-GRAMMAR_TIMEOUT = 0.9  # seconds that reading a grammar may take
-BODY_TIMEOUT = 30  # seconds that a request's body may take to arrive
 READ_TIMEOUT = 60  # seconds that a client may take to read a piece of its answer
-
-
-@dataclass
-class Settings:
-    """The routes' settings, beside the engine's."""
-
-    model: str  # the name that clients give
-    max_new_tokens: int = 512  # of one answer: the default, and the limit
-    keys: tuple[bytes, ...] = ()  # API keys; none: no client needs one
-    hosts: tuple[str, ...] = ()  # names that this server goes by, beside localhost and addresses
-    origins: tuple[str, ...] = ()  # other sites whose pages may send requests (CORS)
+VERSION = "1.0"  # of the API
 
 
 def make_app(engine: Engine, settings: Settings) -> FastAPI:
@@ -60,13 +62,14 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     html = PAGE.read_text(encoding="utf-8")
     html_headers = page_headers(html)
 
-    def route(path: str, *methods: str):
+    def route(path: str, *methods: str, any_host: bool = False):
         """Serve a path with an async function that takes the request. Whatever it raises becomes
-        OpenAI's error object."""
+        OpenAI's error object. With any_host, what it says is no secret (check_host)."""
         def add(handle: Callable):
             async def handle_errors(request: HttpRequest) -> Response:
                 try:
-                    check_host(request, settings)
+                    if not any_host:
+                        check_host(request, settings)
                     response = await handle(request)
                 except ApiError as error:
                     response = error_response(error)
@@ -75,6 +78,7 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
                 except Exception as error:
                     response = error_response(internal_error(error))
                 metrics.count(path, response.status_code)
+                response.headers["x-request-id"] = request_id(request)
                 return response
 
             app.add_api_route(path, handle_errors, methods=list(methods), response_model=None)
@@ -82,25 +86,27 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
         return add
 
     def describe_model() -> dict:
-        """OpenAI's fields and two of ours: the model sees a conversation's first `sink` tokens and
-        its last `window`."""
+        """OpenAI's fields, vLLM's, and two of ours: the model sees a conversation's first `sink`
+        tokens and its last `window`, of as many as max_model_len."""
         return {"id": settings.model, "object": "model", "created": created,
-                "owned_by": "gpt-stream", "sink": engine.batch.cache.n_sink,
-                "window": engine.batch.cache.window}
+                "owned_by": "gpt-stream", "max_model_len": MAX_PROMPT,
+                "sink": engine.batch.cache.n_sink, "window": engine.batch.cache.window}
 
-    async def complete(request: HttpRequest, chat: bool) -> Response:
+    async def complete(request: HttpRequest, chat: bool, as_items: bool = False) -> Response:
         client = check_key(request, settings)
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != (
-                "application/json"):
-            raise ApiError(415, "Content-Type must be application/json.")
+        check_json(request)
         engine.check_room()
         body = await read_body(request)
-        parsed = await asyncio.to_thread(parse_request, body, chat, settings.model,
-                                         settings.max_new_tokens, engine.model.suggested)
-        if parsed.grammar:
+        parsed = await asyncio.to_thread(
+            parse_request, chat_body(body) if as_items else body, chat, settings.model,
+            settings.max_new_tokens, engine.model.suggested, settings.max_tokens_limit)
+        if parsed.chat:
+            check_tools(engine, parsed)
+        if parsed.grammar_field:
             await compile_grammar(engine, parsed)
-        jobs = await asyncio.to_thread(engine.make_jobs, parsed, client)
-        writer = ResponseWriter(parsed, settings.model, engine.fingerprint)
+        jobs = await asyncio.to_thread(make_jobs, engine, parsed, client)
+        writer = (ItemWriter(parsed, settings.model, body) if as_items else
+                  ResponseWriter(parsed, settings.model, engine.fingerprint))
         events = metrics.watch(engine.submit(jobs), jobs)
         if parsed.stream:
             return EventStream(write_chunks(events, jobs, writer), lambda: engine.cancel(jobs))
@@ -117,6 +123,34 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     async def completions(request: HttpRequest) -> Response:
         return await complete(request, chat=False)
 
+    @route("/v1/responses", "POST")
+    async def responses(request: HttpRequest) -> Response:
+        return await complete(request, chat=True, as_items=True)
+
+    @route("/tokenize", "POST")
+    async def text_to_ids(request: HttpRequest) -> Response:
+        return await about_tokens(request, tokenize)
+
+    @route("/detokenize", "POST")
+    async def ids_to_text(request: HttpRequest) -> Response:
+        return await about_tokens(request, detokenize)
+
+    async def about_tokens(request: HttpRequest, answer: Callable) -> Response:
+        check_key(request, settings)
+        check_json(request)
+        body = await read_body(request)
+        return json_response(await asyncio.to_thread(answer, engine, body))
+
+    @route("/tokenizer_info", "GET")
+    async def about_tokenizer(request: HttpRequest) -> Response:
+        check_key(request, settings)
+        return json_response(tokenizer_info(engine))
+
+    @route("/version", "GET")
+    async def version(request: HttpRequest) -> Response:
+        return json_response({"version": VERSION})
+
+    @route("/v1/models/", "GET")
     @route("/v1/models", "GET")
     async def models(request: HttpRequest) -> Response:
         check_key(request, settings)
@@ -130,12 +164,13 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
                            "model", "model_not_found")
         return json_response(describe_model())
 
-    @route("/health", "GET", "HEAD")
+    @route("/v1/health", "GET", "HEAD", any_host=True)
+    @route("/health", "GET", "HEAD", any_host=True)
     async def health(request: HttpRequest) -> Response:
         state = engine.state()
         return json_response({"status": state}, 200 if state == "ok" else 503)
 
-    @route("/metrics", "GET")
+    @route("/metrics", "GET", any_host=True)
     async def prometheus_metrics(request: HttpRequest) -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -146,9 +181,14 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     @app.exception_handler(HTTPException)
     async def not_found(request: HttpRequest, error: HTTPException) -> Response:
         """The error for a path or a method that is not there."""
-        path = f"{request.method} {request.url.path[:200]}"
-        return error_response(ApiError(error.status_code, f"{path}: {error.detail}."),
-                              error.headers)
+        metrics.count("other", error.status_code)
+        path = request.url.path
+        said = f"{request.method} {path[:200]}: {error.detail}. "
+        if error.status_code == 404:
+            said += way_round(path, settings.model)
+        response = error_response(ApiError(error.status_code, said.strip()), error.headers)
+        response.headers["x-request-id"] = request_id(request)
+        return response
 
     if settings.origins:
         app.add_middleware(CORSMiddleware, allow_origins=settings.origins,
@@ -201,64 +241,11 @@ def page_headers(html: str) -> dict[str, str]:
             "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
-# ------------------------------------------------------------------------------ requests
-
-
-def check_host(request: HttpRequest, settings: Settings) -> None:
-    """Raises ApiError when the Host header is a name that this server does not go by. A page of
-    another site can point its own name at this machine (DNS rebinding), but it has no address for
-    a name and no key. So addresses pass, and with keys all names do."""
-    host = request.headers.get("host", "")
-    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-    with contextlib.suppress(ValueError):
-        ipaddress.ip_address(name)
-        return
-    known = {"localhost", *map(str.lower, settings.hosts)}
-    if not settings.keys and name.lower() not in known:
-        raise ApiError(421, f"This server does not go by the name {name[:200]!r}; --allow-host "
-                            "NAME adds one.")
-
-
-def check_key(request: HttpRequest, settings: Settings) -> str:
-    """The client: a hash of its API key, or "" where the server has no keys. Raises ApiError."""
-    if not settings.keys:
-        return ""
-    kind, _, given = request.headers.get("authorization", "").partition(" ")
-    # Hashes are of one length, whatever was given.
-    given = hashlib.sha256(given.strip().encode("latin-1")).digest()
-    known = [hmac.compare_digest(given, hashlib.sha256(key).digest()) for key in settings.keys]
-    if kind.lower() != "bearer" or not any(known):
-        raise ApiError(401, "No valid API key: send it as 'Authorization: Bearer KEY'.",
-                       code="invalid_api_key")
-    return given.hex()
-
-
-async def read_body(request: HttpRequest) -> bytes:
-    """A request's body. Raises ApiError for one that is too large or arrives too slowly."""
-    body = bytearray()
-    too_large = ApiError(413, f"The body is larger than {MAX_BODY} bytes.")
-    declared = request.headers.get("content-length", "0")
-    if not declared.isdecimal() or int(declared[:20]) > MAX_BODY:
-        raise too_large
-
-    async def read() -> None:
-        async for chunk in request.stream():
-            body.extend(chunk)
-            if len(body) > MAX_BODY:
-                raise too_large
-
-    try:
-        await asyncio.wait_for(read(), BODY_TIMEOUT)
-    except asyncio.TimeoutError:
-        raise ApiError(408, f"The body did not arrive within {BODY_TIMEOUT} s.") from None
-    return bytes(body)
-
-
 # ------------------------------------------------------------------------------ completions
 
 
 async def whole_response(request: HttpRequest, events: AsyncIterator[list[Event]],
-                         jobs: list[Job], writer: ResponseWriter) -> Response:
+                         jobs: list[Job], writer: ResponseWriter | ItemWriter) -> Response:
     """The completion as one object. Raises ApiError when the client leaves before its end."""
     async def collect() -> None:
         async for step in events:
@@ -278,11 +265,11 @@ async def whole_response(request: HttpRequest, events: AsyncIterator[list[Event]
 
 
 async def write_chunks(events: AsyncIterator[list[Event]], jobs: list[Job],
-                       writer: ResponseWriter) -> AsyncIterator[bytes]:
+                       writer: ResponseWriter | ItemWriter) -> AsyncIterator[bytes]:
     """The completion chunk by chunk, as server-sent events."""
     try:
         async for step in events:
-            if chunks := writer.chunks(step):
+            if chunks := writer.chunks(step, jobs):
                 yield chunks
         yield writer.last_chunks(jobs)
     except ApiError as error:
@@ -319,18 +306,6 @@ class EventStream(Response):
             sending.cancel()
             with contextlib.suppress(asyncio.CancelledError, asyncio.TimeoutError, OSError):
                 await sending
-
-
-async def compile_grammar(engine: Engine, request: Request) -> None:
-    """Compile what a request's answers must fit, in another thread. Raises ApiError when that takes
-    too long: the thread goes on, within the limits of grammar.py, and nobody waits for it."""
-    await asyncio.to_thread(engine.prepare_grammars)
-    try:
-        await asyncio.wait_for(asyncio.to_thread(engine.compile_grammar, request), GRAMMAR_TIMEOUT)
-    except asyncio.TimeoutError:
-        field = request.grammar[0]
-        raise ApiError(400, f"Invalid {field!r}: it takes too long to read; ask for less.", field,
-                       "invalid_value") from None
 
 
 async def wait_for_disconnect(receive: Callable) -> None:

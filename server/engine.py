@@ -1,8 +1,9 @@
-"""One model, one thread, many answers: batch.py's continuous batching, fed from a queue.
+"""One model, one thread, many answers: streams.py's continuous batching, fed from a queue.
 
-The event loop calls `make_jobs` (in a worker thread, since it takes time), `submit`, and `cancel`
-when an answer is complete or its client has left. The engine's thread is in `run`: generate_batch
-takes the next prompt when it has room, and the event loop gets every token's text as it comes.
+The event loop makes jobs (jobs.make_jobs, in a worker thread, since that takes time), and calls
+`submit`, and `cancel` when an answer is complete or its client has left. The engine's thread is in
+`run`: generate_batch takes the next prompt when it has room, and the event loop gets every token's
+text as it comes.
 """
 
 from __future__ import annotations
@@ -10,34 +11,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import json
 import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import replace
 
-from batch import LONG_PROMPT, Batch, Hooks, Prompt, Stream, generate_batch
-from draw import NOT_FINITE
-from generate import LARGE_CHUNK, chat_stop_ids, check_ids
-from grammar import Grammar, vocabulary
+from formats.tool_calls import Reader, find_ability, hidden_marks
+from generate import LARGE_CHUNK, chat_stop_ids
+from grammar import vocabulary
 from kv_cache import KVCache
 from model import Transformer
-from server.answers import Answer, Event, Job, Token
+from server.answers import Answer, Event, Job, fault_of, receive_events
 from server.prefix_cache import (
-    CachedPrefix,
     PrefixCache,
     cancelled_key,
     copy_from_row,
     copy_to_row,
-    extend_key,
-    prefix_keys,
+    message_key,
 )
-from server.protocol import MAX_PROMPT, ApiError, Request
+from server.protocol import ApiError, Request
+from server.tokens import TokenNames
+from streams import LONG_PROMPT, Batch, Hooks, Prompt, Stream, generate_batch
 from tokenizer import GeneratedText, Tokenizer
 
 log = logging.getLogger("gpt_stream")
-LEAST_LOGPROB = -9999.0
 
 
 class Engine:
@@ -46,12 +43,13 @@ class Engine:
     def __init__(self, model: Transformer, tokenizer: Tokenizer, batch_size: int = 8,
                  n_sink: int | None = None, window: int | None = None, cache_bytes: int = 2 << 30,
                  max_queue: int = 64, pin_system: str | None = None):
-        """Sizes as in batch.Batch; cache_bytes is the prefix cache's limit, 0 for none."""
+        """Sizes as in streams.Batch; cache_bytes is the prefix cache's limit, 0 for none."""
         self.model, self.tokenizer, self.max_queue = model, tokenizer, max_queue
         self.pinned = [{"role": "system", "content": pin_system}] if pin_system else []
         self.fingerprint = model.fingerprint
         self.chat_stop_ids = chat_stop_ids(model, tokenizer)
-        self.special_names = {token_id: text for text, token_id in tokenizer.specials.items()}
+        self.names = TokenNames(tokenizer, model.config.vocab_size)
+        self.ability = find_ability(tokenizer.chat_template)  # to say tools and calls
         self.batch = Batch(model, batch_size, n_sink, window, n_staging=2, n_chunks=4)
         self.prefix_cache = PrefixCache(cache_bytes)
         self.waiting: deque[Job] = deque()
@@ -80,104 +78,36 @@ class Engine:
         return len(self.waiting)
 
     def check_room(self, n: int = 1) -> None:
-        """Raises ApiError when n more prompts cannot wait."""
+        """Raises ApiError when n more prompts cannot wait. What a free row can take does not."""
         if self.state() != "ok":
             raise ApiError(503, f"The server is {self.state()}.", retry_after=5)
-        if n > self.max_queue:
-            raise ApiError(400, f"{n} prompts in one request; this server lets {self.max_queue} "
-                                "wait (--queue).", "prompt", "invalid_value")
-        if len(self.waiting) + n > self.max_queue:
-            raise ApiError(429, f"{len(self.waiting)} requests are waiting already (--queue "
-                                f"{self.max_queue}); try again.", code="queue_full", retry_after=1)
+        free, waiting = len(self.batch.rows), 0
+        if n > free + self.max_queue:
+            raise ApiError(400, f"{n} prompts in one request; this server has {free} rows (--batch)"
+                                f" and lets {self.max_queue} wait (--queue).", "prompt",
+                           "invalid_value")
+        for rows_needed in [job.request.n - job.ended for job in self.jobs] + [1] * n:
+            if rows_needed <= free:
+                free -= rows_needed
+            else:
+                free, waiting = 0, waiting + 1
+        if waiting > self.max_queue:
+            raise ApiError(429, f"All rows are busy, and {len(self.waiting)} requests are waiting "
+                                f"already (--queue {self.max_queue}); try again.",
+                           code="queue_full", retry_after=1)
 
-    def prepare_grammars(self) -> None:
-        """Make the table of tokens that grammars need, once. Raises ApiError where it cannot be."""
-        try:
-            vocabulary(self.tokenizer, self.model.config.vocab_size)
-        except ValueError as error:
-            raise ApiError(400, f"{error}.", code="unsupported_parameter") from None
+    def stop_ids_of(self, request: Request) -> tuple[int, ...]:
+        """The tokens that end a request's answers."""
+        ends = self.chat_stop_ids if request.chat else self.model.config.eos_ids
+        return (*(() if request.ignore_eos else ends), *request.stop_token_ids)
 
-    def compile_grammar(self, request: Request) -> None:
-        """Compile what a request's answers must fit. Raises ApiError naming the field."""
-        (field, source), config = request.grammar, self.model.config
-        try:
-            grammar = Grammar(self.tokenizer, config.vocab_size, **source)
-            grammar.check_fits(config.vocab_size,
-                               self.chat_stop_ids if request.chat else config.eos_ids)
-        except ValueError as error:
-            raise ApiError(400, f"Invalid {field!r}: {error}.", field, "invalid_value") from None
-        request.sampling = replace(request.sampling, grammar=grammar)
-
-    def make_jobs(self, request: Request, client: str) -> list[Job]:
-        """Turn a request into token ids, a job for each prompt. A client goes on only from its own
-        cached conversations. Raises ApiError for what the chat template or the model refuses."""
-        try:
-            jobs = [self.make_chat_job(request, client)] if request.chat else [
-                Job(request, ids if isinstance(ids, list) else self.tokenizer.encode(ids),
-                    at * request.n) for at, ids in enumerate(request.prompts)]
-            for job in jobs:
-                check_ids(self.model, job.ids)
-        except ValueError as error:
-            raise ApiError(400, f"{error}.", "messages" if request.chat else "prompt",
-                           "invalid_value") from None
-        if (n := max(len(job.ids) for job in jobs)) > MAX_PROMPT:
-            raise ApiError(400, f"The prompt has {n} tokens; at most {MAX_PROMPT} are read.",
-                           "messages" if request.chat else "prompt", "context_length_exceeded")
-        return jobs
-
-    def make_chat_job(self, request: Request, client: str) -> Job:
-        """The job of a conversation: only what follows the longest cached prefix is prefilled."""
-        messages = self.with_pinned(request.messages)
-        template_args = request.template_args
-        start = f"{self.fingerprint} {client}"
-        if template_args:
-            start += f" {json.dumps(template_args, sort_keys=True)}"
-        keys = prefix_keys(start, messages)
-        last, prefix = self.find_prefix(messages, keys)
-        if prefix is not None and (
-                ids := self.ids_after(messages, last, prefix, template_args)):
-            return Job(request, ids, 0, prefix, keys[-1], keys[last])
-        job = Job(request, self.tokenizer.conversation(messages, template_args), 0, key=keys[-1])
-        if (messages[0]["role"] == "system" and messages[0]["content"].strip()
-                and self.prefix_cache.max_bytes):
-            system = self.tokenizer.system_turn(messages[0]["content"], template_args)
-            if job.ids[:len(system)] == system and len(system) < len(job.ids):
-                job.n_system, job.system_key = len(system), keys[0]
-        return job
-
-    def find_prefix(self, messages: list[dict],
-                    keys: list[str]) -> tuple[int, CachedPrefix] | tuple[None, None]:
-        """The longest cached prefix of a conversation: its last message's index, and it."""
-        last, prefix = self.prefix_cache.find_longest(keys)
-        answered = max((n for n, message in enumerate(messages)
-                        if message["role"] == "assistant"), default=0)
-        if answered > (last or 0):  # the answer may have been cancelled
-            _, longer = self.prefix_cache.find_longest([cancelled_key(keys[answered - 1])])
-            if longer and (longer := longer.cut_after(messages[answered]["content"])):
-                return answered, longer
-        return last, prefix
-
-    def with_pinned(self, messages: list[dict]) -> list[dict]:
-        """The messages behind the pinned system turn."""
-        if not self.pinned or messages[0] == self.pinned[0]:
-            return messages
-        if messages[0]["role"] == "system":
-            raise ApiError(400, "This server has a system turn of its own (--pin-system); leave "
-                                "yours out.", "messages.0", "invalid_value")
-        return self.pinned + messages
-
-    def ids_after(self, messages: list[dict], last: int, prefix: CachedPrefix,
-                  template_args: dict) -> list[int]:
-        """The ids that follow the cached prefix, which ends with messages[last]. Empty where the
-        template does not go on from there."""
-        if messages[last]["role"] == "system":
-            ids = self.tokenizer.conversation(messages, template_args)
-            return ids[len(prefix.ids):] if ids[:len(prefix.ids)] == prefix.ids else []
-        try:
-            return self.tokenizer.turns_after(messages, last, prefix.ids[-1], template_args)
-        except ValueError:
-            return []
-
+    def decode(self, ids: list[int]) -> str:
+        """The text of a raw prompt's ids. Some vocabularies put a space in front of a text, which
+        is not in it."""
+        text = self.tokenizer.decode(ids)
+        shorter, n_front = text.removeprefix(" "), len(self.tokenizer.front)
+        same = shorter != text and self.tokenizer.encode(shorter)
+        return shorter if same and ids in (same, same[n_front:]) else text
     def submit(self, jobs: list[Job]) -> AsyncIterator[list[Event]]:
         """Queue a request's jobs. Returns their events, in a list those that come together. Raises
         ApiError when the queue is full, and while iterating when the engine fails."""
@@ -284,8 +214,9 @@ class Engine:
             save_shared=functools.partial(self.cache_system_turn, job) if job.n_system else None,
             owner=job)
         return Prompt(job.ids, request.sampling, request.max_new_tokens,
-                      stop_ids=self.chat_stop_ids if request.chat else None, samples=request.n,
-                      logprobs=request.top_logprobs, hooks=hooks)
+                      stop_ids=self.stop_ids_of(request), samples=request.n,
+                      logprobs=request.top_logprobs, hooks=hooks,
+                      prompt_logprobs=request.top_logprobs if request.echo else None)
 
     def cache_system_turn(self, job: Job, staging: KVCache) -> None:
         """Cache a system turn, which was just prefilled, for other conversations."""
@@ -294,91 +225,88 @@ class Engine:
 
     def on_token(self, stream: Stream, token_id: int) -> None:
         """Send a stream's next token to its client, or cancel the stream if the job is."""
-        job = stream.prompt.hooks.owner
-        if stream not in self.answers:
-            self.answers[stream] = Answer(job, job.first_choice + stream.sample,
-                                          GeneratedText(self.tokenizer, job.request.stop))
-        answer = self.answers[stream]
+        job, answer = stream.prompt.hooks.owner, self.answer_of(stream)
         if job.cancelled:
             stream.cancel()
             answer.add_unshown(token_id)
             return
         job.new_tokens += 1
-        text = answer.add(token_id)
-        if answer.generated.stopped:
+        offset = answer.echoed + answer.generated.decoded_length
+        text, calls = answer.add(token_id)
+        if answer.ended:
             stream.cancel()
-        if answer.generated.stopped or token_id in stream.prompt.stop_ids:
+        if answer.ended or token_id in stream.prompt.stop_ids:
             answer.finish = "stop"
-        token = self.token(token_id, *stream.logprobs.pop()) if stream.logprobs else None
-        job.post(Event(answer.choice, text, token))
+        tokens = [self.names.token(token_id, *pair, offset) for pair in stream.logprobs]
+        stream.logprobs.clear()
+        job.post(Event(answer.choice, text, tokens, calls=calls))
+
+    def answer_of(self, stream: Stream) -> Answer:
+        """The answer of a stream. With echo, its prompt is sent before its first token."""
+        job = stream.prompt.hooks.owner
+        if stream not in self.answers:
+            answer = self.new_answer(job, job.first_choice + stream.sample)
+            self.answers[stream] = answer
+            if job.request.echo and not job.cancelled:
+                given = job.request.prompts[job.first_choice // job.request.n]
+                text = given if isinstance(given, str) else self.decode(given)
+                tokens = (self.names.prompt_tokens(job.ids, stream.prompt_logprobs, text)
+                          if job.request.top_logprobs is not None else ())
+                answer.echoed = len(text)
+                job.post(Event(answer.choice, text, tokens, echo=True))
+        return self.answers[stream]
+
+    def new_answer(self, job: Job, choice: int) -> Answer:
+        request, form = job.request, self.ability.form
+        if request.tools is None:
+            return Answer(job, choice, GeneratedText(self.tokenizer, request.stop))
+        reader = Reader(form, request.tools.functions, sure=request.sampling.grammar is not None,
+                        parallel=request.tools.parallel)
+        marks = hidden_marks(form, self.tokenizer)
+        return Answer(job, choice, GeneratedText(self.tokenizer, request.stop, marks), reader)
 
     def on_end(self, stream: Stream) -> None:
         """Cache the conversation, and only then send the last event: the client may go on at once.
         A stream that was cancelled before its first token has no answer. A fault ends its request
         with an error, and nothing of it is cached."""
-        job, answer = stream.prompt.hooks.owner, self.answers.pop(stream, None)
+        job = stream.prompt.hooks.owner
+        job.ended += 1
+        if not job.request.max_new_tokens:  # its prompt was only read
+            self.answer_of(stream)
+        answer = self.answers.pop(stream, None)
         if stream.error and not job.cancelled:
             job.post(fault_of(stream))
         if stream.error or answer is None:
             return
-        rest = answer.flush()
+        rest, calls = answer.flush()
         if job.key and self.prefix_cache.max_bytes:
             self.cache_answer(answer, self.batch.rows.index(stream))
         if not job.cancelled:
-            job.post(Event(answer.choice, rest, finish=answer.finish))
+            job.post(Event(answer.choice, rest, finish=answer.finish, calls=calls))
 
     def cache_answer(self, answer: Answer, row: int) -> None:
         """Cache a conversation up to the end of an answer, which is still in its row."""
         job, text = answer.job, answer.generated.text
-        key = extend_key(job.key, "assistant", text)
         prefix = copy_from_row(self.batch.cache, row, job.all_ids() + answer.generated.ids)
-        if job.cancelled or answer.generated.stopped:
-            prefix.answer_text, prefix.text_lengths = text, answer.text_lengths
+        prefix.answer_text, prefix.text_lengths = text, answer.text_lengths
         if job.cancelled:  # the next request says how much of the answer its client has seen
-            key = cancelled_key(job.key)
-        elif answer.generated.stopped:
+            return self.prefix_cache.add(cancelled_key(job.key), prefix, job.parent_key)
+        if answer.generated.stopped:
             prefix = prefix.cut_after(text)
-        if prefix:
-            self.prefix_cache.add(key, prefix, job.parent_key)
-
-    def token(self, token_id: int, logprob: float, likeliest: dict[int, float]) -> Token:
-        """A token with its log-probabilities. JSON has no -inf, and OpenAI's is LEAST_LOGPROB."""
-        return Token(self.token_text(token_id), max(logprob, LEAST_LOGPROB),
-                     [(self.token_text(i), max(value, LEAST_LOGPROB))
-                      for i, value in likeliest.items()])
-
-    def token_text(self, token_id: int) -> str:
-        """A token's text; special ones have a name."""
-        return self.special_names.get(token_id) or self.tokenizer.decode([token_id])
+        message = answer.message()
+        if prefix and message:
+            aliases = {}
+            if message["content"] == text and "tool_calls" not in message:
+                aliases = {message_key(job.key, {**message, "content": stripped}): cut
+                           for stripped, cut in prefix.as_stripped().items()}
+            self.prefix_cache.add(message_key(job.key, message), prefix, job.parent_key, aliases)
 
     def warm(self) -> None:
         """Make and run all that answering needs, so that nothing is compiled later."""
-        with contextlib.suppress(ApiError):  # llguidance is optional: a request says so
-            self.prepare_grammars()
+        with contextlib.suppress(ValueError):  # llguidance is optional: a request says so
+            vocabulary(self.tokenizer, self.model.config.vocab_size)
         for _ in range(3 if self.batch.cache.length.is_cuda else 1):
             # Two rows, and then the step of one row alone, which is another graph.
             prompts = [[0] * (LARGE_CHUNK + 1), [0]]
             list(generate_batch(self.model, prompts, max_new_tokens=[9, 3], stop_ids=(),
                                 batch=self.batch))
-
-
-def fault_of(stream: Stream) -> ApiError:
-    """What a client is told of a stream that a fault ended."""
-    if stream.error == NOT_FINITE:
-        log.error("an answer broke off: %s", NOT_FINITE)
-        return ApiError(500, f"The answer broke off: {NOT_FINITE}.")
-    field, _ = stream.prompt.hooks.owner.request.grammar
-    return ApiError(400, f"Invalid {field!r}: {stream.error}.", field, "invalid_value")
-
-
-async def receive_events(queue: asyncio.Queue, n_choices: int) -> AsyncIterator[list[Event]]:
-    """A request's events until all its choices have ended. Raises an ApiError among them."""
-    while n_choices:
-        events = [await queue.get()]
-        while not queue.empty():
-            events.append(queue.get_nowait())
-        for event in events:
-            if isinstance(event, ApiError):
-                raise event
-            n_choices -= event.finish is not None
-        yield events

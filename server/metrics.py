@@ -45,7 +45,7 @@ class Metrics:
             async for step in events:
                 now = time.perf_counter()
                 for event in step:
-                    if event.finish:  # not a token: the end comes with the last one
+                    if event.finish or event.echo:  # no token: the end comes with the last one
                         continue
                     (self.next if event.choice in last else self.first).observe(
                         now - last.get(event.choice, began))

@@ -1,44 +1,32 @@
 """What OpenAI's clients send, validated: a body becomes a Request, or raises an ApiError.
 
-A field is obeyed or refused, never ignored. A field that is not supported is accepted as long as it
-asks for nothing (null, an empty list, the default). Labels (`user`, `metadata`), which never ask
-for anything, are accepted. Unknown fields are refused. Types are strict: "0.5" is no number.
+A field is obeyed or refused, never ignored: fields.py lists the labels, and what asks for nothing.
+Unknown fields are refused. Types are strict: "0.5" is no number.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
+from pydantic import ValidationError
+
+from formats.chat_template import check_args
+from formats.tools import Tools, calls_for_template, tools_of
+from sample import RANGES, Sampling
+from server.bodies import Chat, Completion, Message, Options, Strict
+from server.fields import (
+    NEUTRAL,
+    NEUTRAL_IN_MESSAGE,
+    asks_for_nothing,
+    without_labels,
 )
 
-from chat_template import check_args
-from sample import RANGES, Sampling
-
 MAX_BODY = 4 << 20  # bytes
-MAX_MESSAGES = 20_000
 MAX_PROMPT = 400_000  # tokens of one request's prompt: minutes of prefill
-MAX_PROMPTS, MAX_N, MAX_STOPS = 64, 16, 16
-LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
-# Fields that are refused unless they ask for nothing.
-NEUTRAL = {
-    "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False),
-    "functions": ([],), "function_call": ("none", "auto"), "logit_bias": ({},),
-    "modalities": (["text"],), "audio": (), "prediction": (),
-    "service_tier": ("auto", "default"), "reasoning_effort": ("none",), "verbosity": ("medium",),
-    "web_search_options": (), "prompt_cache_retention": (), "echo": (False,), "suffix": ("",),
-    "best_of": (1,), "store": (False,)}
-NEUTRAL_IN_MESSAGE = {
-    "name": (), "tool_calls": ([],), "tool_call_id": (), "function_call": (), "refusal": (),
-    "audio": (), "annotations": ([],), "reasoning_content": ("",)}
+MAX_ANSWER = 32_768  # tokens, unless --max-tokens-limit says another number
+MAX_PROMPTS = 64
 
 
 class ApiError(Exception):
@@ -67,155 +55,89 @@ class Request:
     top_logprobs: int | None  # None: no logprobs at all
     stream: bool
     include_usage: bool
+    usage_in_every_chunk: bool
     template_args: dict  # what else the chat template is given
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    echo: bool = False  # the prompt stands before each answer
+    add_special_tokens: bool = True  # a text gets what the tokenizer puts in front, such as BOS
+    # Where the template's text ends: "answer", where an answer begins; "turn", after the last
+    # message; "message", within it, so that the answer goes on from there.
+    ends_with: str = "answer"
     # The field that says what an answer must fit, and what it says, as grammar.Grammar takes it.
     grammar: tuple[str, dict] | None = None
+    tools: Tools | None = None  # that the answers may call
 
-
-# ------------------------------------------------------------------------------ bodies
-
-
-def join_text_parts(content: Any) -> Any:
-    """A message's content as one text: a list of text parts is joined, anything else returned as it
-    is. Raises ValueError for other parts."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(
-                part.get("text"), str) or len(part) > 2:
-            raise ValueError("every part must be {'type': 'text', 'text': ...}; images, sounds and "
-                             "files are not supported")
-        texts.append(part["text"])
-    return "".join(texts)
-
-
-def as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def without_none(value: Any) -> Any:
-    """An object without the fields that ask for nothing, in it and in the objects in it that are no
-    JSON Schema."""
-    if not isinstance(value, dict):
-        return value
-    return {name: inner if name in ("json", "schema") else without_none(inner)
-            for name, inner in value.items() if inner is not None}
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Message(Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(join_text_parts)]
-
-
-class StreamOptions(Strict):
-    include_usage: bool = False
-    include_obfuscation: bool = False
-
-
-class JsonSchema(Strict):
-    """A schema with labels. It is obeyed exactly, `strict` or not."""
-
-    schema_: Any = Field(alias="schema")
-    name: str = ""
-    description: str = ""
-    strict: bool = True
-
-
-class ResponseFormat(Strict):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-
-class StructuredOutputs(Strict):
-    """vLLM's field: one of these. The names in Python are those of its older fields."""
-
-    guided_json: Any = Field(None, alias="json")
-    guided_regex: str | None = Field(None, alias="regex")
-    guided_choice: list[str] | None = Field(None, alias="choice", min_length=1)
-    guided_grammar: str | None = Field(None, alias="grammar")
-    json_object: bool = False
-
-
-Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
-
-
-class Options(Strict):
-    """The fields of both kinds of request."""
-
-    model: str
-    max_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, ge=0, le=1)
-    top_k: int = Field(0, ge=-1, le=1 << 30)  # -1 and 0: all
-    min_p: float = Field(0.0, ge=0, le=1)
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
-    seed: int | None = Field(None, ge=-2**63, lt=2**63)
-    n: int = Field(1, ge=1, le=MAX_N)
-    stop: Annotated[list[Stop], BeforeValidator(as_list)] = Field([], max_length=MAX_STOPS)
-    stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
-    response_format: Annotated[ResponseFormat | None, BeforeValidator(without_none)] = None
-    structured_outputs: Annotated[StructuredOutputs | None, BeforeValidator(without_none)] = None
-    guided_json: Any = None  # vLLM's older fields
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = Field(None, min_length=1)
-    guided_grammar: str | None = None
-
-
-class Chat(Options):
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: bool = False
-    top_logprobs: int = Field(0, ge=0, le=20)
-    chat_template_kwargs: dict[str, Any] = {}
-
-
-class Completion(Options):
-    # A text, several, token ids, or several lists of them: validated in prompts_of.
-    prompt: Any
-    logprobs: int | None = Field(None, ge=0, le=5)
+    @property
+    def grammar_field(self) -> str:
+        """The field for which the answers have a grammar; "" where they have none."""
+        if self.grammar:
+            return self.grammar[0]
+        return "tools" if self.tools and (self.tools.forced or self.tools.strict) else ""
 
 
 # ------------------------------------------------------------------------------ validation
 
 
 def parse_request(body: bytes, chat: bool, model: str, max_new_tokens: int,
-                  suggested: dict[str, float] | None = None) -> Request:
-    """The request in a body. model is the name that is served; max_new_tokens is the limit of an
-    answer, and the default; suggested are the model's own settings of sampling, which take the
-    place of the API's defaults. Raises ApiError."""
-    fields = validate(Chat if chat else Completion, read_json(body))
+                  suggested: dict[str, float] | None = None, limit: int = MAX_ANSWER) -> Request:
+    """The request in a body. model is the name that is served; max_new_tokens is an answer's length
+    where the request says none, and limit the most that it gets; suggested are the model's own
+    settings of sampling, which take the place of the API's defaults. Raises ApiError."""
+    fields = validate(Chat if chat else Completion, read_json(body, chat))
     if fields.model != model:
         raise ApiError(404, f"The model {fields.model[:200]!r} does not exist; this server has "
                             f"{model!r}.", "model", "model_not_found")
-    limit, field = fields.max_tokens, "max_tokens"
+    asked = fields.max_tokens
     if chat and fields.max_completion_tokens is not None:
-        limit, field = fields.max_completion_tokens, "max_completion_tokens"
-    if limit is not None and limit > max_new_tokens:
-        raise ApiError(400, f"{field} is {limit}; this server's limit is {max_new_tokens} "
-                            "(--max-new-tokens).", field, "invalid_value")
+        asked = fields.max_completion_tokens
+    asked = min(max_new_tokens if asked is None else asked, limit)
+    if chat and asked == 0:
+        raise ApiError(400, "max_tokens must be at least 1.", "max_tokens", "invalid_value")
+    if fields.min_tokens > asked:
+        raise ApiError(400, f"min_tokens is {fields.min_tokens}, and the answer has at most {asked}"
+                            " tokens.", "min_tokens", "invalid_value")
     if chat and fields.top_logprobs and not fields.logprobs:
         raise ApiError(400, "top_logprobs goes with logprobs: true.", "top_logprobs",
                        "invalid_value")
     if "stream_options" in fields.model_fields_set and not fields.stream:
         raise ApiError(400, "stream_options goes with stream: true.", "stream_options",
                        "invalid_value")
+    tools = tools_asked(fields) if chat else None
+    grammar = grammar_of(fields)
+    if grammar and tools and "schema" not in grammar[1]:
+        raise ApiError(400, f"{grammar[0]} works without tools.", grammar[0], "invalid_value")
     top = fields.logprobs if not chat else fields.top_logprobs if fields.logprobs else None
-    return Request(
+    request = Request(
         chat=chat, messages=messages_of(fields) if chat else [],
-        prompts=[] if chat else prompts_of(fields.prompt), max_new_tokens=limit or max_new_tokens,
+        prompts=[] if chat else prompts_of(fields.prompt), max_new_tokens=asked,
         sampling=sampling_of(fields, suggested or {}),
         n=fields.n, stop=[check_text(text, "stop") for text in fields.stop], top_logprobs=top,
         stream=fields.stream, include_usage=fields.stream_options.include_usage,
-        template_args=template_args_of(fields) if chat else {},
-        grammar=grammar_of(fields))
+        usage_in_every_chunk=fields.stream_options.continuous_usage_stats,
+        template_args=template_args_of(fields, tools) if chat else {},
+        ignore_eos=fields.ignore_eos, stop_token_ids=tuple(fields.stop_token_ids),
+        echo=not chat and fields.echo, add_special_tokens=chat or fields.add_special_tokens,
+        ends_with=ending_of(fields) if chat else "answer", grammar=grammar, tools=tools)
+    for name in ("ignore_eos", "min_tokens"):
+        if request.grammar_field and getattr(fields, name):
+            raise ApiError(400, f"{name} and {request.grammar_field} exclude each other: the answer"
+                                " must end.", name, "invalid_value")
+    return request
+
+
+def ending_of(chat: Chat) -> str:
+    """Request.ends_with of a chat. Raises ApiError where its fields contradict each other."""
+    if not chat.continue_final_message:
+        return "answer" if chat.add_generation_prompt else "turn"
+    field = "continue_final_message"
+    if chat.add_generation_prompt and "add_generation_prompt" in chat.model_fields_set:
+        raise ApiError(400, f"{field} and add_generation_prompt exclude each other.", field,
+                       "invalid_value")
+    if chat.messages[-1].role != "assistant" or chat.messages[-1].tool_calls:
+        raise ApiError(400, f"{field} needs a last message of the assistant's, without calls.",
+                       field, "invalid_value")
+    return "message"
 
 
 def sampling_of(fields: Options, suggested: dict[str, float]) -> Sampling:
@@ -225,33 +147,62 @@ def sampling_of(fields: Options, suggested: dict[str, float]) -> Sampling:
                  if name not in fields.model_fields_set}
     settings["top_k"] = max(settings["top_k"], 0)
     seed = None if fields.seed is None else fields.seed % 2**64
-    return Sampling(**settings, seed=seed)
+    return Sampling(**settings, seed=seed, logit_bias=bias_of(fields), min_tokens=fields.min_tokens)
 
 
-def read_json(body: bytes) -> dict:
-    """The object in a body, without fields that ask for nothing. Raises ApiError."""
+def bias_of(fields: Options) -> tuple[tuple[int, float], ...]:
+    """Sampling.logit_bias of a body, whose names are token ids. Raises ApiError."""
+    for name in fields.logit_bias:
+        if not (name.isascii() and name.isdecimal() and len(name) < 10):
+            raise ApiError(400, f"logit_bias: {name[:40]!r} is no token id.", "logit_bias",
+                           "invalid_value")
+    return tuple((int(name), float(value)) for name, value in fields.logit_bias.items())
+
+
+def read_object(body: bytes) -> dict:
+    """The object in a body. Raises ApiError."""
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError):  # a body that is not UTF-8 is a ValueError
         raise ApiError(400, "The body is not JSON in UTF-8.", code="invalid_json") from None
     if not isinstance(fields, dict):
         raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
-    fields = without_neutral(fields, {**NEUTRAL, "best_of": (1, fields.get("n"))}, "")
+    return fields
+
+
+def read_json(body: bytes, chat: bool) -> dict:
+    """The object in a body, without fields that ask for nothing. Raises ApiError."""
+    fields = read_object(body)
+    neutral = {**NEUTRAL, "best_of": (1, fields.get("n"))}
+    if chat:
+        neutral |= {"echo": (False,), "add_special_tokens": (False,)}
+    else:
+        neutral |= {"tools": ([],), "tool_choice": ("none", "auto"),
+                    "parallel_tool_calls": (True, False), "reasoning_effort": ("none",),
+                    "add_generation_prompt": (True,), "continue_final_message": (False,),
+                    "chat_template_kwargs": ({},)}
+    fields = without_neutral(without_labels(fields), neutral, "")
     if isinstance(fields.get("messages"), list):
-        fields["messages"] = [
-            without_neutral(message, NEUTRAL_IN_MESSAGE, f"messages.{at}.")
-            if isinstance(message, dict) else message
-            for at, message in enumerate(fields["messages"])]
-    return {name: value for name, value in fields.items() if name not in LABELS}
+        fields["messages"] = [read_message(message, f"messages.{at}.")
+                              for at, message in enumerate(fields["messages"])]
+    return fields
+
+
+def read_message(message: Any, where: str) -> Any:
+    """A message without fields that ask for nothing. Raises ApiError."""
+    if not isinstance(message, dict):
+        return message
+    if "content" in message and message["content"] is None and not message.get("tool_calls"):
+        raise ApiError(400, f"{where}content is null; it must be a text, which may be empty.",
+                       f"{where}content", "invalid_value")
+    return without_neutral(message, NEUTRAL_IN_MESSAGE, where)
 
 
 def without_neutral(fields: dict, neutral: dict[str, tuple], where: str) -> dict:
     """The fields that are supported or unknown. Raises ApiError for a neutral one, by its name,
     that has none of its neutral values: it asks for something that is not supported."""
     for name in fields.keys() & neutral.keys():
-        if fields[name] is not None and not any(  # True is no 1 here
-                type(fields[name]) is type(value) and fields[name] == value
-                for value in neutral[name]):
+        if not asks_for_nothing(fields[name], neutral[name]):
             raise ApiError(400, f"{where}{name} is not supported by this server.", where + name,
                            "unsupported_parameter")
     return {name: value for name, value in fields.items()
@@ -274,19 +225,65 @@ def validate(kind: type[Strict], fields: dict) -> Any:
 
 
 def messages_of(chat: Chat) -> list[dict]:
-    return [{"role": "system" if message.role == "developer" else message.role,
-             "content": check_text(message.content, f"messages.{at}.content")}
-            for at, message in enumerate(chat.messages)]
+    return [message_of(message, f"messages.{at}") for at, message in enumerate(chat.messages)]
 
 
-def template_args_of(chat: Chat) -> dict:
+def message_of(message: Message, where: str) -> dict:
+    """A message as the chat template takes it. Raises ApiError for a field that is missing, and for
+    one that does not belong to its role."""
+    role, calls = message.role, message.tool_calls
+    belongs = {"tool_calls": role == "assistant", "tool_call_id": role == "tool"}
+    for field in (field for field, here in belongs.items() if not here):
+        if getattr(message, field):
+            raise ApiError(400, f"{where}.{field} is not supported by this server where the role "
+                                f"is {role}.", f"{where}.{field}", "unsupported_parameter")
+    for field, needed in (("content", not calls), ("tool_call_id", role == "tool")):
+        if needed and getattr(message, field) is None:
+            raise ApiError(400, f"Invalid '{where}.{field}': Field required.", f"{where}.{field}",
+                           "missing_required_parameter")
+    found = {"role": "system" if role == "developer" else role,
+             "content": check_text(message.content or "", f"{where}.content")}
     try:
-        check_args(chat.chat_template_kwargs)
-        json.dumps(chat.chat_template_kwargs, ensure_ascii=False).encode()
+        if calls:
+            found["tool_calls"] = calls_for_template(calls, f"{where}.tool_calls")
+    except ValueError as error:
+        raise refused(error) from None
+    if message.name is not None:
+        check_text(message.name, f"{where}.name")
+    labels = {"tool_call_id": message.tool_call_id, "name": message.name,
+              "cache_control": message.cache_control}
+    return {**found, **{field: value for field, value in labels.items() if value is not None}}
+
+
+def tools_asked(chat: Chat) -> Tools | None:
+    try:
+        return tools_of(chat.tools, chat.tool_choice, chat.parallel_tool_calls)
+    except ValueError as error:
+        raise refused(error) from None
+
+
+def refused(error: ValueError, field: str = "") -> ApiError:
+    """The response to an error of this field, or of the one that its message begins with."""
+    place, _, reason = str(error).partition(": ")
+    if place.split(".")[0] not in ("tools", "tool_choice", "messages"):
+        place, reason = field, str(error)
+    return ApiError(400, f"Invalid {place!r}: {reason}.", place, "invalid_value")
+
+
+def template_args_of(chat: Chat, tools: Tools | None = None) -> dict:
+    """What else the chat template is given: chat_template_kwargs, reasoning_effort, the tools."""
+    given = chat.chat_template_kwargs
+    if chat.reasoning_effort is not None:
+        given = {"reasoning_effort": chat.reasoning_effort, **given}
+    try:
+        check_args(given)
+        if tools and "tools" in given:
+            raise ValueError("tools is a field of its own")
+        json.dumps(given, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # half of a surrogate pair is a ValueError
         raise ApiError(400, f"chat_template_kwargs: {error}.", "chat_template_kwargs",
                        "invalid_value") from None
-    return chat.chat_template_kwargs
+    return {**given, **({"tools": list(tools.tools)} if tools else {})}
 
 
 def grammar_of(fields: Options) -> tuple[str, dict] | None:

@@ -40,9 +40,11 @@ from server.__main__ import (
     start_engine,
     validate_arguments,
 )
-from server.app import check_host, error_response, internal_error, make_app, read_body
+from server.app import error_response, internal_error, make_app
+from server.fields import join_text_parts
 from server.prefix_cache import prefix_keys
-from server.protocol import ApiError, join_text_parts
+from server.protocol import ApiError
+from server.requests import check_host, read_body
 from server.responses import server_sent_event
 from threads import adapt_threads
 
@@ -61,11 +63,11 @@ def conversation_key(client: str, body: bytes) -> str | None:
     all messages up to the user's first one. None for a body that is no conversation."""
     try:
         fields = json.loads(body)
+        first = [message["role"] for message in fields["messages"]].index("user")
         messages = [{"role": message["role"], "content": join_text_parts(message["content"])}
-                    for message in fields["messages"]]
-        first = [message["role"] for message in messages].index("user")
+                    for message in fields["messages"][:first + 1]]
         labels = json.dumps([client, fields.get("prompt_cache_key"), fields.get("user")])
-        return prefix_keys(labels, messages[:first + 1])[-1]
+        return prefix_keys(labels, messages)[-1]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
@@ -243,8 +245,8 @@ def app(given: dict) -> Application:
     """The application that `serve run server.ray_app:app NAME=VALUE ...` runs."""
     args = read_arguments(given)
     settings = dict(checkpoint=args.checkpoint, max_new_tokens=args.max_new_tokens,
-                    api_key_file=args.api_key_file, hosts=args.allow_host,
-                    origins=args.allow_origin)
+                    max_tokens_limit=args.max_tokens_limit, api_key_file=args.api_key_file,
+                    hosts=args.allow_host, origins=args.allow_origin)
     make_settings(**settings)  # raises here for wrong ones, and not in every replica
     room = args.batch + args.queue  # so it is the engine that refuses, with its own error
     options = {"num_replicas": args.replicas} if args.replicas else {}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections.abc import Iterable
 
 from server.answers import Event, Job
 from server.protocol import ApiError, Request
+from server.tokens import Token
 
 
 class ResponseWriter:
@@ -15,10 +17,11 @@ class ResponseWriter:
 
     def __init__(self, request: Request, model: str, fingerprint: str):
         self.chat, self.include_usage = request.chat, request.include_usage
+        self.usage_in_every_chunk = request.usage_in_every_chunk
         n_choices = request.n * max(1, len(request.prompts))
         self.events: list[list[Event]] = [[] for _ in range(n_choices)]  # of each choice
-        self.offsets = [0] * n_choices  # characters of each choice before the next token's
         self.opened = [False] * n_choices  # its first chunk was sent
+        self.new_tokens = 0  # sent so far in a stream
         self.top_logprobs = request.top_logprobs
         self.head = {"id": ("chatcmpl-" if self.chat else "cmpl-") + secrets.token_hex(12),
                      "object": "chat.completion" if self.chat else "text_completion",
@@ -39,33 +42,42 @@ class ResponseWriter:
         text = "".join(event.text for event in events)
         content = {"text": text}
         if self.chat:
-            content = {"message": {"role": "assistant", "content": text, "refusal": None}}
-        return {"index": index, **content, "logprobs": self.logprobs(index, events),
+            calls = whole_calls(delta for event in events for delta in event.calls)
+            content = {"message": {"role": "assistant", "content": None if calls and not text
+                                   else text, "refusal": None,
+                                   **({"tool_calls": calls} if calls else {})}}
+        return {"index": index, **content, "logprobs": self.logprobs(events),
                 "finish_reason": events[-1].finish}
 
     # -------------------------------------------------------------------------- streams
 
-    def chunks(self, events: list[Event]) -> bytes:
+    def chunks(self, events: list[Event], jobs: list[Job]) -> bytes:
         """The chunks of one decode step; none for text that is held back."""
         parts = []
         for event in events:
+            self.new_tokens += not (event.echo or event.finish)
             if self.chat and not self.opened[event.choice]:
-                parts.append(self.chunk(event.choice, {"role": "assistant", "content": ""}))
+                parts.append(self.chunk(event.choice, {"role": "assistant", "content": ""}, jobs))
             self.opened[event.choice] = True
-            logprobs = self.logprobs(event.choice, [event]) if event.token else None
+            logprobs = self.logprobs([event]) if event.tokens else None
             if event.text or logprobs:
                 delta = {"content": event.text} if self.chat else event.text
-                parts.append(self.chunk(event.choice, delta, logprobs))
+                parts.append(self.chunk(event.choice, delta, jobs, logprobs))
+            for call in event.calls:
+                parts.append(self.chunk(event.choice, {"tool_calls": [call]}, jobs))
             if event.finish:
-                parts.append(self.chunk(event.choice, {} if self.chat else "", None, event.finish))
+                delta = {} if self.chat else ""
+                parts.append(self.chunk(event.choice, delta, jobs, None, event.finish))
         return b"".join(parts)
 
-    def chunk(self, index: int, delta: dict | str, logprobs: dict | None = None,
+    def chunk(self, index: int, delta: dict | str, jobs: list[Job], logprobs: dict | None = None,
               finish: str | None = None) -> bytes:
         choice = {"index": index, "delta" if self.chat else "text": delta, "logprobs": logprobs,
                   "finish_reason": finish}
-        return self.chunk_event({"choices": [choice],
-                                 **({"usage": None} if self.include_usage else {})})
+        told = {}
+        if self.include_usage:
+            told["usage"] = usage(jobs, self.new_tokens) if self.usage_in_every_chunk else None
+        return self.chunk_event({"choices": [choice], **told})
 
     def chunk_event(self, content: dict) -> bytes:
         kind = "chat.completion.chunk" if self.chat else "text_completion"
@@ -83,32 +95,53 @@ class ResponseWriter:
 
     # -------------------------------------------------------------------------- logprobs
 
-    def logprobs(self, index: int, events: list[Event]) -> dict | None:
+    def logprobs(self, events: list[Event]) -> dict | None:
         """The logprobs object of a choice's events; None where the request wants none."""
         if self.top_logprobs is None:
             return None
-        tokens = [event.token for event in events if event.token]
+        tokens = [token for event in events for token in event.tokens]
         if self.chat:
-            return {"content": [{**token_logprob(token.text, token.logprob), "top_logprobs": [
-                token_logprob(*pair) for pair in token.top]} for token in tokens], "refusal": None}
-        offsets = []
-        for token in tokens:
-            offsets.append(self.offsets[index])
-            self.offsets[index] += len(token.text)
-        return {"tokens": [token.text for token in tokens], "text_offset": offsets,
+            return {"content": [{**token_logprob(token), "top_logprobs": [
+                token_logprob(other) for other in token.top]} for token in tokens], "refusal": None}
+        return {"tokens": [token.text for token in tokens],
+                "text_offset": [token.offset for token in tokens],
                 "token_logprobs": [token.logprob for token in tokens],
-                "top_logprobs": [dict(token.top) for token in tokens] if self.top_logprobs
+                "top_logprobs": [top_logprobs(token) for token in tokens] if self.top_logprobs
                 else None}
 
 
-def token_logprob(text: str, logprob: float) -> dict:
-    """A token; a part of a character has no text of its own, and so no bytes."""
-    return {"token": text, "logprob": logprob,
-            "bytes": None if "\ufffd" in text else list(text.encode())}
+def whole_calls(deltas: Iterable[dict]) -> list[dict]:
+    """Calls, of what was told of them."""
+    calls = []
+    for delta in deltas:
+        if delta["index"] == len(calls):
+            calls.append({"id": delta["id"], "type": delta["type"],
+                          "function": {**delta["function"]}})
+        else:
+            calls[delta["index"]]["function"]["arguments"] += delta["function"]["arguments"]
+    return calls
 
 
-def usage(jobs: list[Job]) -> dict:
-    prompt, new = sum(job.prompt_tokens for job in jobs), sum(job.new_tokens for job in jobs)
+def token_logprob(token: Token) -> dict:
+    return {"token": token.text, "logprob": token.logprob, "bytes": token.bytes}
+
+
+
+def top_logprobs(token: Token) -> dict[str, float] | None:
+    """The likeliest tokens by their text, and the token itself even if it is none of them. Of
+    tokens with the same text the likeliest is shown. None for the first of a prompt."""
+    if token.logprob is None:
+        return None
+    found: dict[str, float] = {}
+    for one in (*token.top, token):
+        found.setdefault(one.text, one.logprob)
+    return found
+
+
+def usage(jobs: list[Job], new_tokens: int | None = None) -> dict:
+    """The tokens of a request; new_tokens are those sent so far, None all."""
+    prompt = sum(job.prompt_tokens for job in jobs)
+    new = sum(job.new_tokens for job in jobs) if new_tokens is None else new_tokens
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
             "prompt_tokens_details": {"cached_tokens": sum(job.cached_tokens for job in jobs)}}
 

@@ -54,7 +54,8 @@ def compiled_facts(kind: str, rows: int, n_tokens: int) -> dict:
 
 
 def small_model(kind: str):
-    model = random_model(dim=64, head_dim=16, ffn_dim=96).eval()
+    mixed = dict(kinds=("sliding", "full"), sliding_window=8, sliding_theta=100.0)
+    model = random_model(dim=64, head_dim=16, ffn_dim=96, **mixed if kind == "mixed" else {}).eval()
     for block in model.layers if kind == "int8" else ():
         for parent, name in ((block.attention, "qkv"), (block.attention, "out"),
                              (block.feed_forward, "gate_up"), (block.feed_forward, "down")):
@@ -91,18 +92,20 @@ def computed_facts(kind: str, rows: int, steps: list[int]) -> dict:
         cache = KVCache(model.config, rows, 2, 12, 16, device=DEVICE)
         for tensor in (*cache.k, *cache.v, cache.length):
             fake_cuda.set_numbers(tensor, 0)
-        fake_cuda.set_numbers(cache.every_slot, list(range(cache.n_slots)))
+        for slots in cache.every_slot:
+            fake_cuda.set_numbers(slots, list(range(len(slots))))
         compile_model(on_gpu)
         outputs = [run_step(on_gpu, cache, fake_copy(part)).outputs[0] for part in tokens]
     logits = torch.cat(outputs, dim=1)
-    used = cache.n_sink + cache.ring
-    cached = max((fake_cuda.numbers(ours)[:, :, :used] - theirs).abs().max().item()
-                 for ours, theirs in zip(cache.k + cache.v, plain.k + plain.v))
-    unused = max(fake_cuda.numbers(ours)[:, :, used:].abs().max().item()
-                 for ours in cache.k + cache.v)
+    used = [geometry.n_used for geometry in 2 * cache.of_layer]  # of each layer's K, and of its V
+    held = [fake_cuda.numbers(layer) for layer in cache.k + cache.v]
+    cached = max((ours[:, :, :n] - theirs).abs().max().item()
+                 for ours, theirs, n in zip(held, plain.k + plain.v, used))
+    unused = max(ours[:, :, n:].abs().max().item() for ours, n in zip(held, used))
     return dict(logits=(logits - expected).abs().max().item(),
                 largest=expected.abs().max().item(), cached=cached, unused=unused,
-                slots=cache.n_slots - used, length=fake_cuda.numbers(cache.length).tolist(),
+                slots=cache.k[0].shape[2] - used[0],
+                length=fake_cuda.numbers(cache.length).tolist(),
                 graphs=len(fake_cuda.codes), skips=fake_cuda.skips)
 
 

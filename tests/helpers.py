@@ -36,7 +36,8 @@ def random_model(seed=0, **changes):
 def hf_model(family, **config):
     """transformers' model of a family, random, with biases and norms other than 0 and 1."""
     transformers = pytest.importorskip("transformers")  # a second that most files do not need
-    config = getattr(transformers, family + "Config")(**config)
+    name = family + ("TextConfig" if family == "Gemma3" else "Config")
+    config = getattr(transformers, name)(**config)
     torch.manual_seed(0)
     model = getattr(transformers, family + "ForCausalLM")._from_config(
         config, attn_implementation="eager").eval().requires_grad_(False)

@@ -6,9 +6,9 @@ import random
 
 import jsonschema
 
-from batch import Prompt, generate_batch
 from grammar import Grammar
 from sample import Sampling
+from streams import Prompt, generate_batch
 
 WORDS = ["name", "Größe", "naïve", "数量", "a b", 'say "hi"', "back\\slash", "line\nbreak", "",
          "🎈"]

@@ -15,7 +15,7 @@ def by_the_formula(q_sink, q_recent, k, v, cache, positions):
     """
     B, T, n_heads, D = q_recent.shape
     q_sink, q_recent, k, v = (x.double() for x in (q_sink, q_recent, k, v))
-    visible = cache.visible(positions, cache.every_slot)
+    visible = cache.visible(cache.of_layer[0], positions, cache.every_slot[0])
     y = torch.empty(B, T, n_heads, D, dtype=torch.float64)
     for b in range(B):
         for t in range(T):
@@ -44,8 +44,8 @@ def a_call(n_sink, lengths, T, n_kv_heads=2, window=WINDOW, dtype=torch.float32)
 
 
 def mask_of(cache, positions, groups, slots=None):
-    slots = cache.in_use(positions.shape[1]) if slots is None else slots
-    return cache.mask(positions, slots).repeat_interleave(groups, dim=1)
+    [slots] = cache.in_use(positions.shape[1]) if slots is None else slots
+    return cache.mask(cache.of_layer[0], positions, slots).repeat_interleave(groups, dim=1)
 
 
 def op(q_sink, q_recent, cache, mask):
@@ -110,8 +110,9 @@ RULES = {"no sinks": lambda slot, positions: (slot >= 4) & (positions > -1),
 @pytest.mark.parametrize("lengths, T", [([500], 1), ([40], 5), ([1000, 200], 32)])
 def test_another_rule_of_what_is_visible_is_the_formula_too(rule, lengths, T):
     class Cache(KVCache):
-        def visible(self, positions, slot):
-            return super().visible(positions, slot) & RULES[rule](slot, positions[:, :, None])
+        def visible(self, geometry, positions, slot):
+            seen = super().visible(geometry, positions, slot)
+            return seen & RULES[rule](slot, positions[:, :, None])
 
     cache, positions, q_sink, q_recent = a_call(4, lengths, T)
     cache.__class__ = Cache

@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 
-import batch as program
-from batch import Batch, Hooks, Prompt, generate_batch
+import streams as program
 from generate import generate, load, make_cache
 from helpers import TINY, as_on_a_gpu, random_model, run
 from sample import Sampling
+from streams import Batch, Hooks, Prompt, generate_batch
 from test_chat import write_turns
 from test_errors import refused
 from test_generate import records
@@ -509,3 +509,28 @@ def test_arguments(prompts, argv, naming):
 
 def test_prompts_are_required():
     refused("batch", naming=["--prompts"])
+
+
+def test_a_prompts_log_probabilities_hold_one_chunks_logits(monkeypatch):
+    """They are those of a full pass, while other streams step between its layers."""
+    model, shapes = random_model(), []
+    finish = type(model).finish
+    monkeypatch.setattr(type(model), "finish", lambda self, x, last: (
+        shapes.append(x.shape[:2]), finish(self, x, last))[1])
+    ids = torch.randint(64, (300,), generator=torch.Generator().manual_seed(4)).tolist()
+    batch = Batch(model, 2, 4, 1000, n_staging=2)
+    monkeypatch.setattr(Batch, "must_pause", lambda batch: any(batch.rows))
+    found = {}
+    for stream, token_id in generate_batch(model, [
+            Prompt(ids[:20], max_new_tokens=40), Prompt(ids, max_new_tokens=0, prompt_logprobs=2),
+            Prompt(ids, max_new_tokens=1, prompt_logprobs=0)], batch=batch):
+        if token_id is None:
+            found[stream.index] = stream.prompt_logprobs
+    assert max(T for _, T in shapes) == 128 and not found[0]
+    with torch.no_grad():
+        expected = model(torch.tensor([ids]))[0, :-1].log_softmax(-1)
+    own = expected.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+    for index in (1, 2):
+        assert torch.allclose(torch.tensor([value for value, _ in found[index]]), own, atol=1e-4)
+    assert [list(top) for _, top in found[1]] == expected.topk(2).indices.tolist()
+    assert not any(top for _, top in found[2])

@@ -1,16 +1,22 @@
 """One conversation through a small window, and what is typed."""
 
 import json
+import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 
 from formats.session import read_session
+from formats.tools import grammar_of_calls
 from generate import answer, generate, load, make_cache, timed_prefill
 from helpers import TINY, run
 from sample import Sampling
+from test_errors import refused
 from test_generate import records
+from tokenizer import Tokenizer
+from tool_forms import CLOCK, HERMES, TOOLS
 
 
 def write_turns(path, n):
@@ -168,3 +174,66 @@ def test_sigterm_ends_the_answer_and_the_conversation_which_is_saved(tmp_path, m
     facts, _ = read_session(session)
     _, tokenizer = load(TINY, device="cpu")
     assert facts["model"]["length"] == [len(tokenizer.first_turn("Tell me of cat 0.")) + tokens]
+
+
+# ------------------------------------------------------------------------------ tools
+
+
+@pytest.fixture
+def with_tools(tmp_path):
+    """The arguments for a checkpoint whose template has tools, and a file with two."""
+    folder, file = shutil.copytree(TINY, tmp_path / "tiny"), tmp_path / "tools.json"
+    (folder / "chat_template.jinja").write_text(HERMES)
+    file.write_text(json.dumps(TOOLS))
+    return ["--checkpoint", folder, "--tools", file, "--seed", 3, "--temperature", 1.2,
+            "--window", 240, "--max-new-tokens", 300]
+
+
+def test_calls_are_shown_and_results_are_typed(with_tools, monkeypatch):
+    pytest.importorskip("llguidance")
+    monkeypatch.setattr("chat.grammar_of_calls", lambda tools, *rest: grammar_of_calls(
+        replace(tools, forced=("get_weather",), parallel=False), *rest))  # it would call nothing
+    status, out, err = run("chat", *with_tools, "--json",
+                           stdin="Is it warm?\nIt is 5\n/reset\nHi\n")
+    assert status == 0, err
+    first, second, third = map(json.loads, out.splitlines())
+    for record in (first, second, third):
+        assert record["finish_reason"] == "eos" and record["text"] == ""
+        for call in record["tool_calls"]:
+            assert call["function"]["name"] == "get_weather"
+            assert json.loads(call["function"]["arguments"]).keys() == {"city", "days"}
+    assert err.count("the result of get_weather?") == 3
+    tokenizer = Tokenizer(with_tools[1])
+    args = {"tools": TOOLS}
+    turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"},
+             {"role": "tool", "tool_call_id": "-", "content": "It is 5"}]
+    assert first["prompt_tokens"] == len(tokenizer.first_turn("Is it warm?", template_args=args))
+    assert second["prompt_tokens"] == len(tokenizer.turns_after(
+        turns, 1, first["token_ids"][-1], args))
+    assert third["prompt_tokens"] == len(tokenizer.first_turn("Hi", template_args=args))
+    status, out, _ = run("chat", *with_tools, stdin="Is it warm?\n")
+    call = first["tool_calls"][0]["function"]
+    assert out == f"{call['name']}({call['arguments']})\n"
+
+
+def test_a_model_is_free_not_to_call(with_tools):
+    with_tools[3].write_text(json.dumps([CLOCK]))
+    status, out, err = run("chat", *with_tools, "--json", "--max-new-tokens", 8, stdin="Hi\nAnd?\n")
+    first, second = map(json.loads, out.splitlines())
+    assert status == 0 and first["text"] and first["tool_calls"] == second["tool_calls"] == []
+
+
+@pytest.mark.parametrize("text, naming", [
+    ("{", "not JSON"), ("[]", "no tools in it"), ("[5]", "tools.0.type"), ("5", "must be a list"),
+    (json.dumps([CLOCK, CLOCK]), "tools.1.function.name: clock is")])
+def test_a_file_that_holds_no_tools_is_one_line(with_tools, text, naming):
+    with_tools[3].write_text(text)
+    refused("chat", *with_tools, naming=["tools.json", naming])
+
+
+def test_flags_that_tools_do_not_go_with_are_named(with_tools, tmp_path):
+    prompts = write_turns(tmp_path / "turns.jsonl", 1)
+    refused("chat", *with_tools, "--prompts", prompts, naming=["--tools", "--prompts"])
+    refused("chat", *with_tools, "--regex", "a", naming=["--tools", "--regex"])
+    refused("chat", *with_tools, "--lookup", naming=["strict", "--lookup"])
+    refused("chat", "--checkpoint", TINY, *with_tools[2:], naming=["--tools", "has no tools"])

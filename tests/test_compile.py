@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from batch import Batch, generate_batch
 from generate import generate, load, make_cache, prefill, warm, weight_bytes
 from helpers import TINY, random_model, run
 from linear import ONEDNN
 from load import compile_model, pack
+from streams import Batch, generate_batch
 
 WINDOW = 28
 pytestmark = pytest.mark.slow

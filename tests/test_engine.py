@@ -13,6 +13,7 @@ from generate import generate, load, make_cache, prefill  # noqa: E402
 from helpers import TINY, random_model  # noqa: E402
 from kv_cache import KVCache  # noqa: E402
 from server.engine import Engine  # noqa: E402
+from server.jobs import make_jobs  # noqa: E402
 from server.metrics import Metrics  # noqa: E402
 from server.prefix_cache import (  # noqa: E402
     CachedPrefix,
@@ -52,7 +53,7 @@ async def ask(engine, *turns, client="", **options):
                 for at, turn in enumerate(turns)]
     body = {"model": "m", "messages": messages, "temperature": 0, "max_tokens": 12, **options}
     request = parse_request(json.dumps(body).encode(), True, "m", 500)
-    jobs, writer = engine.make_jobs(request, client), ResponseWriter(request, "m", "")
+    jobs, writer = make_jobs(engine, request, client), ResponseWriter(request, "m", "")
     async for events in engine.submit(jobs):
         writer.add(events)
     engine.cancel(jobs)
@@ -153,7 +154,7 @@ def test_an_end_is_no_token_to_the_histograms(engine):
     """Of N tokens one is the first, and N - 1 come after another."""
     async def watched(one):
         metrics, body = Metrics(one), {"model": "m", "prompt": "Hello", "max_tokens": 9}
-        jobs = one.make_jobs(parse_request(json.dumps(body).encode(), False, "m", 500), "")
+        jobs = make_jobs(one, parse_request(json.dumps(body).encode(), False, "m", 500), "")
         async for _ in metrics.watch(one.submit(jobs), jobs):
             pass
         return metrics.text().decode(), sum(job.new_tokens for job in jobs)
@@ -249,7 +250,7 @@ def test_an_answer_that_its_reader_stopped_goes_on_from_where_he_read(engine, lo
         text = ""
         body = {"model": "m", "messages": [{"role": "user", "content": "Hello there."}],
                 "temperature": 0, "max_tokens": 200}
-        jobs = one.make_jobs(parse_request(json.dumps(body).encode(), True, "m", 500), "")
+        jobs = make_jobs(one, parse_request(json.dumps(body).encode(), True, "m", 500), "")
         async for events in one.submit(jobs):
             text += "".join(event.text for event in events)
             n_events -= len(events)
@@ -301,7 +302,8 @@ def test_make_cache_sizes_are_refused_by_name(loaded):
 
 
 def test_nothing_is_compiled_once_it_is_warm():
-    """Answers alone, side by side, past the window, gone on with, and of many settings."""
+    """Answers alone, side by side, past the window, gone on with, of many settings, and prompts
+    whose log-probabilities are asked for."""
     engine = Engine(*load(TINY, device="cpu", compile=True), batch_size=3, window=60)
     engine.warm()
     before = dict(torch._dynamo.utils.counters["stats"])
@@ -314,7 +316,14 @@ def test_nothing_is_compiled_once_it_is_warm():
         await asyncio.gather(*(ask(engine, f"Cat {n} " * n * 9, max_tokens=10 + 9 * n, min_p=0.1,
                                    repetition_penalty=1.2, logprobs=True) for n in range(1, 7)))
 
+    async def scored():
+        body = {"model": "m", "prompt": [5] * 150, "max_tokens": 1, "echo": True, "logprobs": 2}
+        jobs = make_jobs(engine, parse_request(json.dumps(body).encode(), False, "m", 500), "")
+        async for _ in engine.submit(jobs):
+            pass
+
     asyncio.run(several())
+    asyncio.run(scored())
     assert dict(torch._dynamo.utils.counters["stats"]) == before
     engine.stop()
 
@@ -376,7 +385,7 @@ def test_an_end_of_turn_that_only_the_tokenizer_knows_ends_a_chat(moody):
     request = parse_request(json.dumps(body).encode(), False, "m", 500)
 
     async def completion():
-        jobs, writer = moody.make_jobs(request, ""), ResponseWriter(request, "m", "")
+        jobs, writer = make_jobs(moody, request, ""), ResponseWriter(request, "m", "")
         async for events in moody.submit(jobs):
             writer.add(events)
         return writer.completion(jobs)

@@ -130,12 +130,13 @@ def test_dilated_cache_sees_the_positions_that_its_rule_says(length):
     cache = dilated_window.DilatedCache(random_model().config, 1, S, W, 128)
     cache.length.fill_(length)
     positions = cache.positions(40)
-    seen = cache.visible(positions, cache.every_slot)[0]
+    [geometry], [slots] = cache.geometries, cache.every_slot
+    seen = cache.visible(geometry, positions, slots)[0]
     for p, slots in zip(positions[0].tolist(), seen):
         held = [k for k in range(p + 1)
                 if k < S or k > p - near or (k > p - W and k % every == 0)]
         assert sorted(slots.nonzero()[:, 0].tolist()) == sorted(
-            cache.slots(torch.tensor([held]))[0].tolist())
+            cache.slots(geometry, torch.tensor([held]))[0].tolist())
 
 
 @pytest.mark.slow
@@ -156,10 +157,10 @@ def test_another_rule_is_compiled_as_it_is():
 class WindowOfEachLayer(KVCache):
     """Notes what each layer's own window leaves of what the widest sees."""
 
-    def visible(self, positions, slot):
-        seen = super().visible(positions, slot)
-        distance = positions[:, :, None] - self.held(positions, slot)[:, None]
-        self.of_layer = [seen & (distance < window) for window in WINDOWS]
+    def visible(self, geometry, positions, slot):
+        seen = super().visible(geometry, positions, slot)
+        distance = positions[:, :, None] - self.held(geometry, positions, slot)[:, None]
+        self.seen_by_layer = [seen & (distance < window) for window in WINDOWS]
         return seen
 
 
@@ -173,7 +174,7 @@ def narrow_each_layer(model, cache):
     def narrowed(layer):
         def hook(module, args):
             x, at, k, v = args
-            hidden = ~cache.of_layer[layer].repeat_interleave(groups, 1)
+            hidden = ~cache.seen_by_layer[layer].repeat_interleave(groups, 1)
             return x, replace(at, mask=at.mask.masked_fill(hidden, -math.inf)), k, v
         return hook
 

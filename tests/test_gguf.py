@@ -105,11 +105,17 @@ def file_of(model, arch, bpe, pre="gpt-2"):
         name["self_attn." + theirs] = ours
     name |= {f"mlp.{n}_proj": f"ffn_{n}" for n in ("gate", "up", "down")}
     name |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    if arch == "gemma3":
+        name |= {"post_attention_layernorm": "post_attention_norm",
+                 "pre_feedforward_layernorm": "ffn_norm",
+                 "post_feedforward_layernorm": "post_ffw_norm"}
     outside = {"model.embed_tokens.weight": "token_embd.weight",
                "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
     tensors = {}
     for hf, tensor in model.state_dict().items():
         rows = tensor.numpy()
+        if arch == "gemma3" and hf.endswith("norm.weight"):  # stored plus one
+            rows = rows + 1
         if hf in outside:
             if hf != "lm_head.weight" or not config.tie_word_embeddings:
                 tensors[outside[hf]] = rows
@@ -126,7 +132,8 @@ def file_of(model, arch, bpe, pre="gpt-2"):
             "attention.head_count": config.num_attention_heads,
             "attention.head_count_kv": config.num_key_value_heads,
             "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-            "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+            "rope.freq_base": float(config.rope_parameters.get(
+                "full_attention", config.rope_parameters)["rope_theta"]),
             "attention.key_length": head_dim, "attention.value_length": head_dim,
             **({"rope.dimension_count": head_dim} if arch == "llama" else {})}
     return {"general.architecture": arch, "general.name": "small",
@@ -167,6 +174,9 @@ MODELS = {  # family, its config, architecture and keys of the file
                          {"llama.attention.sliding_window": 24}),
     "qwen2": ("Qwen2", dict(tie_word_embeddings=True), "qwen2", {}),
     "qwen3": ("Qwen3", dict(head_dim=128), "qwen3", {}),
+    "gemma3": ("Gemma3", dict(head_dim=256, sliding_window=16, num_hidden_layers=6,
+                              tie_word_embeddings=True), "gemma3",
+               {"gemma3.attention.sliding_window": 16}),
 }
 
 
@@ -189,7 +199,7 @@ def test_logits_equal_transformers(name, bpe, tmp_path):
     assert 1 < expected.abs().max() < 30
     assert (model(tokens) - expected).abs().max() < 1e-4
     assert model.config.sliding_window == changes.get("sliding_window")
-    if name in ("llama", "qwen2", "qwen3"):
+    if name in ("llama", "qwen2", "qwen3", "gemma3"):
         read = transformers.AutoModelForCausalLM.from_pretrained(
             tmp_path, gguf_file="a.gguf", dtype=torch.float32)
         assert (model(tokens) - read(tokens).logits).abs().max() < 1e-4

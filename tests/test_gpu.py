@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 
 import generate as generate_module
-from batch import Batch, generate_batch
 from draw import RowSampler, sample
 from formats.session import load_session, save_session
 from generate import decode, generate, load, make_cache, prefill, warm
@@ -22,6 +21,7 @@ from oracle import Stream
 from quantize import dequantize, quantize_int4, quantize_int8
 from sample import Sampling
 from speculate import Speculation
+from streams import Batch, generate_batch
 from test_errors import refused
 from test_model import hf  # noqa: F401
 from test_quantize import random_weight
@@ -113,7 +113,7 @@ def test_the_compiled_stream_equals_the_paper_over_three_wraps_and_rollbacks(n_s
             assert (logits - expected).abs().max() < 1e-3
             cache.rollback(n_back)
             oracle.rollback(n_back)
-    assert cache.length.item() > n_sink + 3 * cache.ring
+    assert cache.length.item() > n_sink + 3 * cache.of_layer[0].ring
 
 
 def test_two_caches_in_turns_keep_their_own_writes(compiled, eager):

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import grammar as program
-from batch import Batch, Prompt, generate_batch
 from draw import UNDRAWN, RowSampler
 from formats.hub import CHECKPOINTS
 from generate import generate, load, make_cache
 from grammar import Grammar, token_bytes, vocabulary
 from helpers import TINY, as_on_a_gpu, random_model, run
 from sample import Sampling
+from streams import Batch, Prompt, generate_batch
 from test_errors import refused
 from test_tokenizer import byte_level, metaspace  # noqa: F401  (fixtures)
 from tokenizer import Tokenizer

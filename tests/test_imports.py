@@ -13,12 +13,14 @@ from helpers import TINY
 ROOT = TINY.parent.parent
 # There is one order of files: each imports only earlier ones, at its top and inside its functions.
 ORDER = ["tp", "threads", "kv_cache", "linear", "layers", "attention", "model", "formats.files",
-         "formats.tokenizer_config", "chat_template", "formats.added_tokens",
-         "formats.tokenizer_model", "formats.tokenizer_json", "tokenizer", "grammar", "sample",
-         "draw", "terminal", "cli", "formats.config", "quantize", "formats.checkpoint",
-         "formats.published", "formats.folder", "formats.gguf_file", "formats.gguf_tokenizer",
-         "formats.gguf", "formats.adapters", "formats.hub", "load", "speculate", "formats.session",
-         "generate", "chat", "batch", "eval", "convert_hf", "gptq"]
+         "formats.tokenizer_config", "formats.chat_template", "formats.added_tokens",
+         "formats.tokenizer_model", "formats.tokenizer_json", "tokenizer", "grammar",
+         "formats.tool_calls", "formats.tools", "sample", "draw", "terminal", "cli",
+         "formats.rope", "formats.config", "quantize", "formats.checkpoint", "formats.published",
+         "formats.folder",
+         "formats.gguf_file", "formats.gguf_tokenizer", "formats.gguf", "formats.adapters",
+         "formats.hub", "load", "speculate", "formats.session", "generate", "chat", "streams",
+         "batch", "evaluation.harness", "eval", "convert_hf", "gptq"]
 FOLDERS = ("bench", "examples", "server", "tests")  # which the engine never imports
 # Its command quantizes what later files read: the one exception.
 EXCEPTION = ("quantize", "main")
@@ -55,7 +57,8 @@ def test_a_file_imports_only_earlier_ones(name):
 
 def test_every_file_has_its_place():
     there = [path.stem for path in ROOT.glob("*.py")]
-    there += [f"formats.{path.stem}" for path in (ROOT / "formats").glob("[a-z]*.py")]
+    there += [f"{folder}.{path.stem}" for folder in ("formats", "evaluation")
+              for path in (ROOT / folder).glob("[a-z]*.py")]
     assert sorted(there) == sorted(ORDER) and len([n for n in ORDER if "." not in n]) <= 23
 
 

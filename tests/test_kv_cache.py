@@ -46,6 +46,47 @@ def test_stream_equals_the_paper_for_every_kind_of_attention(changes):
     assert largest_difference(logits, expected) < 1e-4
 
 
+# A model that mixes kinds of layers.
+MIXED = dict(n_layers=3, kinds=("sliding", "full", "sliding"), sliding_window=5,
+             sliding_theta=50.0)
+
+
+@pytest.mark.parametrize("n_sink, native, chunk", [
+    (0, 5, 1), (4, 5, 7), (2, WINDOW + 2, 16), (0, WINDOW, 7), (4, 99, 16)])
+def test_mixed_layers_equal_the_paper_each_with_its_own_window(n_sink, native, chunk):
+    """A sliding layer sees no sinks, and no further back than its own window and the stream's."""
+    model, tokens = random_model(**{**MIXED, "sliding_window": native}), tokens_of(110)
+    oracle = Stream(model, n_sink, WINDOW)
+    expected = [oracle.feed(t) for t in tokens[0]]
+    cache = KVCache(model.config, 1, n_sink, WINDOW, CHUNK)
+    assert cache.of_layer[0][:2] == (0, min(native, n_sink + WINDOW)) == cache.of_layer[2][:2]
+    assert cache.of_layer[1][:2] == (n_sink, WINDOW)
+    logits = torch.cat([model(part, cache)[0] for part in tokens.split(chunk, dim=1)])
+    assert largest_difference(logits, expected) < 1e-4
+    assert cache.nbytes() == sum(
+        2 * 4 * 2 * 8 * (S + W + CHUNK - 1) for S, W, _ in cache.of_layer)
+
+
+def test_layers_without_rotary_positions_equal_the_paper():
+    model, tokens = random_model(kinds=("full", "unrotated")), tokens_of(70)
+    oracle, cache = Stream(model, 2, WINDOW), KVCache(model.config, 1, 2, WINDOW, CHUNK)
+    expected = [oracle.feed(t) for t in tokens[0]]
+    logits = torch.cat([model(part, cache)[0] for part in tokens.split(7, dim=1)])
+    assert largest_difference(logits, expected) < 1e-4
+    assert len(cache.geometries) == 1  # one region when it is compiled
+
+
+@pytest.mark.parametrize("n_tokens", [4, 9])
+def test_without_a_cache_each_kind_is_masked_by_its_own_window(n_tokens):
+    """It is a stream that is too short for the full layers' window to slide."""
+    model, tokens = random_model(**MIXED), tokens_of(n_tokens, rows=2)
+    oracle = Stream(model, 0, WINDOW)
+    expected = [oracle.feed(t) for t in tokens[0]]
+    assert largest_difference(model(tokens)[0], expected) < 1e-4
+    cache = KVCache(model.config, 2, 0, WINDOW, CHUNK)
+    assert (model(tokens) - model(tokens, cache)).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("n_sink", [0, 1, 4])
 @pytest.mark.parametrize("before", [-1, 0, 1])
 def test_edges_of_sinks_and_window(n_sink, before):
@@ -63,9 +104,10 @@ def test_edges_of_sinks_and_window(n_sink, before):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n_sink", [0, 1, 4])
-def test_rollbacks_up_to_the_limit_leave_no_trace(n_sink):
-    model, tokens = random_model(), tokens_of(400)[0].tolist()
+@pytest.mark.parametrize("n_sink, changes", [
+    (0, {}), (1, {}), (4, {}), (0, MIXED), (4, MIXED)])
+def test_rollbacks_up_to_the_limit_leave_no_trace(n_sink, changes):
+    model, tokens = random_model(**changes), tokens_of(400)[0].tolist()
     oracle, cache = Stream(model, n_sink, WINDOW), KVCache(model.config, 1, n_sink, WINDOW, CHUNK)
     plan = [(16, 3), (5, 0), (16, 15), (16, 16), (1, 0), (16, 1), (1, 1), (9, 9), (16, 8)] * 3
     for n_tokens, n_back in plan:
@@ -104,9 +146,10 @@ def test_rollback_deeper_than_the_ring_allows_is_refused_and_changes_nothing():
 
 
 @pytest.mark.slow
-def test_rows_of_different_lengths_do_not_touch_each_other():
+@pytest.mark.parametrize("changes", [{}, MIXED])
+def test_rows_of_different_lengths_do_not_touch_each_other(changes):
     """Row 0 runs ahead; row 1 is rolled back after every call, row 2 every second time."""
-    model, rows = random_model(), 3
+    model, rows = random_model(**changes), 3
     cache = KVCache(model.config, rows, 2, WINDOW, CHUNK)
     oracles = [Stream(model, 2, WINDOW) for _ in range(rows)]
     for step in range(14):
@@ -122,10 +165,11 @@ def test_rows_of_different_lengths_do_not_touch_each_other():
     assert cache.length.tolist() == [126, 70, 77]
 
 
-@pytest.mark.parametrize("ahead, behind", [(9, 3), (70, 5), (41, 64)])  # a ring of 27 slots
-def test_a_copied_row_goes_on_as_the_original_and_leaves_the_others_alone(ahead, behind):
+@pytest.mark.parametrize("ahead, behind, changes", [  # a ring of 27 slots
+    (9, 3, {}), (70, 5, {}), (41, 64, {}), (70, 5, MIXED)])
+def test_a_copied_row_goes_on_as_the_original_and_leaves_the_others_alone(ahead, behind, changes):
     """A staged row of its own length, 7 tokens of it rolled back, replaces row 1 of three."""
-    model = random_model()
+    model = random_model(**changes)
     cache, staged = (KVCache(model.config, rows, 2, WINDOW, CHUNK) for rows in (3, 1))
     oracles = [Stream(model, 2, WINDOW) for _ in range(3)]
     for part in tokens_of(behind, seed=1, rows=3).split(CHUNK, dim=1):
@@ -150,6 +194,13 @@ def test_a_copied_row_goes_on_as_the_original_and_leaves_the_others_alone(ahead,
         for row, oracle in enumerate(oracles):
             expected = [oracle.feed(t) for t in part[row]]
             assert largest_difference(logits[row], expected) < 1e-4
+
+
+def test_a_cache_of_other_kinds_of_layers_is_refused():
+    model = random_model(kinds=("sliding", "full"), sliding_window=5)
+    cache = KVCache(random_model(sliding_window=None).config, 1, 4, WINDOW, CHUNK)
+    with pytest.raises(ValueError, match="kinds of layers is .*, the model's .*sliding"):
+        model(tokens_of(3), cache)
 
 
 def test_rows_are_not_copied_between_caches_of_different_sizes():
@@ -282,8 +333,8 @@ def test_slots_that_align_a_gpus_scores_are_never_seen_or_written(n_sink, monkey
     plain = KVCache(model.config, 1, n_sink, WINDOW, CHUNK)
     monkeypatch.setattr("kv_cache.allocated_slots", lambda n, device: allocated_slots(n, "cuda"))
     cache = KVCache(model.config, 1, n_sink, WINDOW, CHUNK)
-    used = n_sink + cache.ring
-    assert cache.n_slots == 64 > used and cache.nbytes() > plain.nbytes()
+    used = cache.of_layer[0].n_used
+    assert cache.k[0].shape[2] == 64 > used == n_sink + 27 and cache.nbytes() > plain.nbytes()
     for tensor in (*cache.k, *cache.v):
         tensor[:, :, used:] = 50.0
     for part in tokens.split([16, 1, 7, 1, 16, 5, 16, 16, 16, 6], dim=1):

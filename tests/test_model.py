@@ -17,9 +17,21 @@ from quantize import empty_model, stored_shapes
 
 SIZES = dict(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-             initializer_range=0.15, eos_token_id=None, bos_token_id=1)
+             initializer_range=0.15, eos_token_id=None, bos_token_id=1, pad_token_id=None)
 LLAMA3 = dict(rope_type="llama3", rope_theta=50000.0, factor=8.0, low_freq_factor=1.0,
               high_freq_factor=4.0, original_max_position_embeddings=64)
+YARN = dict(rope_type="yarn", rope_theta=30000.0, factor=4.0, original_max_position_embeddings=128,
+            beta_fast=20.0, beta_slow=2.0)
+MIXED = dict(sliding_window=24, layer_types=[
+    "sliding_attention", "full_attention", "sliding_attention"])
+SLIDING = dict(rope_type="default", rope_theta=300.0)
+GEMMA3 = dict(MIXED, head_dim=24, query_pre_attn_scalar=20, attention_bias=True,
+              rope_parameters=dict(sliding_attention=SLIDING, full_attention=dict(
+                  rope_type="linear", factor=4.0, rope_theta=50000.0)))
+OLMO3 = dict(MIXED, attention_bias=True, rope_parameters=dict(
+    sliding_attention=SLIDING, full_attention=YARN))
+LONGROPE = dict(rope_type="longrope", rope_theta=10000.0, partial_rotary_factor=0.5,
+                short_factor=[1.0, 1.5, 2.0, 4.0], long_factor=[9.0] * 4)
 MODELS = {
     "llama": ("Llama", {}),
     "llama-multi-head": ("Llama", dict(num_key_value_heads=4)),
@@ -32,6 +44,18 @@ MODELS = {
     "mistral-windowed": ("Mistral", dict(sliding_window=24)),
     "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
     "qwen3": ("Qwen3", dict(head_dim=32)),
+    "qwen2-mixed": ("Qwen2", dict(use_sliding_window=True, max_window_layers=1, sliding_window=24)),
+    "llama-yarn": ("Llama", dict(rope_parameters=YARN)),
+    "llama-dynamic": ("Llama", dict(rope_parameters=dict(
+        rope_type="dynamic", factor=4.0, rope_theta=10000.0))),
+    "gemma3": ("Gemma3", GEMMA3),
+    "smollm3": ("SmolLM3", dict(no_rope_layers=[1, 0, 1], attention_bias=True, mlp_bias=True,
+                                rope_parameters=YARN)),
+    "phi3": ("Phi3", dict(rope_parameters=dict(
+        rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.75))),
+    "phi3-longrope": ("Phi3", dict(original_max_position_embeddings=256,
+                               rope_parameters=LONGROPE, tie_word_embeddings=True)),
+    "olmo3": ("Olmo3", OLMO3),
 }
 
 
@@ -48,7 +72,7 @@ def hf(request, tmp_path_factory):
 
 def our_logits(model, tokens, chunk=16):
     config = model.config
-    windowed = config.sliding_window
+    windowed = config.common_window
     cache = KVCache(config, len(tokens), 0 if windowed else 4, windowed or 200, chunk)
     return torch.cat([model(part, cache) for part in tokens.split(chunk, dim=1)], dim=1)
 
@@ -60,7 +84,7 @@ def test_logits_equal_transformers(hf):
     expected = theirs(tokens).logits
     assert 1 < expected.abs().max() < 30
     assert (our_logits(model, tokens) - expected).abs().max() < 1e-4
-    if not model.config.sliding_window:  # without a cache: how training reads a sequence
+    if not model.config.common_window:  # without a cache: how training reads a sequence
         assert (model(tokens) - expected).abs().max() < 1e-4
     last = torch.tensor([5, 2])
     cache = KVCache(model.config, 2, 0, 24, 16)
@@ -74,8 +98,8 @@ def test_two_hundred_greedy_tokens_equal_transformers(hf):
     prompt = list(range(7, 24))
     expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=200, do_sample=False,
                                pad_token_id=0)[0, len(prompt):].tolist()
-    windowed = model.config.sliding_window
-    cache = KVCache(model.config, 1, 0 if windowed else 4, windowed or 300)
+    windowed = model.config.common_window
+    cache = KVCache(model.config, 1, 0 if windowed else 4, windowed or 240)
     assert list(generate(model, cache, prompt, max_new_tokens=200)) == expected
 
 
@@ -101,6 +125,7 @@ def test_every_way_of_storing_a_checkpoint_gives_the_same_logits(hf, tmp_path):
 FAMILIES = {
     "llama": ("Llama", {}), "llama-biased": ("Llama", dict(attention_bias=True, mlp_bias=True)),
     "qwen2": ("Qwen2", {}), "qwen3": ("Qwen3", dict(head_dim=32)),
+    **{name: MODELS[name] for name in ("gemma3", "smollm3", "phi3", "olmo3")},
 }
 
 
@@ -162,7 +187,7 @@ def test_older_files_say_rope_at_the_top_level():
 
 @pytest.mark.parametrize("change, named", [
     (dict(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel"), (dict(architectures=[]), "none"),
-    (dict(rope_scaling={"rope_type": "yarn", "factor": 4}), "yarn"),
+    (dict(rope_scaling={"rope_type": "longrope", "factor": 4}), "longrope"),
     (dict(rope_scaling={"rope_type": "llama3", "factor": 4}), "low_freq_factor"),
     (dict(hidden_act="gelu"), "gelu"), (dict(hidden_size="64"), "hidden_size"),
     (dict(num_hidden_layers=0), "num_hidden_layers"), (dict(num_key_value_heads=3), "3"),

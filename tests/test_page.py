@@ -6,6 +6,7 @@ has it, a missing driver is a failure.
 
 import base64
 import hashlib
+import json
 import re
 import shutil
 import signal
@@ -18,7 +19,9 @@ from selenium import webdriver  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 
+from helpers import TINY  # noqa: E402
 from test_server import WINDOW, Server, said, user  # noqa: E402
+from tool_forms import HERMES, WEATHER  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 browsers = pytest.mark.skipif(not CHROMIUM, reason="no Chromium: apt install chromium "
@@ -218,6 +221,46 @@ def test_turns_outside_the_window_are_marked(page, server):
     marked = page.run("return [...document.querySelectorAll('article')].map(turn =>"
                       " turn.classList.contains('out'))")
     assert marked == [True, True, False, False]  # an answer is longer than the window
+
+
+@browsers
+def test_calls_are_shown_as_json_and_the_next_message_is_the_result(browser, tmp_path):
+    folder = shutil.copytree(TINY, tmp_path / "tiny")
+    (folder / "chat_template.jinja").write_text(HERMES)
+    server = Server("--checkpoint", folder)
+    try:
+        page = browser.open(server, temperature="1")
+        page.set("tools", "[{")
+        page.send("Is it warm?")
+        page.until(lambda: page.text("error"))
+        assert "not JSON" in page.text("error") and page.turns() == []
+        page.set("tools", json.dumps([WEATHER]))
+        # The embedded model would call nothing by itself.
+        page.run("""const ask = fetch
+            window.sent = []
+            window.fetch = (path, options) => {
+              const body = JSON.parse(options.body)
+              sent.push(body.messages)
+              return ask(path, {...options, body: JSON.stringify(
+                {...body, tool_choice: "required", parallel_tool_calls: false})})
+            }""")
+        called = page.say("")[1]
+        name, _, arguments = called.removesuffix(")").partition("(")
+        assert name == "get_weather" and set(json.loads(arguments)) == {"city", "days"}
+        assert "\n  " in arguments
+        assert page.at("input").get_attribute("placeholder") == "What get_weather returns"
+        assert page.say("It is <warm>.")[0] == "It is <warm>."
+        asked, answer, result = page.run("return sent.at(-1)")
+        assert result == {"role": "tool", "content": "It is <warm>.",
+                          "tool_call_id": answer["tool_calls"][0]["id"]}
+        assert json.loads(answer["tool_calls"][0]["function"]["arguments"]) == json.loads(arguments)
+        page.driver.refresh()
+        page.until(lambda: page.text("model"))
+        assert page.turns()[:2] == [asked["content"], called]
+        assert page.at("input").get_attribute("placeholder") == "What get_weather returns"
+        assert browser.complaints() == []
+    finally:
+        assert server.end() == 0
 
 
 @browsers

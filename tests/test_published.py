@@ -60,12 +60,12 @@ def dequantized(name):
     return parse(lzma.decompress((EXPORTED / name / "dequantized.safetensors.xz").read_bytes()))
 
 
-def compress(folder, scheme, old_spelling=False):
+def compress(folder, scheme, old_spelling=False, family="Llama", **changes):
     """A random model's folder as compressed-tensors writes it, and the weights that it reads."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from compressed_tensors.quantization.utils import calculate_qparams
-    model = hf_model("Llama", **SIZES, initializer_range=0.2)
+    model = hf_model(family, **{**SIZES, **changes}, initializer_range=0.2)
     model.half().save_pretrained(folder)
     shutil.copy(TINY / "tokenizer.model", folder)
     by_name = scheme if "num_bits" not in scheme else {"": scheme}
@@ -115,7 +115,8 @@ def plain_model(folder, read):
     """transformers' model of these weights, in float32."""
     config = json.loads((folder / "config.json").read_text())
     config = {key: value for key, value in config.items() if key != "quantization_config"}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
+    kind = getattr(transformers, config["architectures"][0])
+    model = kind(kind.config_class(**config)).eval()
     stored = load_file(folder / "model.safetensors")
     floats = {n: t.float() for n, t in stored.items() if n in model.state_dict()
               and t.is_floating_point()}

@@ -34,6 +34,7 @@ from sample import (
     probabilities,
     seen_in,
 )
+from speculate import Speculation
 
 MIXED = [Sampling(), Sampling(1.0, seed=3), Sampling(0.8, top_p=0.9, seed=4),
          Sampling(1.3, 5, 0.7, seed=5), Sampling(1.0, min_p=0.1, seed=6),
@@ -441,3 +442,36 @@ def test_rows_of_one_setting_draw_on_a_gpu_as_beside_others(one, monkeypatch):
         assert torch.equal(same.sample(logits[:3]), mixed.sample(logits)[:3])
     assert isinstance(same.limits(slice(None))["temperature"], float)
     assert isinstance(mixed.limits(slice(None))["temperature"], torch.Tensor)
+
+
+def test_a_bias_is_added_and_a_stop_id_waits_for_min_tokens():
+    """By the formula: logits + bias, and no stop id among the first min_tokens."""
+    logits = torch.randn(2, 1, 64, generator=torch.Generator().manual_seed(3))
+    bias, stop_ids = ((5, 3.0), (9, -100.0)), (7, 11)
+    row = RowSampler(2, 64)
+    row.begin(1, Sampling(logit_bias=bias, min_tokens=2), [1], stop_ids)
+    biased = logits[1, 0].clone()
+    biased[5] += 3
+    biased[9] -= 100
+    forced = logits.clone()
+    forced[1, 0, 7] = 50.0  # a stop id that the model wants
+    without = biased.clone()
+    without[[7, 11]] = -math.inf
+    for n in range(4):
+        ids = row.sample(forced)[:, 0].tolist()
+        assert ids == [logits[0, 0].argmax().item(), 7 if n >= 2 else without.argmax().item()]
+    assert torch.equal(row.bias(logits[:, 0], slice(None))[0], logits[0, 0])
+    assert torch.allclose(row.bias(logits[:, 0], slice(None))[1], biased)  # the two were drawn
+    row.begin(1, Sampling(), [1], stop_ids)
+    assert row.sample(logits)[1].item() == logits[1, 0].argmax().item()
+
+
+def test_speculation_refuses_what_it_cannot_obey():
+    model = random_model()
+    for settings, naming in (({"logit_bias": ((1, 1.0),)}, "logit_bias"),
+                             ({"min_tokens": 2}, "min_tokens")):
+        with pytest.raises(ValueError, match=f"{naming} works without speculation"):
+            generate(model, make_cache(model), [1], sampling=Sampling(**settings),
+                     speculation=Speculation(fixed=2))
+    with pytest.raises(ValueError, match="min_tokens -1"):
+        Sampling(min_tokens=-1)

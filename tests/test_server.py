@@ -28,8 +28,8 @@ pytest.importorskip("fastapi")
 import pydantic  # noqa: E402
 from starlette.requests import Request  # noqa: E402
 
-from server.app import Settings, check_host  # noqa: E402
 from server.protocol import ApiError  # noqa: E402
+from server.requests import Settings, check_host  # noqa: E402
 
 ROOT = TINY.parent.parent
 WINDOW = 200
@@ -438,10 +438,13 @@ def error_of(response, status):
     ({"messages": None}, "messages"), ({"messages": []}, "messages"),
     ({"messages": "Hi"}, "messages"), ({"messages": [5]}, "messages.0"),
     ({"messages": [{"role": "user"}]}, "messages.0.content"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.tool_call_id"),
     ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
-    ({"messages": [{"role": "user", "content": "x", "name": "Bob"}]}, "messages.0.name"),
+    ({"messages": [{"role": "user", "content": "x", "name": 5}]}, "messages.0.name"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "y": 1}]}]},
+     "messages.0.content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
      "messages.0.content"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages.0.content"),
@@ -451,13 +454,19 @@ def error_of(response, status):
     ({"min_p": -1}, "min_p"), ({"presence_penalty": 3}, "presence_penalty"),
     ({"frequency_penalty": -3}, "frequency_penalty"), ({"seed": 2**64}, "seed"),
     ({"repetition_penalty": 0}, "repetition_penalty"), ({"n": 0}, "n"), ({"n": 17}, "n"),
-    ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": 301}, "max_tokens"),
-    ({"max_completion_tokens": 301}, "max_completion_tokens"),
-    ({"max_tokens": 10**30}, "max_tokens"),
+    ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": -1}, "max_tokens"),
+    ({"max_completion_tokens": -1}, "max_completion_tokens"), ({"min_tokens": 3}, "min_tokens"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids.0"), ({"stop_token_ids": [4096]}, "stop_token_ids"),
+    ({"ignore_eos": True, "guided_regex": "a"}, "ignore_eos"), ({"ignore_eos": 1}, "ignore_eos"),
+    ({"min_tokens": 1, "guided_regex": "a"}, "min_tokens"),
+    ({"continue_final_message": True}, "continue_final_message"),
+    ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
     ({"stop": ""}, "stop.0"), ({"stop": ["a"] * 17}, "stop"), ({"stop": 5}, "stop"),
     ({"stream": "yes"}, "stream"), ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"top_logprobs": 3}, "top_logprobs"), ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-    ({"tools": [{"type": "function"}]}, "tools"), ({"tool_choice": "required"}, "tool_choice"),
+    ({"tools": [{"type": "function"}]}, "tools.0.function"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),  # of this template
+    ({"tool_choice": "required"}, "tool_choice"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
@@ -465,8 +474,11 @@ def error_of(response, status):
     ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice"),
     ({"guided_regex": "(a{1,1000}){1,1000}"}, "guided_regex"),
     ({"guided_json": "{"}, "guided_json"), ({"guided_grammar": "start: x"}, "guided_grammar"),
-    ({"logit_bias": {"5": 1}}, "logit_bias"), ({"reasoning_effort": "high"}, "reasoning_effort"),
-    ({"store": True}, "store"),
+    ({"logit_bias": {"4096": 1}}, "logit_bias"), ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"5": 101}}, "logit_bias.5"), ({"logit_bias": [5]}, "logit_bias"),
+    ({"store": True}, "store"), ({"echo": True}, "echo"), ({"priority": 1}, "priority"),
+    ({"use_beam_search": True}, "use_beam_search"), ({"length_penalty": 2}, "length_penalty"),
+    ({"cache_prompt": False}, "cache_prompt"), ({"mirostat": 2}, "mirostat"),
     ({"functions": [{}]}, "functions"), ({"topp": 1}, "topp")])
 def test_what_is_not_obeyed_is_refused_by_name(server, change, param):
     error = error_of(server.post({**BASE, **change}), 400)
@@ -638,13 +650,16 @@ def test_an_allowed_name_is_one_in_any_case():
     ("evil.example", 421), ("evil.example:8000", 421), ("", 421), ("127.0.0.1.evil.example", 421),
     ("LocalHost", 200), ("localhost.evil.example", 421)])
 def test_other_sites_names_are_refused(server, host, status):
-    for method, path, body in (("GET", "/v1/models", None), ("GET", "/health", None),
+    for method, path, body in (("GET", "/v1/models", None), ("GET", "/", None),
                                ("POST", "/v1/chat/completions", json.dumps(BASE).encode())):
         response = server.http(method, path, body, {"Host": host,
                                                     "Content-Type": "application/json"})
         assert response[0] == status
         if status != 200:
-            error_of(response, status)
+            error = error_of(response, status)
+            assert f"--allow-host {host.partition(':')[0] or 'NAME'}." in error["message"]
+    for path in ("/health", "/v1/health", "/metrics"):  # which say nothing that is secret
+        assert server.http("GET", path, headers={"Host": host})[0] == 200
 
 
 def test_no_page_of_another_site_may_ask(server):
@@ -727,9 +742,9 @@ def test_a_port_that_is_taken_is_one_line(server):
 def test_when_the_queue_is_full_clients_are_asked_to_come_again():
     server = Server("--queue", 2, sizes=("--batch", 1, "--window", WINDOW))
     try:
-        error = error_of(server.post({"model": "tiny", "prompt": ["a", "b", "c"]},
+        error = error_of(server.post({"model": "tiny", "prompt": ["a", "b", "c", "d"]},
                                      "/v1/completions"), 400)
-        assert "3 prompts" in error["message"] and "--queue" in error["message"]  # for good
+        assert "4 prompts" in error["message"] and "--queue" in error["message"]  # for good
         streams = [server.chat("Sing.", stream=True, max_tokens=500) for _ in range(2)]
         next(iter(streams[0]))
         pool = concurrent.futures.ThreadPoolExecutor(12)

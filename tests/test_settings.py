@@ -13,7 +13,7 @@ from convert_hf import convert
 from formats.config import config_from_hf
 from generate import generate, load, make_cache
 from helpers import TINY, hf_model, run
-from model import rope_frequencies
+from model import rope_amplitude, rope_frequencies
 from sample import Sampling
 from test_errors import refused
 
@@ -57,10 +57,10 @@ LLAMA3 = dict(rope_type="llama3", factor=4, low_freq_factor=1, high_freq_factor=
 
 
 def test_rotary_positions_whichever_keys_they_are_written_under():
-    """yarn slips past its refusal under no key."""
+    """longrope slips past its refusal under no key."""
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-    yarn = dict(factor=2, original_max_position_embeddings=64)
+    yarn = dict(rope_type="yarn", factor=2, original_max_position_embeddings=64)
     taken = set()
     for raw in each(
             rope_scaling=(..., None, {}, {"rope_type": "default"}, {"type": "linear", "factor": 2},
@@ -68,23 +68,27 @@ def test_rotary_positions_whichever_keys_they_are_written_under():
                            "rope_theta": 7e4},
                           LLAMA3, {**LLAMA3, "original_max_position_embeddings": 64}, {"factor": 8},
                           {"rope_type": "linear", "type": None, "factor": 5},
-                          {"type": "yarn", **yarn}, {"rope_type": "dynamic", "factor": 2}),
+                          {**yarn, "mscale": 0.7, "mscale_all_dim": 0.3, "beta_fast": 4.5},
+                          {"rope_type": "dynamic", "factor": 2},
+                          {"type": "longrope", "short_factor": [1.0] * 8}),
             rope_parameters=(..., None, {"rope_type": "default", "rope_theta": 5e5},
                              {"rope_type": "linear", "factor": 3},
                              {**LLAMA3, "original_max_position_embeddings": 128},
-                             {"rope_type": "yarn", **yarn},
-                             {"type": "yarn", "rope_type": "default"},
+                             {**yarn, "factor": 8, "attention_factor": 1.7, "beta_slow": 2},
+                             {"type": "longrope", "rope_type": "default"},
                              {"full_attention": {"rope_type": "linear", "factor": 2}}),
             rope_theta=(..., 3e4), original_max_position_embeddings=(..., 256)):
         named = json.dumps(raw)
         model = {"architectures": ["LlamaForCausalLM"], **SIZES, **raw}
-        if any(odd in named for odd in ("yarn", "dynamic", "full_attention")):
-            with pytest.raises(ValueError, match="yarn|dynamic|full_attention"):
+        if any(odd in named for odd in ("longrope", "full_attention")):
+            with pytest.raises(ValueError, match="longrope|full_attention"):
                 config_from_hf(model)
             continue
         theirs = LlamaRotaryEmbedding(LlamaConfig(**json.loads(json.dumps({**SIZES, **raw}))))
-        ours = rope_frequencies(config_from_hf(model))
+        config = config_from_hf(model)
+        ours = rope_frequencies(config)
         assert torch.allclose(ours.float(), theirs.inv_freq, rtol=1e-6, atol=0), named
+        assert abs(rope_amplitude(config, "full") - theirs.attention_scaling) < 1e-6, named
         taken.add(tuple(theirs.inv_freq.tolist()))
     assert len(taken) > 15
 
@@ -122,8 +126,124 @@ def test_sizes_and_windows_that_follow_from_others_or_are_missing(family):
         assert ours.n_kv_heads == theirs.num_key_value_heads, raw
         assert ours.head_dim == getattr(theirs, "head_dim", 8), raw
         assert ours.sliding_window == (theirs.sliding_window if slides else None), raw
+        mixed = len(set(kinds)) > 1
+        assert ours.kinds == tuple(k.removesuffix("_attention") for k in kinds if mixed), raw
         assert ours.tied_embeddings == theirs.tie_word_embeddings
         assert ours.ffn_bias == getattr(theirs, "mlp_bias", False) * (family == "Llama")
+
+
+LATER = {  # what their config.json may lack or say twice
+    "Gemma3": dict(
+        layer_types=(..., None, ["full_attention", "sliding_attention"] * 3,
+                     ["sliding_attention"] * 6, ["full_attention"] * 6),
+        sliding_window_pattern=(..., 2), rope_local_base_freq=(..., 5e3), rope_theta=(..., 3e4),
+        rope_scaling=(..., None, {"rope_type": "linear", "factor": 8.0}),
+        rope_parameters=(..., {"full_attention": {"rope_type": "linear", "factor": 2.0,
+                                                  "rope_theta": 7e4},
+                               "sliding_attention": {"rope_type": "default", "rope_theta": 9e3}})),
+    "Olmo3": dict(
+        layer_types=(..., ["sliding_attention"] * 6, ["full_attention"] * 6),
+        sliding_window=(..., 64), rope_theta=(..., 3e4), num_key_value_heads=(..., 1),
+        rope_scaling=(..., {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.2,
+                            "original_max_position_embeddings": 64})),
+    "SmolLM3": dict(no_rope_layers=(..., None, [1] * 6, [0, 1] * 3), rope_theta=(..., 3e4),
+                    no_rope_layer_interval=(..., 3), num_key_value_heads=(..., None, 1)),
+    "Phi3": dict(
+        rope_theta=(..., 3e4), partial_rotary_factor=(..., 0.5), sliding_window=(..., None, 64),
+        num_key_value_heads=(..., 1), original_max_position_embeddings=(..., 128),
+        rope_scaling=(..., None, {"type": "longrope", "short_factor": [1.0, 2.0, 3.0, 4.0],
+                                  "long_factor": [9.0] * 4}))}
+
+
+def kind_of_theirs(config, i):
+    """Of a layer of transformers' config."""
+    if not getattr(config, "no_rope_layers", [1] * 6)[i]:
+        return "unrotated"
+    types = getattr(config, "layer_types", None) or ["full_attention"] * 6
+    return types[i].removesuffix("_attention")
+
+
+@pytest.mark.parametrize("family", LATER)
+def test_what_later_families_lack_is_what_transformers_takes(family):
+    import transformers
+    config_of = {"Gemma3": transformers.Gemma3TextConfig}.get(
+        family) or getattr(transformers, family + "Config")
+    model_of = getattr(transformers, {"Gemma3": "Gemma3Text"}.get(family, family) + "Model")
+    sizes = {**SIZES, "num_hidden_layers": 6, "num_attention_heads": 4, "hidden_size": 64}
+    rotary_of = type(model_of(config_of(**{**sizes, "pad_token_id": None})).rotary_emb)
+    sizes.pop("num_key_value_heads")
+    for raw in each(**LATER[family]):
+        if family == "Phi3" and bool(raw.get("rope_scaling")) != (
+                raw.get("partial_rotary_factor") == 0.5):
+            continue  # four factors are for half a head
+        theirs = config_of(**json.loads(json.dumps({**sizes, "pad_token_id": None, **raw})))
+        ours = config_from_hf({"architectures": [family + "ForCausalLM"], **sizes, **raw})
+        kinds = [kind_of_theirs(theirs, i) for i in range(6)]
+        mixed = len(set(kinds)) > 1 or "unrotated" in kinds
+        assert ours.kinds == (tuple(kinds) if mixed else ()), raw
+        slides = "sliding" in kinds or family == "Phi3"
+        assert ours.sliding_window == (theirs.sliding_window if slides else None), raw
+        assert (ours.n_kv_heads, ours.norm_eps, ours.tied_embeddings) == (
+            theirs.num_key_value_heads, theirs.rms_norm_eps, theirs.tie_word_embeddings), raw
+        rotary = rotary_of(theirs)
+        for kind in set(kinds) - {"unrotated"}:
+            prefix = "" if hasattr(rotary, "inv_freq") else f"{kind}_attention_"
+            found = rope_frequencies(ours, kind=kind if mixed else "full").float()
+            assert torch.allclose(found, getattr(rotary, prefix + "inv_freq"), rtol=2e-6), raw
+            assert abs(rope_amplitude(ours, kind)
+                       - getattr(rotary, prefix + "attention_scaling")) < 1e-6, raw
+        if "short_factor" in json.dumps(raw):  # where its long factors begin
+            assert ours.max_seq_len == min(512, theirs.original_max_position_embeddings)
+
+
+def test_a_released_config_says_only_what_differs():
+    """That of Gemma 3 4B, in the text_config of a model that sees pictures, too."""
+    from transformers import Gemma3TextConfig
+    text = dict(hidden_size=2560, intermediate_size=10240, model_type="gemma3_text",
+                num_hidden_layers=34, rope_scaling={"factor": 8.0, "rope_type": "linear"},
+                sliding_window=1024)
+    ours = config_from_hf({"architectures": ["Gemma3ForConditionalGeneration"],
+                           "model_type": "gemma3", "eos_token_id": [1, 106], "text_config": text})
+    theirs = Gemma3TextConfig(**text)
+    assert (ours.dim, ours.n_layers, ours.n_heads, ours.n_kv_heads, ours.head_dim, ours.ffn_dim,
+            ours.vocab_size, ours.max_seq_len) == (
+        theirs.hidden_size, theirs.num_hidden_layers, theirs.num_attention_heads,
+        theirs.num_key_value_heads, theirs.head_dim, theirs.intermediate_size, theirs.vocab_size,
+        theirs.max_position_embeddings)
+    assert ours.kinds == tuple(kind.removesuffix("_attention") for kind in theirs.layer_types)
+    assert ours.eos_ids == (1, 106) and ours.tied_embeddings
+
+
+@pytest.mark.parametrize("family, change, named", [
+    ("Gemma3", dict(attn_logit_softcapping=50.0), "attn_logit_softcapping 50.0"),
+    ("Gemma3", dict(final_logit_softcapping=30.0), "final_logit_softcapping 30.0"),
+    ("Gemma3", dict(use_bidirectional_attention=True), "use_bidirectional_attention True"),
+    ("Gemma3", dict(hidden_activation="gelu"), "hidden_activation 'gelu' .*gelu_pytorch_tanh"),
+    ("Gemma3", dict(query_pre_attn_scalar=None), "query_pre_attn_scalar is None"),
+    ("SmolLM3", dict(no_rope_layer_interval=None), "no_rope_layer_interval is None"),
+    ("Gemma3", dict(sliding_window=None), "sliding_window says that no layer slides"),
+    ("Gemma3", dict(layer_types=["full_attention"]), "layer_types must be"),
+    ("Gemma3", dict(rope_parameters={"rope_theta": 1e4}), "rope_parameters has 'rope_theta'"),
+    ("Gemma3", dict(rope_parameters={"sliding_attention": {"rope_type": "linear", "factor": 2}}),
+     "'linear' of sliding_attention"),
+    ("Olmo3", dict(rope_scaling={"rope_type": "longrope"}), "rope type 'longrope'"),
+    ("Olmo3", dict(hidden_act="gelu"), "hidden_act 'gelu'"),
+    ("SmolLM3", dict(no_rope_layers=[1, 1]), "no_rope_layers must be 1.* each of 6"),
+    ("SmolLM3", dict(no_rope_layers=[2] * 6), "no_rope_layers must be 1"),
+    ("SmolLM3", dict(use_sliding_window=True, sliding_window=64), "use_sliding_window"),
+    ("Phi3", dict(rope_scaling={"rope_type": "llama3"}), "'llama3' .*default, longrope, su"),
+    ("Phi3", dict(rope_scaling={"type": "longrope", "short_factor": [1.0] * 3}), "8 positive"),
+    ("Phi3", dict(rope_scaling={"type": "longrope"}), "short_factor is None"),
+    ("Phi3", dict(partial_rotary_factor=0.2), "rotates 3 of a head's 16"),
+    ("Phi3", dict(partial_rotary_factor=1.5), "partial_rotary_factor is 1.5"),
+    ("Llama", dict(rope_scaling={"rope_type": "yarn", "factor": 2, "truncate": False}), "truncate"),
+    ("Llama", dict(rope_scaling={"rope_type": "yarn", "factor": 2}, rope_theta=1.0),
+     "rope_theta is 1.0")])
+def test_what_later_families_may_have_and_nothing_computes_is_named(family, change, named):
+    raw = {"architectures": [family + "ForCausalLM"], **SIZES, "num_hidden_layers": 6}
+    assert config_from_hf(raw).n_layers == 6
+    with pytest.raises(ValueError, match=named):
+        config_from_hf({**raw, **change})
 
 
 @pytest.mark.parametrize("change, named", [

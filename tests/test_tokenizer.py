@@ -9,7 +9,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from chat_template import ChatTemplate
+from formats.chat_template import ChatTemplate
 from formats.tokenizer_model import TokenizerModel
 from helpers import TINY
 from tokenizer import GeneratedText, Tokenizer

@@ -66,7 +66,7 @@ def test_logits_and_greedy_tokens_equal_one_process(one, ranks):
     for name in names:
         assert (found[f"{name} logits"] - one[f"{name} logits"]).abs().max() < 1e-4, name
         assert torch.equal(found[f"{name} tokens"], one[f"{name} tokens"]), name
-    for name in ("draft", "lookup", "sampled"):
+    for name in ("draft", "lookup", "sampled", "grammar"):
         assert torch.equal(found[f"{name} tokens"], one[f"{name} tokens"]), name
     for name in ("draft", "lookup"):
         assert found[f"{name} accepted"] == one[f"{name} accepted"] > 0

@@ -14,8 +14,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from chat_template import ChatTemplate, compile_template
 from cli import add_template_args, template_args_of
+from formats.chat_template import ChatTemplate, compile_template
 from formats.folder import write_checkpoint
 from formats.gguf_tokenizer import NORMAL, USER_DEFINED, write_tokenizer
 from formats.tokenizer_config import read_templates

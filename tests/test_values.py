@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import chat
-from batch import Batch, Prompt, generate_batch
 from cli import make_parser
 from convert_hf import convert
 from draw import NOT_FINITE
@@ -21,6 +20,7 @@ from formats.folder import open_file
 from generate import generate, load, make_cache, prefill
 from helpers import TINY, as_on_a_gpu, hf_model, random_model, run
 from sample import Sampling
+from streams import Batch, Prompt, generate_batch
 from terminal import show, user_errors
 from test_errors import refused
 

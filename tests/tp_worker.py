@@ -18,8 +18,11 @@ sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
 import tp  # noqa: E402
 from draw import sample  # noqa: E402
 from generate import generate, load, make_cache, warm, weight_bytes  # noqa: E402
+from grammar import Grammar  # noqa: E402
 from helpers import TINY, run  # noqa: E402
+from sample import Sampling  # noqa: E402
 from speculate import Speculation  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
 
 DRAFT = TINY.parent / "tiny-draft"
 CASES = {"wide": ("wide", None), "wide-int8": ("wide", "int8"), "wide-int4": ("wide", "int4"),
@@ -53,6 +56,10 @@ def findings(folder: Path) -> dict[str, torch.Tensor]:
         found[f"{name} accepted"] = torch.tensor(speculation.accepted)
     found["sampled tokens"] = said(model, make_cache(model, 4, 12), temperature=0.9, top_p=0.9,
                                    seed=5)
+    grammar = Grammar(Tokenizer(TINY), model.config.vocab_size, regex="[a-z ]{30,40}(yes|no)")
+    found["grammar tokens"] = torch.tensor(list(generate(
+        model, make_cache(model, 4, 12), PROMPT, 40, sampling=Sampling(1.5, seed=5,
+                                                                       grammar=grammar))))
     return found
 
 

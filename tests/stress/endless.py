@@ -47,7 +47,7 @@ def talk(model, cache, prompt_ids: list[int], tokens: int):
     bytes by which memory grew after the ring had been full twice."""
     ids = list(prompt_ids)
     latest = deque(ids, maxlen=model.config.n_layers * cache.window)
-    warm, every, grown, base = 2 * (cache.n_sink + cache.ring), max(1, tokens // 20), 0, 0
+    warm, every, grown, base = 2 * cache.of_layer[0].n_used, max(1, tokens // 20), 0, 0
     said = generate(model, cache, prompt_ids, tokens, stop_ids=(), temperature=0.8, seed=0)
     for n, token_id in enumerate(said, 1):
         latest.append(token_id)
@@ -79,7 +79,7 @@ def old_over_young(model, old, turns: int) -> float:
     turns."""
     young = make_cache(model, old.n_sink, old.window)
     token = torch.zeros(1, 1, dtype=torch.int64)
-    while int(young.length) < young.n_sink + young.ring:
+    while int(young.length) < young.of_layer[0].n_used:
         model(token, young)
 
     def steps(cache) -> float:
@@ -105,7 +105,8 @@ def main():
     args = parser.parse_args()
     model, tokenizer = load(TINY, "cpu", torch.float32, compile=args.compile)
     cache = make_cache(model, window=args.window)
-    if args.tokens < (least := max(2 * cache.ring, model.config.n_layers * cache.window) + 300):
+    least = 300 + max(2 * cache.of_layer[0].ring, model.config.n_layers * cache.window)
+    if args.tokens < least:
         parser.error(f"--tokens {args.tokens} is too few to be old; at least {least}")
     start = time.perf_counter()
     sinks, latest, grown = talk(model, cache, tokenizer.encode("It was a dark"), args.tokens)

@@ -27,15 +27,20 @@ sys.path[:0] = [str(STRESS.parent.parent), str(STRESS.parent), str(STRESS)]
 
 from transformers.utils import chat_template_utils  # noqa: E402
 
-from chat_template import ChatTemplate, unescape  # noqa: E402
 from cli import plain_parser  # noqa: E402
+from formats.chat_template import ChatTemplate, unescape  # noqa: E402
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 # How the names of marks look in the templates of released models.
 MARKS = re.compile(r"<[|\uff5c][^<>|\uff5c]{1,40}[|\uff5c]>|\[/?[A-Z_]{3,}\]|</?[a-z_]{1,20}>")
 USERS = ["Hi there, cat.", " Is it <late>?\n", "So </s> long<|im_end|>"]
 ANSWERS = ["Hello.", "It sat on\nthe mat", "<think>\nwhy\n</think>\n\nBecause."]
-ARGS = [{}, {"enable_thinking": False}, {"enable_thinking": True, "reasoning_effort": "low"},
+TOOLS = [{"type": "function", "function": {
+    "name": name, "description": "Tells </s> it", "parameters": {
+        "type": "object", "properties": {"of": {"type": "string", "description": "Where"}}}}}
+    for name in ("get_weather", "get_time")]
+ARGS = [{}, {"tools": TOOLS}, {"enable_thinking": False},
+        {"enable_thinking": True, "reasoning_effort": "low"},
         {"documents": [{"title": "Cats", "text": "They sit."}]}]
 
 
@@ -51,6 +56,18 @@ def conversations() -> Iterator[list[dict]]:
     yield [{"role": "user", "content": "One."}, {"role": "user", "content": "Two."}]
     yield [{"role": "assistant", "content": "Me first."}, {"role": "user", "content": "Yes?"}]
     yield [{"role": "tool", "content": "5"}]
+    for n in (1, 2):  # calls of functions
+        calls = [{"id": f"call0000{i}", "type": "function", "function": {
+            "name": TOOLS[i]["function"]["name"], "arguments": {"of": "a </s> <city>", "n": [1.5]}}}
+            for i in range(n)]
+        asked = [{"role": "user", "content": USERS[0]},
+                 {"role": "assistant", "content": "", "tool_calls": calls}]
+        results = [{"role": "tool", "tool_call_id": call["id"], "name": call["function"]["name"],
+                    "content": "5 <|im_end|>"} for call in calls]
+        yield asked
+        yield [*asked, *results]
+        yield [*asked, *results, {"role": "assistant", "content": "So."},
+               {"role": "user", "content": "Ah."}]
 
 
 def templates_below(folder: Path) -> dict[str, str]:
@@ -113,7 +130,8 @@ def compare(name: str, source: str, counts: collections.Counter, verbose: bool) 
     template = ChatTemplate({"default": source}, set(MARKS.findall(source)) | {*TOKENS.values()},
                             set(), TOKENS)
     for messages in conversations():
-        has_answer = len(messages) > 2 and messages[-2]["role"] == "assistant"
+        has_answer = [message["role"] for message in messages[-2:]] == ["assistant", "user"] and (
+            len(messages) > 2)
         for args in ARGS:
             for prompt in (True, False):
                 ours = rendered(template.render, messages, prompt, args)

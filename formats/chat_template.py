@@ -11,6 +11,7 @@ one, the name is escaped here, and its characters are encoded as ordinary text.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -30,6 +31,11 @@ USER_MARK, ANSWER_MARK = "\ue000user\ue001", "\ue000answer\ue001"
 # A name is escaped by this character after its first one. Where a message contains the character
 # itself, it is doubled.
 ESCAPE = "\ue002"
+# A conversation with two tools, which shows how a template writes them and calls of them.
+PROBE_TOOLS = [{"type": "function", "function": {
+    "name": f"probe_{letter}", "description": "d", "parameters": {
+        "type": "object", "properties": {"x": {"type": "string", "description": "d"}}}}}
+    for letter in "ab"]
 # What the engine itself gives a template. Template arguments can't replace these.
 ENGINE_ARGS = ("messages", "add_generation_prompt")
 
@@ -69,17 +75,29 @@ class ChatTemplate:
             return alone, opening.removeprefix(alone)
         return opening, ""
 
-    def conversation(self, messages: list[dict], args: dict | None = None) -> tuple[str, str]:
-        """The beginning of a conversation, up to where an answer begins: (opening, rest).
+    def conversation(self, messages: list[dict], args: dict | None = None,
+                     ends_with: str = "answer") -> tuple[str, str]:
+        """The beginning of a conversation, up to where an answer begins: (opening, rest). With
+        ends_with "turn" it ends after the last message, with "message" within it, where its text
+        goes on.
 
         The opening is the first that system_turn returns. It is "" without a system turn, and where
         the template renders the system turn otherwise in this conversation."""
-        text, opening = self.render(messages, args=args), ""
+        text, opening = self._ending(messages, args, ends_with), ""
         if messages[0]["role"] == "system" and messages[0]["content"].strip():
             opening, _ = self.system_turn(messages[0]["content"], args)
         if not text.startswith(opening):
             opening = ""
         return opening, text.removeprefix(opening)
+
+    def _ending(self, messages: list[dict], args: dict | None, ends_with: str) -> str:
+        if ends_with != "message":
+            return self.render(messages, ends_with == "answer", args)
+        last = {**messages[-1], "content": messages[-1]["content"] + ANSWER_MARK}
+        text, mark, _ = self.render([*messages[:-1], last], False, args).partition(ANSWER_MARK)
+        if not mark:
+            raise ValueError("the chat template does not render the last message")
+        return text
 
     def next_turn(self, user: str, args: dict | None = None) -> str:
         """What stands between the end of an answer and the beginning of the next one."""
@@ -130,21 +148,35 @@ class ChatTemplate:
     @functools.cached_property
     def reserved(self) -> set[str]:
         """Names that are escaped in messages: the special tokens', and those of added words that
-        the template marks turns with.
+        the template marks turns, tools, calls and results with.
 
         Other added words may stand in a message. <think>, for one, is part of an answer, and
         clients send answers back as messages. Whitespace (an added word in Gemma's vocabulary) is
         in every message and marks no turn. A name of one character can't be cut."""
+        names = self.special_names | self._turn_marks | self._tool_marks
+        return {name for name in names if len(name) > 1}
+
+    @functools.cached_property
+    def _turn_marks(self) -> set[str]:
         roles = ("system", "user", "assistant", "user")
         turns = [{"role": role, "content": "a"} for role in roles]
-        names, marks = any_of(self.special_names | self.added_words), set()
-        for some in (turns, turns[1:]):  # some templates refuse a system turn
-            try:
-                marks.update(names.findall(self._run(some, False, {})))
-            except ValueError:
-                continue
-        marks = {mark for mark in marks if not mark.isspace()}
-        return {name for name in self.special_names | marks if len(name) > 1}
+        return self._names_in((turns, {}), (turns[1:], {}))  # some refuse a system turn
+
+    @functools.cached_property
+    def _tool_marks(self) -> set[str]:
+        """What the template writes around tools, calls and results only, such as <tool_call>. An
+        answer may hold added words of these: the model says them."""
+        calls = probe_turns(1)
+        return self._names_in((calls, {}), (calls, {"tools": PROBE_TOOLS})) - self._turn_marks
+
+    def _names_in(self, *conversations: tuple[list[dict], dict]) -> set[str]:
+        """The names that the template itself writes in these conversations, each with its
+        arguments."""
+        names, found = any_of(self.special_names | self.added_words), set()
+        for turns, args in conversations:
+            with contextlib.suppress(ValueError):
+                found.update(names.findall(self._run(turns, False, args)))
+        return {name for name in found if not name.isspace()}
 
     @functools.cached_property
     def _reserved_pattern(self) -> re.Pattern:
@@ -154,7 +186,8 @@ class ChatTemplate:
     def _answers_pattern(self) -> re.Pattern:
         """Names that are escaped in an answer that comes back as a message: all but the words at
         which the template itself takes an answer apart, such as </think>."""
-        return any_of(name for name in self.reserved if not self._takes_apart(name))
+        names = self.reserved - (self._tool_marks & self.added_words)
+        return any_of(name for name in names if not self._takes_apart(name))
 
     def _takes_apart(self, name: str) -> bool:
         """Whether the template changes an answer because this name is in it."""
@@ -200,6 +233,18 @@ class ChatTemplate:
         while names.search(escaped):
             escaped = names.sub(escape_name, escaped)
         return escaped
+
+
+def probe_turns(n_calls: int) -> list[dict]:
+    """A question, and an answer that calls so many of PROBE_TOOLS, with their results."""
+    calls = [{"id": f"probe000{letter}", "type": "function", "function": {
+        "name": f"probe_{letter}", "arguments": {"x": f"said_{letter}"}}}
+        for letter in "ab"[:n_calls]]
+    turns = [{"role": "user", "content": "a"}]
+    if calls:
+        turns.append({"role": "assistant", "content": "", "tool_calls": calls})
+    return turns + [{"role": "tool", "tool_call_id": call["id"], "content": "probe_result"}
+                    for call in calls]
 
 
 def check_args(args: dict) -> None:
@@ -259,9 +304,10 @@ def compile_template(source: str):
             return caller()
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True,
+        trim_blocks=True, lstrip_blocks=True, finalize=to_text,
         extensions=[GenerationBlock, "jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = to_json
+    environment.filters["string"] = lambda value: str(to_text(value))
     environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
     return environment.from_string(source)
 
@@ -276,5 +322,21 @@ def strftime_now(format: str) -> str:
 
 
 def to_json(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+    text = json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
                       sort_keys=sort_keys)
+    return keep_escapes(text) if ensure_ascii else text
+
+
+def to_text(value) -> Any:
+    """A value as a template writes it: a list or an object as Python does."""
+    return keep_escapes(str(value)) if isinstance(value, (list, tuple, dict)) else value
+
+
+def keep_escapes(text: str) -> str:
+    """Text with ESCAPE itself where JSON in ASCII, or Python, has spelled it: once for the escape
+    of a name, and twice for the character."""
+    def kept(found: re.Match) -> str:
+        backslash, first, second = found.groups()
+        return backslash or (first if second else ESCAPE)
+
+    return re.sub(r"(\\\\)|(\\ue002)(\\ue002)?", kept, text)
