@@ -557,7 +557,7 @@ def test_the_stress_program_compares_all_templates_below_a_folder(tmp_path, monk
     assert found["equal"] > 600 and found["refused by both"] > 50
     assert found["otherwise: tokenizer_config.json: default"] > 0  # the last question's system turn
     assert "otherwise: a/llama2.jinja" not in found
-    monkeypatch.setattr("chat_template.to_json", lambda value, **options: "other")
+    monkeypatch.setattr("formats.chat_template.to_json", lambda value, **options: "other")
     compile_template.cache_clear()
     status, found = counts()
     assert status == 1 and found["differ: tokenizer_config.json: rag"] == found["differ"] > 0
