@@ -142,7 +142,7 @@ def ending_of(chat: Chat) -> str:
 
 def sampling_of(fields: Options, suggested: dict[str, float]) -> Sampling:
     """How a request's answers are drawn: as it says, else as the model suggests."""
-    settings = {name: getattr(fields, name) for name in RANGES}
+    settings = {name: getattr(fields, name) for name in RANGES if hasattr(fields, name)}
     settings |= {name: value for name, value in suggested.items()
                  if name not in fields.model_fields_set}
     settings["top_k"] = max(settings["top_k"], 0)

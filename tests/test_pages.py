@@ -12,9 +12,9 @@ from test_readme import PAGES
 PAGES = [*PAGES, ROOT / "checkpoints" / "tiny" / "README.md"]
 ids = [str(page.relative_to(ROOT)) for page in PAGES]
 every_page = pytest.mark.parametrize("page", PAGES, ids=ids)
-# Flags of other people's programs, where a page speaks of those.
+# Flags of other people's programs, and of scripts that are not among test_help's.
 OTHERS = {"--nproc", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint",
-          "--interrupt_requests", "--help", "--valid"}
+          "--interrupt_requests", "--help", "--valid", "--model_args", "--parts"}
 FOLDERS = "docs|tests|server|bench|examples|formats"
 
 
@@ -32,7 +32,7 @@ def code(text):
     """Every code span, and every line of a code block (indented by four, or fenced)."""
     blocks = re.findall(r"^```(?:sh|python server|python|)\n(.*?)^```$", text, re.M | re.S)
     spans = re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", without_fences(text))
-    lines = re.findall(r"^ {4}(\S.*)$", text, re.M)
+    lines = re.findall(r"^ {4}(\S.*)$", without_fences(text), re.M)
     return [*(" ".join(span.split()) for span in spans), *lines,
             *(line for block in blocks for line in block.splitlines())]
 
