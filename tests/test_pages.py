@@ -30,9 +30,10 @@ def without_fences(text):
 
 def code(text):
     """Every code span, and every line of a code block (indented by four, or fenced)."""
-    blocks = re.findall(r"^```(?:sh|python server|python|)\n(.*?)^```$", text, re.M | re.S)
+    fences = re.findall(r"^```([^\n]*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    blocks = [inside for kind, inside in fences if kind not in ("diff", "text", "json")]
     spans = re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", without_fences(text))
-    lines = re.findall(r"^ {4}(\S.*)$", without_fences(text), re.M)
+    lines = re.findall(r"^ {4}(\S.*)$", without_fences(text), re.MULTILINE)
     return [*(" ".join(span.split()) for span in spans), *lines,
             *(line for block in blocks for line in block.splitlines())]
 
