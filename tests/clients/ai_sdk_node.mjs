@@ -4,7 +4,8 @@ import {generateObject, generateText, streamText, tool} from "ai";
 import {z} from "zod";
 import {check, BASE, MODEL, QUESTION} from "./checks.mjs";
 
-const compatible = createOpenAICompatible({name: "ours", baseURL: BASE, apiKey: "none"})(MODEL);
+const compatible = createOpenAICompatible({
+  name: "ours", baseURL: BASE, apiKey: "none", supportsStructuredOutputs: true})(MODEL);
 const openai = createOpenAI({baseURL: BASE, apiKey: "none"});
 const asked = {prompt: QUESTION, maxOutputTokens: 100, maxRetries: 0};
 const weather = tool({description: "The weather in a city.",

@@ -7,12 +7,13 @@ import sys
 from checks import BASE, MODEL, check
 
 
-def evaluate(task, **options):
+def evaluate(task, batch_size=1, **options):
     given = {"model": MODEL, "base_url": f"{BASE}/completions", **options}
     done = subprocess.run(
         [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args",
          ",".join(f"{name}={value}" for name, value in given.items()), "--tasks", task,
-         "--include_path", os.environ["TASKS"]], capture_output=True, text=True)
+         "--include_path", os.environ["TASKS"], "--batch_size", str(batch_size)],
+        capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-300:])
     return task in done.stdout
