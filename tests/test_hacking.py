@@ -14,10 +14,10 @@ DIFFS = re.findall(r"^```diff\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 NEW_TEST = re.compile(r"^\+\+\+ b/(tests/test_\w+\.py)$", re.MULTILINE)
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    """A copy of what is committed but the git history, without the large tests' files."""
-    folder = tmp_path_factory.mktemp("copy") / "gpt-stream"
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the repository, without what no example needs."""
+    folder = tmp_path / "gpt-stream"
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(
         ".*", "__pycache__", "docs", "smollm2*", "published", "tokenizers"))
     return folder
@@ -30,7 +30,7 @@ def test_there_are_three():
 @pytest.mark.slow
 @pytest.mark.parametrize("diff", DIFFS, ids=[NEW_TEST.search(diff)[1] for diff in DIFFS])
 def test_an_example_applies_and_its_test_passes(diff, copy):
-    for argv, given in ((["git", "apply", "--recount"], diff),
+    for argv, given in ((["git", "apply"], diff),
                         ([sys.executable, "-m", "pytest", NEW_TEST.search(diff)[1]], None)):
         done = subprocess.run(argv, cwd=copy, input=given, capture_output=True, text=True,
                               env=ONE_THREAD)
@@ -40,12 +40,10 @@ def test_an_example_applies_and_its_test_passes(diff, copy):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("diff", DIFFS, ids=[NEW_TEST.search(diff)[1] for diff in DIFFS])
-def test_without_the_change_its_test_fails(diff, copy, tmp_path):
+def test_without_the_change_its_test_fails(diff, copy):
     """So that the test is about the change."""
-    folder = tmp_path / "only"
-    shutil.copytree(copy, folder)
-    subprocess.run(["git", "apply", "--recount", "--exclude=*.py", "--include=tests/test_*"],
-                   cwd=folder, input=diff, text=True, check=True)
-    done = subprocess.run([sys.executable, "-m", "pytest", NEW_TEST.search(diff)[1]], cwd=folder,
+    subprocess.run(["git", "apply", "--exclude=*.py", "--include=tests/test_*"],
+                   cwd=copy, input=diff, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "pytest", NEW_TEST.search(diff)[1]], cwd=copy,
                           capture_output=True, text=True, env=ONE_THREAD)
     assert done.returncode != 0

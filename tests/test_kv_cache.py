@@ -73,7 +73,7 @@ def test_layers_without_rotary_positions_equal_the_paper():
     expected = [oracle.feed(t) for t in tokens[0]]
     logits = torch.cat([model(part, cache)[0] for part in tokens.split(7, dim=1)])
     assert largest_difference(logits, expected) < 1e-4
-    assert len(cache.geometries) == 1  # one region when it is compiled
+    assert len(cache.geometries) == 1
 
 
 @pytest.mark.parametrize("n_tokens", [4, 9])
