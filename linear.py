@@ -97,27 +97,26 @@ define("gpt_stream::lanes_in_parts",
 
 @implement("gpt_stream::lanes_in_parts", "cpu")
 def lanes_in_parts_cpu(x, words, scale, zero):
-    """As lane_sums, but a part of W at a time becomes a matrix (K, rows) of the fields, times the
-    scale, and the zeros are a product of their own. So there are few passes over W."""
+    """As lane_sums, but a part of W at a time becomes a matrix of the fields, times the scale, for
+    each 16 rows, and the zeros are a product of their own. So there are few passes over W."""
     (B, m, G, lanes), K = words.shape, x.shape[-1]
     n, x32 = K // (m * G), x.reshape(-1, K).float()
     T, groups = len(x32), x32.view(-1, G, m, n)
     inputs = word_inputs(x32, n).view_as(groups).permute(0, 3, 2, 1).reshape(T, K)
     masks = torch.tensor(word_masks(32 // n), dtype=torch.int32).view(n, 1, 1, 1)
-    more = (scale * zero).transpose(0, 1).reshape(G, -1)  # (G, N)
-    y = torch.mm(-groups.sum((2, 3)), more)  # (T, N)
     size = math.ceil(B / math.ceil(B * lanes * K / PART))
-    buffer = x32.new_empty(K * size * lanes)
-    for w, s, out in zip(words.split(size), scale.split(size), y.split(size * lanes, dim=1)):
-        fields = buffer[:K * out.shape[1]].view(n, m, G, -1)  # the last dimension: rows of W
+    buffer, y = x32.new_empty(size, n, m, G, lanes), x32.new_empty(B, T, lanes)
+    for w, s, out in zip(words.split(size), scale.split(size), y.split(size)):
+        fields = buffer[:len(w)]
         integers = fields.view(torch.int32)
-        w = w.view(torch.int32).permute(1, 2, 0, 3).reshape(m, G, -1)
-        torch.bitwise_and(w, masks, out=integers)
+        torch.bitwise_and(w.view(torch.int32)[:, None], masks, out=integers)
         fields.copy_(integers)  # in place
-        fields[-1] += 2.0**31  # the highest value of the last field, which lanes store as a sign
-        fields *= s.transpose(0, 1).reshape(G, -1)
-        out.addmm_(inputs, fields.view(K, -1))
-    return y.type_as(x)
+        fields[:, -1] += 2.0**31  # the last field's highest value, which lanes store as a sign
+        fields *= s[:, None, None]
+        torch.bmm(inputs.expand(len(w), -1, -1), fields.view(-1, K, lanes), out=out)
+    zeros = (scale * zero).transpose(0, 1).reshape(G, -1)  # (G, N)
+    y = y.transpose(0, 1).reshape(T, -1)
+    return y.addmm_(groups.sum((2, 3)), zeros, alpha=-1).type_as(x)
 
 
 @torch.library.register_fake("gpt_stream::lanes_in_parts")
