@@ -28,6 +28,7 @@ class TokenNames:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int):
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.special_names = {token_id: text for text, token_id in tokenizer.specials.items()}
+        self.known: dict[int, tuple[str, list[int]]] = {}
 
     @functools.cached_property
     def bytes(self) -> list[bytes] | None:
@@ -37,15 +38,21 @@ class TokenNames:
         except ValueError:
             return None
 
+    def name(self, token_id: int) -> tuple[str, list[int]]:
+        """A token's text and bytes, looked up once: 20 alternatives a token are many."""
+        if token_id not in self.known:
+            text, found = self.special_names.get(token_id), None
+            if text is None:
+                text = self.tokenizer.decode([token_id])
+                found = self.bytes[token_id] if self.bytes else None
+            self.known[token_id] = text, list(text.encode() if found is None else found)
+        return self.known[token_id]
+
     def token(self, token_id: int, logprob: float | None, likeliest: dict[int, float] | None = None,
               offset: int = 0) -> Token:
-        text, found = self.special_names.get(token_id), None
-        if text is None:
-            text = self.tokenizer.decode([token_id])
-            found = self.bytes[token_id] if self.bytes else None
-        return Token(text, list(text.encode() if found is None else found),
-                     None if logprob is None else max(logprob, LEAST_LOGPROB),
-                     [self.token(*other) for other in (likeliest or {}).items()], offset)
+        logprob = None if logprob is None else max(logprob, LEAST_LOGPROB)
+        top = [self.token(*other) for other in (likeliest or {}).items()]
+        return Token(*self.name(token_id), logprob, top, offset)
 
     def prompt_tokens(self, ids: list[int], logprobs: list[tuple[float, dict[int, float]]],
                       text: str) -> list[Token]:
