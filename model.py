@@ -130,7 +130,9 @@ def rope(positions: Tensor, frequencies: Tensor, amplitude: float = 1.0) -> tupl
     The angle is computed in float64, since a stream has no last position: in float32 it would be
     wrong by 0.02 radians at position 10^6 and by 2 at 10^8."""
     angles = positions[:, :, None, None].double() * frequencies
-    cos, sin = angles.cos() * amplitude, angles.sin() * amplitude
+    cos, sin = angles.cos(), angles.sin()
+    if amplitude != 1:
+        cos, sin = cos * amplitude, sin * amplitude
     return materialize(cos.float()), materialize(sin.float())
 
 
