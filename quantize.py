@@ -10,8 +10,9 @@ kernel. Each weight (N, K) of a matrix multiplication has its scales beside it, 
            scale (N, K / g) and zero uint8 (N, K / g), in sixteenths of a nibble, for g columns
            each                                               w = (nibble - zero / 16) * scale
 
-Embedding and output projection are int8 in both modes, since int4 costs most there. Norms and biases stay as they are. The layouts that int4 kernels need are made after
-loading (layers.Int4Linear.pack).
+Embedding and output projection are int8 in both modes, since int4 costs most there. Norms and
+biases stay as they are. The layouts that int4 kernels need are made after loading
+(layers.Int4Linear.pack).
 
 Published models (formats/published.py) keep their integers, so their folders may mix kinds and have
 
