@@ -1,6 +1,6 @@
 """The API as people's clients use it, in this process: their fields, limits, routes and messages.
 
-tests/clients/run.py runs the clients themselves; the bodies in RECORDED are what they sent there.
+tests/clients/run.py runs the clients themselves; RECORDED is what they sent there.
 """
 
 import asyncio
@@ -273,15 +273,25 @@ def test_what_a_client_marks_for_a_cache_is_a_label(service):
         assert service.chat([{"role": "user", "content": [{"type": kind, "text": "Hi there."}]}])
 
 
-# What clients sent by their defaults when tests/clients/run.py ran them, beside model and messages.
+# What clients sent, through a recording proxy, when tests/clients/run.py ran them on 2026-11-28,
+# beside model, messages, tools and formats of answers.
 RECORDED = {
-    "openai": {}, "Open WebUI": {"stream": True, "max_tokens": 1000},
+    "openai 3.57.0": {"max_tokens": 4096, "stop": "e"},
+    "openai 3.57.0, logprobs": {"logprobs": True, "max_tokens": 40, "top_logprobs": 5},
+    "openai (npm) 6.49.0": {"max_tokens": 100, "stream": True},
+    "AI SDK 6.0.326": {"max_tokens": 100, "stream": True,
+                       "stream_options": {"include_usage": True}},
+    "litellm 1.110.2": {"max_tokens": 40, "stream": True},
+    "LangChain 1.7.4": {"max_completion_tokens": 100, "stream": False},
+    "LlamaIndex 0.8.1": {"max_tokens": 100, "stream": False, "temperature": 0.1},
+    "pydantic-ai 2.68.0": {"max_completion_tokens": 100, "stream": True,
+                           "stream_options": {"include_usage": True}}}
+# What others' documentation and code give as their fields' defaults.
+DOCUMENTED = {
+    "Open WebUI": {"stream": True, "max_tokens": 1000},
     "Continue": {"stream": True, "max_tokens": 4096},
     "guidellm": {"stream": True, "ignore_eos": True, "max_completion_tokens": 9, "max_tokens": 9,
                  "stream_options": {"include_usage": True, "continuous_usage_stats": True}},
-    "AI SDK": {"stream": True, "stream_options": {"include_usage": True}},
-    "LangChain": {"n": 1, "stream": False, "temperature": 0.7, "logprobs": None},
-    "LlamaIndex": {"temperature": 0.1, "stream": False, "max_tokens": 9},
     "smolagents": {"stop": ["Observation:", "Calling tools:"], "stream": False},
     "llama.cpp's own page": {
         "stream": True, "cache_prompt": True, "samplers": None, "dynatemp_range": 0,
@@ -302,9 +312,9 @@ RECORDED = {
               "decoder_input_details": False, "return_full_text": False}}
 
 
-@pytest.mark.parametrize("client", RECORDED)
+@pytest.mark.parametrize("client", {**RECORDED, **DOCUMENTED})
 def test_what_clients_send_by_default_is_taken(service, client):
-    assert service.chat(**RECORDED[client])
+    assert service.chat(**{**RECORDED, **DOCUMENTED}[client])
 
 
 def test_openais_client_reads_all_of_it(service):
