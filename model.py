@@ -393,7 +393,8 @@ class Transformer(nn.Module):
             groups, amplitude = config.n_heads // config.n_kv_heads, rope_amplitude(config, kind)
             # Until the window slides, sinks see queries at their own positions. An eager call knows
             # whether it does; a graph is for any number of slots.
-            slides = torch.compiler.is_compiling() or len(slots) > geometry.n_sink + geometry.window
+            most = geometry.n_sink + geometry.window
+            slides = torch.compiler.is_compiling() or len(slots) >= most
             sinks_at = cache.sink_positions(geometry, positions)
             steps[kind] = Step(
                 rope=rope(positions, frequencies, amplitude),

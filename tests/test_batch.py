@@ -1,6 +1,7 @@
 """Streams side by side against each of them alone, and how the rows are kept busy."""
 
 import json
+import math
 import random
 import signal
 import sys
@@ -105,7 +106,7 @@ def test_a_stream_can_be_ended_from_outside(expected):
 
 def test_no_more_chunks_come_between_two_steps_than_one_and_the_idle_rows(monkeypatch):
     model = random_model()
-    batch, step, chunks, most = Batch(model, 3, 4, WINDOW), model.step, [], {}
+    batch, begin, chunks, most = Batch(model, 3, 4, WINDOW), model.begin, [], {}
 
     def watched(tokens, cache, *rest):
         if cache is batch.staging[0]:
@@ -115,20 +116,20 @@ def test_no_more_chunks_come_between_two_steps_than_one_and_the_idle_rows(monkey
                 idle = max(chunks)
                 most[idle] = max(most.get(idle, 0), len(chunks))
             chunks.clear()
-        return step(tokens, cache, *rest)
+        return begin(tokens, cache, *rest)
 
-    monkeypatch.setattr(model, "step", watched)
+    monkeypatch.setattr(model, "begin", watched)
     list(generate_batch(model, prompts_of([40] * 3 + [200] * 4), max_new_tokens=30, batch=batch))
     assert most[0] == 1 and most[1] == 2 and most[2] <= 3
 
 
 def test_the_device_is_read_once_a_step_after_the_next_step_is_queued(monkeypatch):
     model, events = random_model(), []
-    batch, step, tolist = Batch(model, 2, 4, WINDOW), model.step, torch.Tensor.tolist
+    batch, begin, tolist = Batch(model, 2, 4, WINDOW), model.begin, torch.Tensor.tolist
     stream = generate_batch(model, prompts_of([3, 3]), max_new_tokens=9, batch=batch,
                             sampling=Sampling(0.7))
     next(stream)  # both rows are busy and no prompt waits
-    monkeypatch.setattr(model, "step", lambda *a: events.append("step") or step(*a))
+    monkeypatch.setattr(model, "begin", lambda *a: events.append("step") or begin(*a))
     as_on_a_gpu(monkeypatch)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: events.append("read") or tolist(t))
     for name in ("item", "__bool__", "__int__", "__float__", "cpu", "numpy"):
@@ -207,9 +208,9 @@ def test_a_row_of_any_settings_waits_for_nothing(monkeypatch):
 def test_samples_of_a_prompt_have_the_seeds_that_follow_and_one_prefill(monkeypatch):
     model, prompts = random_model(), prompts_of([40, 20])
     batch, read = Batch(model, 2, 4, WINDOW), []
-    step = model.step
-    monkeypatch.setattr(model, "step", lambda tokens, *rest: read.append(tokens.shape[1])
-                        or step(tokens, *rest))
+    begin = model.begin
+    monkeypatch.setattr(model, "begin", lambda tokens, *rest: read.append(tokens.shape[1])
+                        or begin(tokens, *rest))
     ids, _ = collected(generate_batch(model, [Prompt(prompts[0], Sampling(1.0, seed=7), 9,
                                                      samples=5), prompts[1]], batch=batch,
                                       max_new_tokens=4))
@@ -313,9 +314,10 @@ def test_rows_that_ended_hold_nothing_and_idle_ones_stay_short():
 @pytest.mark.parametrize("n_chunks, most", [(None, 4), (1, 1), (2, 2)])
 def test_how_many_chunks_come_between_two_steps_can_be_limited(monkeypatch, n_chunks, most):
     model = random_model()
-    batch, step, calls = Batch(model, 4, 4, WINDOW, n_chunks=n_chunks), model.step, []
-    monkeypatch.setattr(model, "step", lambda tokens, cache, *rest: calls.append(
-        "c" if cache is batch.staging[0] else ".") or step(tokens, cache, *rest))
+    batch, begin, calls = Batch(model, 4, 4, WINDOW, n_chunks=n_chunks), model.begin, []
+    monkeypatch.setattr(model, "begin", lambda tokens, cache, *rest: calls.append(
+        "c" if cache is batch.staging[0] else ".") or begin(tokens, cache, *rest))
+    monkeypatch.setattr(program, "PAUSE", math.inf)  # which would limit them by time
     list(generate_batch(model, prompts_of([5, 400]), max_new_tokens=60, batch=batch))
     between = "".join(calls).strip("c").strip(".").split(".")
     assert max(map(len, between)) == most
@@ -323,9 +325,9 @@ def test_how_many_chunks_come_between_two_steps_can_be_limited(monkeypatch, n_ch
 
 def test_a_row_that_is_busy_alone_is_stepped_alone_and_nothing_changes(monkeypatch):
     model, prompts = random_model(), prompts_of([9, 20, 3, 40])
-    limits, step, shapes = [30, 90, 10, 200], model.step, []
+    limits, begin, shapes = [30, 90, 10, 200], model.begin, []
     expected = [alone(model, *pair) for pair in zip(prompts, limits)]
-    monkeypatch.setattr(model, "step", lambda tokens, *rest: shapes.append(tokens.shape) or step(
+    monkeypatch.setattr(model, "begin", lambda tokens, *rest: shapes.append(tokens.shape) or begin(
         tokens, *rest))
     ids, _ = collected(generate_batch(model, prompts, 3, 4, WINDOW, limits))
     assert [ids[n] for n in range(4)] == expected
@@ -335,16 +337,16 @@ def test_a_row_that_is_busy_alone_is_stepped_alone_and_nothing_changes(monkeypat
 def test_a_very_long_prompt_takes_no_more_time_than_the_steps_beside_it(monkeypatch):
     """By a clock that only the model moves: a chunk takes as long as ten steps."""
     model, now, calls = random_model(n_layers=1), [0.0], []
-    batch, step = Batch(model, 4, 4, WINDOW), model.step
+    batch, begin = Batch(model, 4, 4, WINDOW), model.begin
     monkeypatch.setattr(program.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(program, "LONG_PROMPT", 100)
 
     def timed(tokens, cache, *rest):
         calls.append("c" if cache is batch.staging[0] else ".")
         now[0] += 0.1 if cache is batch.staging[0] else 0.01
-        return step(tokens, cache, *rest)
+        return begin(tokens, cache, *rest)
 
-    monkeypatch.setattr(model, "step", timed)
+    monkeypatch.setattr(model, "begin", timed)
     said = generate_batch(model, prompts_of([5, 900]), max_new_tokens=[300, 9], batch=batch)
     ids, _ = collected(said)
     between = "".join(calls).strip("c").split("c")[1:20]
@@ -385,7 +387,7 @@ def test_log_probabilities_are_noted_for_whoever_asks():
 @pytest.mark.parametrize("changes, word", [
     (dict(batch_size=0), "batch size 0"),
     (dict(prompts=[[1], []]), "empty"),
-    (dict(prompts=[[64]]), "outside"), (dict(max_new_tokens=0), "max_new_tokens 0"),
+    (dict(prompts=[[64]]), "outside"), (dict(max_new_tokens=-1), "max_new_tokens -1"),
     (dict(window=0), "window 0")])
 def test_what_cannot_be_is_refused(changes, word):
     with pytest.raises(ValueError, match=word):
@@ -394,7 +396,7 @@ def test_what_cannot_be_is_refused(changes, word):
 
 @pytest.mark.parametrize("changes, word", [
     (dict(logprobs=21), "logprobs 21 .* at most 20"), (dict(samples=0), "samples 0"),
-    (dict(max_new_tokens=0), "max_new_tokens 0")])
+    (dict(max_new_tokens=-1), "max_new_tokens -1")])
 def test_a_prompt_that_cannot_be_is_refused(changes, word):
     with pytest.raises(ValueError, match=word):
         Prompt([1], **changes)

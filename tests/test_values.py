@@ -160,11 +160,12 @@ def engine():
 
 async def complete(engine, ids, **fields):
     """(status, body) of a completion, as the HTTP side answers it."""
+    from server.jobs import make_jobs
     from server.protocol import ApiError, parse_request
     from server.responses import ResponseWriter
     body = {"model": "m", "prompt": ids, "temperature": 0, "max_tokens": 12, **fields}
     request = parse_request(json.dumps(body).encode(), False, "m", 500)
-    jobs, writer = engine.make_jobs(request, ""), ResponseWriter(request, "m", "")
+    jobs, writer = make_jobs(engine, request, ""), ResponseWriter(request, "m", "")
     try:
         async for events in engine.submit(jobs):
             writer.add(events)
@@ -195,9 +196,9 @@ def test_a_request_whose_logits_are_not_finite_has_an_error_and_others_their_ans
 
 def test_a_masked_token_s_logprob_is_a_number_in_json(engine):
     """-inf is no JSON; OpenAI writes -9999."""
-    step = engine.model.step
+    finish = engine.model.finish
     keep = torch.zeros(4096).index_fill_(0, torch.tensor([300, 301]), 1).bool()
-    engine.model.step = lambda *a: step(*a).masked_fill(~keep, -math.inf)
+    engine.model.finish = lambda *a: finish(*a).masked_fill(~keep, -math.inf)
     status, body = asyncio.run(complete(engine, [300, 301], logprobs=5))
     likeliest = json.loads(body, parse_constant=pytest.fail)[0]["logprobs"]["top_logprobs"]
     assert status == 200 and all(-9999.0 in each.values() for each in likeliest)
