@@ -191,6 +191,17 @@ def run_harness(args, model: Transformer, tokenizer: Tokenizer) -> None:
         show(make_table(results, "groups"))
 
 
+def check(args) -> None:
+    """Raises ValueError for flags that do not go together."""
+    if (args.text is None) == (args.tasks is None):
+        raise ValueError("give --text FILE or --tasks NAME,..., and not both")
+    for name in ("include_path", "limit", "num_fewshot"):
+        if getattr(args, name) is not None and args.text:
+            raise ValueError(f"--{name.replace('_', '-')} goes with --tasks")
+    if args.plot and args.tasks:
+        raise ValueError("--plot goes with --text")
+
+
 def main():
     parser = make_parser(__doc__)
     add = parser.add_argument
@@ -216,8 +227,7 @@ def main():
     add("--plot", metavar="FILE.png", help="draw it")
     with user_errors(parser):
         args = parser.parse_args()
-        if (args.text is None) == (args.tasks is None):
-            raise ValueError("give --text FILE or --tasks NAME,..., and not both")
+        check(args)
         if args.tasks:
             import_optional("lm_eval", "--tasks")
         else:

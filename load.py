@@ -212,8 +212,9 @@ def pack(model: Transformer, compile: bool) -> None:
         if isinstance(module, Linear | Int8Linear):
             module.unpack()
     model.tie()
-    # glibc's malloc maps larger blocks than any that it has seen freed anew each time, so their
-    # pages are zeroed each time. This makes it keep what the steps' tensors take.
+    # glibc returns a large block to the system when it is freed, and the next one has new pages,
+    # which the system zeroes first. "Large" means larger than any block freed before, up to 32 MB:
+    # after this one it keeps the memory of the steps' tensors.
     torch.empty(31 << 20, dtype=torch.uint8)
     for module in model.modules():
         if isinstance(module, Linear):

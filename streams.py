@@ -17,11 +17,7 @@ import torch
 from torch import Tensor
 
 from draw import NOT_FINITE, UNDRAWN, RowSampler, copy_to_host, new_seed
-from generate import (
-    check_ids,
-    make_cache,
-    prefill_chunks,
-)
+from generate import check_ids, make_cache, prefill_chunks
 from kv_cache import KVCache
 from model import Transformer
 from sample import Sampling, check_range, log_probabilities

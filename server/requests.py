@@ -56,7 +56,8 @@ def way_round(path: str, model: str) -> str:
     for begin, text in ELSEWHERE.items():
         if path.startswith(begin):
             return text.format(model=model)
-    return "This server has /v1/chat/completions, /v1/completions and /v1/models."
+    return ("This server has /v1/chat/completions, /v1/completions, /v1/responses and "
+            "/v1/models.")
 
 
 def check_host(request: HttpRequest, settings: Settings) -> None:

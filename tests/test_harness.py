@@ -181,7 +181,11 @@ def test_what_requests_begin_with_is_read_once(monkeypatch):
 
 
 @pytest.mark.parametrize("argv, naming", [
-    ([], ["--text", "--tasks"]), (["--text", "x", "--tasks", "y"], ["--text", "--tasks"])])
+    ([], ["--text", "--tasks"]), (["--text", "x", "--tasks", "y"], ["--text", "--tasks"]),
+    (["--text", "x", "--limit", "3"], ["--limit goes with --tasks"]),
+    (["--text", "x", "--num-fewshot", "3"], ["--num-fewshot goes with --tasks"]),
+    (["--text", "x", "--include-path", "y"], ["--include-path goes with --tasks"]),
+    (["--tasks", "x", "--plot", "y.png"], ["--plot goes with --text"])])
 def test_a_text_or_tasks(argv, naming):
     refused("eval", *argv, naming=naming)
 
