@@ -25,11 +25,12 @@ def attend(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, at) -> Tensor
     query, rotated for the sinks and for the ring; k and v are (B, kv_heads, S + R, D); `at` is the
     model's Step, of which the mask, n_sink and window are used."""
     one_compiled = q_recent.shape[1] == 1 and torch.compiler.is_compiling()
+    if one_compiled and not k.is_cuda:
+        return attend_in_sums(q_sink, q_recent, k, v, at.mask, at.n_sink)
+    q_sink, q_recent = q_sink.type_as(k), q_recent.type_as(k)
     if k.is_cuda:
         return (attend_gpu_sums if one_compiled else attend_all)(
             q_sink, q_recent, k, v, at.mask, at.n_sink)
-    if one_compiled:
-        return attend_in_sums(q_sink, q_recent, k, v, at.mask, at.n_sink)
     return torch.ops.gpt_stream.attend_held(q_sink, q_recent, k, v, at.mask, at.n_sink, at.window)
 
 
@@ -110,12 +111,13 @@ def attend_in_sums(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, mask:
     # A slice would make two graphs of one: the compiler would check whether n is every slot.
     k = k.as_strided((B, n_kv_heads, n, D), k.stride())[:, :, None].float()
     v = v.as_strided((B, n_kv_heads, n, D), v.stride())[:, :, None].float()
-    q_sink = materialize(q_sink.float().view(B, n_kv_heads, -1, 1, D))  # (B, kv_heads, G, 1, D)
-    q_recent = materialize(q_recent.float().view(B, n_kv_heads, -1, 1, D))
+    q_sink = materialize(q_sink).view(B, n_kv_heads, -1, 1, D)  # (B, kv_heads, G, 1, D)
+    q_recent = materialize(q_recent).view(B, n_kv_heads, -1, 1, D)
     is_sink = (torch.arange(n) < n_sink)[:, None]
     scores = (torch.where(is_sink, q_sink, q_recent) * k).sum(-1) / math.sqrt(D) + mask[:, None]
-    weights = scores.softmax(-1)  # (B, kv_heads, G, n)
-    return (weights[..., None] * v).sum(-2).reshape(B, 1, -1, D).to(dtype)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()  # (B, kv_heads, G, n)
+    y = (weights[..., None] * v).sum(-2) / weights.sum(-1, keepdim=True)  # (B, kv_heads, G, D)
+    return y.reshape(B, 1, -1, D).to(dtype)
 
 
 FLASH_SLOTS = 1024  # over more slots, attend_all is faster for one token than the flash kernel

@@ -162,23 +162,19 @@ def matvec(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T of one token, in float32. Inductor makes one pass over W of it, a product and a sum,
     which is faster than a library's matmul of one row.
 
-    Several parts of W are read side by side and each row is summed in pieces, since that keeps
-    more of the memory busy. A short row is one piece, since a sum's end costs more than its terms.
-    Inductor's sum is also slower over more than 4096 terms."""
-    K = weight.shape[1]
-    short = weight.is_floating_point() and K <= 512
-    pieces = pieces_of(K, at_least=1 if short else 2)
+    Four rows are read side by side, from as many parts of W, since that keeps more of the memory
+    busy. Inductor's sum is slower over more than 4096 terms, so a longer row is summed in pieces.
+    """
+    pieces = pieces_of(weight.shape[1])
     # In memory, or inductor would fuse what computes x and compute it again for every row of W.
     token = materialize(x.reshape(-1).float())  # (K,)
-    n_parts = 1 if short else max(1, 4 // weight.itemsize)  # the fastest where measured
-    sums = [(part.float() * token).view(-1, pieces, K // pieces).sum(-1)
-            for part in weight.chunk(n_parts)]  # (N / n_parts, pieces) each
-    return torch.cat(sums).sum(-1).view(*x.shape[:-1], -1)
+    sums = [(part.float() * token).unflatten(-1, (pieces, -1)).sum(-1) for part in weight.chunk(4)]
+    return torch.cat(sums).sum(-1).view(*x.shape[:-1], -1)  # of (N, pieces)
 
 
-def pieces_of(K: int, at_least: int) -> int:
+def pieces_of(K: int) -> int:
     """The fewest pieces of K terms that are equal and have at most 4096 terms."""
-    return next(n for n in range(min(at_least, K), K + 1) if K % n == 0 and K // n <= 4096)
+    return next(n for n in range(1, K + 1) if K % n == 0 and K // n <= 4096)
 
 
 def few_passes(x: Tensor, weight: Tensor) -> Tensor:
@@ -187,7 +183,7 @@ def few_passes(x: Tensor, weight: Tensor) -> Tensor:
     (N, K), T = weight.shape, x.numel() // x.shape[-1]
     n_passes = math.ceil(T / 4)
     at_once = math.ceil(T / n_passes)  # tokens
-    R, pieces = math.gcd(N, 32), pieces_of(K, at_least=1)
+    R, pieces = math.gcd(N, 32), pieces_of(K)
     tokens = F.pad(x.reshape(T, K).float(), (0, 0, 0, n_passes * at_once - T))
     tokens = materialize(tokens).view(n_passes, at_once, 1, pieces, -1)
     rows = weight.view(N // R, 1, R, pieces, -1).float()  # (N / R, 1, R, pieces, K / pieces)
@@ -217,12 +213,6 @@ def word_masks(bits: int) -> list[int]:
     return [(1 << bits) - 1 << j for j in range(0, 32 - bits, bits)] + [-1 << 32 - bits]
 
 
-def last_field(groups: Tensor, n: int) -> Tensor:
-    """What the last of a word's n fields lacks in the sum of a group (..., m, n) of inputs. It is
-    without its highest value, which is half of what its bits hold."""
-    return groups[..., -1].sum(-1) * (1 << 32 // n - 1)
-
-
 def word_inputs(x: Tensor, n: int) -> Tensor:
     """x (..., K) as (..., K / n, n) float32, the j-th of n as many times smaller as word_fields' is
     larger."""
@@ -232,11 +222,11 @@ def word_inputs(x: Tensor, n: int) -> Tensor:
 
 def int8_words(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """x W^T of one token, in a graph, with rows of W in words (N, K / 4). The first three int8 of a
-    word become unsigned: 128 larger. Two parts of W are read side by side, as in matvec."""
+    word become unsigned: 128 larger. Four parts of W are read side by side, as in matvec."""
     inputs = materialize(word_inputs(x.reshape(-1), 4).t().contiguous())  # (4, K / 4)
     more = materialize(128 * x.reshape(-1, 4)[:, :3].float().sum().view(1))
     sums = []
-    for part in weight.chunk(2):
+    for part in weight.chunk(4):
         fields = word_fields(part.view(torch.int32) ^ 0x808080, 8)
         terms = [field * row for field, row in zip(fields, inputs)]
         sums.append((terms[0] + terms[1] + terms[2] + terms[3]).sum(-1))
@@ -251,31 +241,27 @@ def to_lanes(rows: Tensor) -> Tensor:
 
 
 def lane_sums(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """x W^T of a few tokens, in a graph, with W in lanes (to_lanes): y = sum of u x - zero x, times
+    """x W^T of a few tokens, in a graph, with W in lanes (to_lanes): y = sum of (u - zero) x, times
     the scale, over groups. Each field of a vector of words meets one number of x, and the sums
-    of 16 rows grow side by side.
-
-    A pass over W serves two tokens. The sum of a word's fields is made of two halves, since
-    inductor writes longer ones to memory."""
+    of 16 rows grow side by side. A pass over W serves two tokens."""
     (_, m, G, _), K = words.shape, x.shape[-1]
     n, T = K // (m * G), x.numel() // K
     passes = math.ceil(T / 2)
     each = math.ceil(T / passes)
     x32 = F.pad(x.reshape(T, K).float(), (0, 0, 0, passes * each - T))
     groups = x32.view(passes, each, G, m, n)
-    inputs = word_inputs(groups.flatten(2), n).view(groups.shape)
     # What one vector of words meets lies side by side: (passes, 1, m, G, 1, each, n).
-    inputs = materialize(inputs.permute(0, 3, 2, 1, 4).contiguous())[:, None, :, :, None]
-    more = torch.stack([last_field(groups, n), groups.sum((3, 4))])
-    more = materialize(more)[:, :, :, None, :, None]
-    fields = word_fields(words.view(torch.int32), 32 // n)
+    groups = groups.permute(0, 3, 2, 1, 4)[:, None, :, :, None]
+    inputs = materialize(word_inputs(groups, n).squeeze(-2).contiguous())
+    totals = materialize(groups.sum(-1).contiguous())  # (passes, 1, m, G, 1, each)
+    *fields, last = word_fields(words.view(torch.int32), 32 // n)
+    fields = [*fields, last + 2.0**31]  # the last field is stored without its highest value
     tokens = []
     for t in range(each):
-        y = (scale * (more[0][:, t] - zero * more[1][:, t])).sum(2)  # (passes, N / 16, 16)
-        for j in range(0, n, 4):
-            a, b, c, d = (fields[j + i] * inputs[..., t, j + i] for i in range(4))
-            y = y + ((a + b + c + d) * scale[:, None]).sum((2, 3))
-        tokens.append(y.flatten(1))
+        y = -zero[:, None] * totals[..., t]  # (passes, N / 16, m, G, 16)
+        for j, field in enumerate(fields):
+            y = y + field * inputs[..., t, j]
+        tokens.append((y * scale[:, None]).sum((2, 3)).flatten(1))  # (passes, N)
     return torch.stack(tokens, 1).flatten(0, 1)[:T].view(*x.shape[:-1], -1).type_as(x)
 
 

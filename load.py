@@ -47,6 +47,9 @@ from tokenizer import Tokenizer
 log = logging.getLogger("gpt_stream")
 # Whether compiling for a GPU searches for the fastest blocks, which takes most of its time.
 TUNE = os.environ.get("GPT_STREAM_TUNE", "1") != "0"
+# What a vector of int4 weights meets (linear.lane_sums) is one long expression. By its defaults
+# inductor would write it to memory before it is summed.
+CPU_OPTIONS = {"realize_acc_reads_threshold": 32, "realize_opcount_threshold": 120}
 
 
 def load(checkpoint: str | Path, device: str | None = None, dtype: torch.dtype | None = None,
@@ -290,7 +293,7 @@ class CompiledStep:
             return self.run(kind, model, tokens, cache, in_use, last)
         if self.on_gpu and cache is not None:
             cache.check_static()
-        options = gpu_options(model, *tokens.shape) if self.on_gpu else {}
+        options = gpu_options(model, *tokens.shape) if self.on_gpu else CPU_OPTIONS
         self.graphs[kind] = compile_graph(options), most_threads()
         torch.set_num_threads(self.graphs[kind][1])
         start = time.perf_counter()

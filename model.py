@@ -125,7 +125,8 @@ def rope_amplitude(config: ModelConfig, kind: str) -> float:
 
 
 def rope(positions: Tensor, frequencies: Tensor, amplitude: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every angle, each (B, T, 1, D / 2) float32, for positions (B, T) int64.
+    """What `rotate` multiplies both halves of a head by, for positions (B, T) int64: the cosine of
+    every angle, and the sine, negative for the first half. Each is (B, T, 1, 2, D / 2) float32.
 
     The angle is computed in float64, since a stream has no last position: in float32 it would be
     wrong by 0.02 radians at position 10^6 and by 2 at 10^8."""
@@ -133,15 +134,18 @@ def rope(positions: Tensor, frequencies: Tensor, amplitude: float = 1.0) -> tupl
     cos, sin = angles.cos(), angles.sin()
     if amplitude != 1:
         cos, sin = cos * amplitude, sin * amplitude
+    cos, sin = torch.stack([cos, cos], dim=-2), torch.stack([-sin, sin], dim=-2)
     return materialize(cos.float()), materialize(sin.float())
 
 
 def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate x (B, T, heads, D) by its positions' angles, in Hugging Face's half-split layout. What
-    has no angle, at the end of a head, stays."""
+    """x (B, T, heads, D) rotated by its positions' angles, in Hugging Face's half-split layout, in
+    float32. What has no angle, at the end of a head, stays."""
     cos, sin = cos_sin
-    a, b, *rest = x.float().split(cos.shape[-1], dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, *rest], dim=-1).type_as(x)
+    n = 2 * cos.shape[-1]
+    halves = x[..., :n].float().unflatten(-1, (2, -1))  # (B, T, heads, 2, n / 2)
+    rotated = (halves * cos + halves.flip(-2) * sin).flatten(-2)
+    return rotated if n == x.shape[-1] else torch.cat([rotated, x[..., n:].float()], dim=-1)
 
 
 # ------------------------------------------------------------------------------ modules
@@ -195,7 +199,7 @@ class Attention(nn.Module):
             q = q * self.query_scale
         q_recent, k = rotate(q, at.rope), rotate(k, at.rope)
         if k_cache is None:
-            y = attend_causal(q_recent, k, v, at.mask)
+            y = attend_causal(q_recent.type_as(v), k.type_as(v), v, at.mask)
         else:
             write(k_cache, at.slots, k)
             write(v_cache, at.slots, v)
