@@ -1,9 +1,9 @@
 """A table for a GPU: decode and prefill against its limits, beside peers, and with many rows.
 
     python -m bench --gpu limits
-    python -m bench --gpu decode  --shape 8b [--quantize int8]       bf16, int8 and int4, or one
+    python -m bench --gpu decode  --shape 8b [--quantize int8]     # bf16, int8 and int4, or one
     python -m bench --gpu peers   --shape 7b --gpt-fast DIR --turns mt_bench.jsonl
-    python -m bench --gpu batches --shape 8b                         rows, loading, a draft
+    python -m bench --gpu batches --shape 8b                       # rows, loading, a draft
 
 Each row is printed as a JSON line as soon as it is measured, so a command that is stopped loses
 nothing. The table of all rows comes last. Each model runs in a process of its own: its memory and

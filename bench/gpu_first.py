@@ -1,6 +1,6 @@
 """A GPU's first minutes: the rows that are worth most, first, each printed as soon as it is there.
 
-    python -m bench.gpu_first                             480 s: four models, then tests/test_gpu.py
+    python -m bench.gpu_first                           # 480 s: four models, then tests/test_gpu.py
     python -m bench.gpu_first --seconds 180 --row 7b:bf16:tuned --row 7b:int8:8
 
 A row is SHAPE:KIND, and of these what is wanted: a number of rows, and `tuned`, with the search for
