@@ -35,8 +35,7 @@ def llama_cpp(python: str, gguf: str, context: int, threads: int) -> Iterator[Ca
     def answer():
         line = process.stdout.readline()
         if not line:
-            raise ValueError(f"--llama-python {python}: llama.cpp's process ended, see above; it "
-                             "needs `pip install llama-cpp-python`")
+            raise ValueError(f"--llama-python {python}: llama.cpp's process ended, see above")
         return json.loads(line)
 
     def ask(do: str, **request):
@@ -45,7 +44,9 @@ def llama_cpp(python: str, gguf: str, context: int, threads: int) -> Iterator[Ca
         return answer()
 
     try:
-        answer()
+        begun = answer()
+        if "error" in begun:
+            raise ValueError(begun["error"])
         yield ask
     finally:
         process.kill()
