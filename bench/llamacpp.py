@@ -20,9 +20,11 @@ def add_peer(parser) -> None:
 
 
 @contextlib.contextmanager
-def llama_cpp(python: str, gguf: str, context: int, threads: int) -> Iterator[Callable]:
+def llama_cpp(python: str, gguf: str, context: int, threads: int,
+              exactly: bool = False) -> Iterator[Callable]:
     """Yield a function that sends a request, such as ask("prefill", n=128), and returns the answer.
-    Raises ValueError when llama.cpp cannot be had or its process is lost."""
+    Raises ValueError when llama.cpp cannot be had or its process is lost, or if it rounds up a
+    context that must be exactly this one."""
     if not Path(gguf).is_file():
         raise ValueError(f"--gguf {gguf}: no such file")
     settings = dict(gguf=gguf, context=context, threads=threads)
@@ -47,6 +49,9 @@ def llama_cpp(python: str, gguf: str, context: int, threads: int) -> Iterator[Ca
         begun = answer()
         if "error" in begun:
             raise ValueError(begun["error"])
+        if exactly and begun["context"] != context:
+            raise ValueError(f"--sink and --window are {context} together, which llama.cpp rounds "
+                             f"up to {begun['context']}; choose such a sum")
         yield ask
     finally:
         process.kill()

@@ -21,7 +21,7 @@ V, calls = 4096, open(os.environ["CALLS"], "a")
 class Llama:
     ctx = "context"
     def __init__(self, path, n_ctx, **settings):
-        self.size = n_ctx
+        self.size = 256 if path.endswith("rounding.gguf") else n_ctx
         if path.endswith("broken.gguf"):
             raise ValueError("Failed to load model from file")
     def n_ctx(self): return self.size
@@ -113,3 +113,12 @@ def test_a_file_that_llama_cpp_does_not_take(calls, capfd):
     refused("bench.duel", "--checkpoint", TINY, "--gguf", broken, "--llama-python", sys.executable,
             naming=[f"--gguf {broken}", "Failed to load"])
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_context_that_llama_cpp_rounds_up_is_not_compared(calls):
+    """It would see more than this engine."""
+    rounding = calls.parent / "rounding.gguf"
+    rounding.touch()
+    refused("bench.shift", "--checkpoint", TINY, "--gguf", rounding, "--llama-python",
+            sys.executable, "--text", TEXT, "--window", 60, "--max-tokens", 300,
+            naming=["--sink and --window are 64", "256"])
