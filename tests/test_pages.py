@@ -109,6 +109,15 @@ def parse_commands(text, all_parsers):
             all_parsers[program].parse_args(argv)
 
 
+@every_page
+def test_no_two_commands_of_a_page_write_one_folder(page, all_parsers):
+    """The second would refuse to: a folder is written once."""
+    found = [str(all_parsers[program].parse_args(argv).out)
+             for program, argv in commands(page.read_text())
+             if program in ("quantize", "gptq", "convert_hf")]
+    assert len(found) == len(set(found)), found
+
+
 def test_commands_in_docstrings_are_understood(all_parsers):
     """--help shows some of these docstrings, and a reader of a file copies from it."""
     for path in FILES:
@@ -135,6 +144,10 @@ def test_what_is_not_there_is_found(tmp_path, all_parsers):
         page.write_text(text)
         with pytest.raises(AssertionError):
             test(page, *needs)
+    convert = "    python convert_hf.py a b\n"
+    page.write_text(2 * convert)
+    with pytest.raises(AssertionError):
+        test_no_two_commands_of_a_page_write_one_folder(page, all_parsers)
     for command, found in (("generate.py --no-such-flag 3", SystemExit),
                            ("generate.py    a story", SystemExit),
                            ("-m bench.dule", AssertionError), ("generat.py", AssertionError)):
