@@ -46,7 +46,9 @@ BATCH_WINDOW = 1020  # so that the cache of 64 rows of 7b fits 80 GB beside the 
 
 
 def bench_gpu(args) -> None:
-    """Print the rows of args.gpu as they come, and then their table."""
+    """Print the rows of args.gpu as they come, and then their table. On a CPU these take hours, so
+    that has to be asked for with --device cpu."""
+    args.device = str(check_device(args.device or "cuda"))
     args.window = args.window or (BATCH_WINDOW if args.gpu == "batches" else WINDOW)
     args.shape = args.shape or ("7b" if args.gpu == "peers" else "8b")
     rows = []

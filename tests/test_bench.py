@@ -230,8 +230,9 @@ def test_a_row_that_cannot_be_is_refused(text):
         gpu_first.read_row(text)
 
 
-def test_a_gpus_first_minutes_need_one(tmp_path, monkeypatch):
+def test_what_is_for_a_gpu_needs_one(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    refused("bench", "--gpu", "limits", naming=["'cuda'", "0 CUDA devices"])
     refused("bench.gpu_first", "--out", tmp_path / "new", naming=["'cuda:0'", "0 CUDA devices"])
     assert not (tmp_path / "new").exists()
 
