@@ -82,7 +82,8 @@ def test_training_has_gradients_on_every_processor(dtype, monkeypatch):
 @pytest.mark.parametrize("processor", [p for p in PROCESSORS if p != "amx"])  # it has avx512's rows
 @pytest.mark.parametrize("x_shape", [(1, 1), (1, 7), (2, 6), (1, 40)], ids=str)
 def test_every_layout_equals_float64_in_a_graph(processor, x_shape, monkeypatch):
-    """All kinds of weight and sizes in one graph, so that little is compiled."""
+    """All kinds of weight and sizes in one graph, so that little is compiled. (A bias after a
+    library's product is a kernel to compile, so one size has one.)"""
     monkeypatch.setenv("GPT_STREAM_CPU", processor)
     cases = {}
     for large in (1 << 60, 0):
