@@ -1,4 +1,4 @@
-"""Generate text from a Llama-family checkpoint, as fast as the memory bus allows, without end.
+"""Generate text from a Llama-family checkpoint, without end and in constant memory.
 
     python generate.py --compile
     python generate.py --checkpoint smollm2 --prompt "Once upon a time" --max-new-tokens 5000

@@ -5,14 +5,14 @@
 
 What is measured, with the peer that it can be held against:
 
-    python -m bench --shape 1.1b [--peer transformers]           steps: decode and prefill
+    python -m bench --shape 1.1b [--peer transformers]            # steps: decode and prefill
     python -m bench --shape 1.1b --window 508 --turns mt_bench.jsonl [--peer streaming]
     python -m bench --shape 1.1b --streams 64 [--batch 8] [--peer transformers]
-    python -m bench --shape 1.1b --busy 2                        beside 2 programs that never sleep
-    python -m bench --checkpoint smollm2 --sampling [--batch 8]  drawing a token, beside a step
-    python -m bench --checkpoint smollm2 --grammar [--batch 8]   what a JSON Schema adds to a step
-    python -m bench --products [bf16 int8 ...]                   linear.TABLE's on this CPU
-    python -m bench --gpu limits|decode|peers|batches            a table, see gpu.py
+    python -m bench --shape 1.1b --busy 2                         # beside programs that never sleep
+    python -m bench --checkpoint smollm2 --sampling [--batch 8]   # drawing a token, beside a step
+    python -m bench --checkpoint smollm2 --grammar [--batch 8]    # what a schema adds to a step
+    python -m bench --products [bf16 int8 ...]                    # linear.TABLE's on this CPU
+    python -m bench --gpu limits|decode|peers|batches             # a table, see gpu.py
 
 A step reads every weight once, so it takes at least bytes / bandwidth. The speed of shared machines
 drifts, so what is compared is measured in turns, round after round. A figure is the median of the

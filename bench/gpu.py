@@ -1,9 +1,9 @@
 """A table for a GPU: decode and prefill against its limits, beside peers, and with many rows.
 
     python -m bench --gpu limits
-    python -m bench --gpu decode  --shape 8b [--quantize int8]       bf16, int8 and int4, or one
+    python -m bench --gpu decode  --shape 8b [--quantize int8]     # bf16, int8 and int4, or one
     python -m bench --gpu peers   --shape 7b --gpt-fast DIR --turns mt_bench.jsonl
-    python -m bench --gpu batches --shape 8b                         rows, loading, a draft
+    python -m bench --gpu batches --shape 8b                       # rows, loading, a draft
 
 Each row is printed as a JSON line as soon as it is measured, so a command that is stopped loses
 nothing. The table of all rows comes last. Each model runs in a process of its own: its memory and
@@ -46,7 +46,9 @@ BATCH_WINDOW = 1020  # so that the cache of 64 rows of 7b fits 80 GB beside the 
 
 
 def bench_gpu(args) -> None:
-    """Print the rows of args.gpu as they come, and then their table."""
+    """Print the rows of args.gpu as they come, and then their table. On a CPU these take hours, so
+    that has to be asked for with --device cpu."""
+    args.device = str(check_device(args.device or "cuda"))
     args.window = args.window or (BATCH_WINDOW if args.gpu == "batches" else WINDOW)
     args.shape = args.shape or ("7b" if args.gpu == "peers" else "8b")
     rows = []

@@ -1,6 +1,6 @@
 """A GPU's first minutes: the rows that are worth most, first, each printed as soon as it is there.
 
-    python -m bench.gpu_first                             480 s: four models, then tests/test_gpu.py
+    python -m bench.gpu_first                           # 480 s: four models, then tests/test_gpu.py
     python -m bench.gpu_first --seconds 180 --row 7b:bf16:tuned --row 7b:int8:8
 
 A row is SHAPE:KIND, and of these what is wanted: a number of rows, and `tuned`, with the search for
@@ -39,6 +39,7 @@ from cli import number, plain_parser
 from draw import RowSampler
 from formats.config import config_from_hf
 from generate import make_cache
+from load import check_device
 from quantize import asked_quantization
 from terminal import say, user_errors
 
@@ -137,12 +138,13 @@ def main():
         args = parser.parse_args()
         for text in args.row or []:
             read_row(text)
+        device = check_device("cuda:0")
         args.out.mkdir(parents=True, exist_ok=True)
         if args.measure:
             print(json.dumps(measure(**read_row(args.measure), out=args.out)))
             return
         deadline = time.monotonic() + args.seconds
-        rows = [dict(row="machine", **device_facts(torch.device("cuda", 0)))]
+        rows = [dict(row="machine", **device_facts(device))]
         print(json.dumps(rows[0]), flush=True)
         for text in args.row or ROWS:
             left = deadline - time.monotonic()

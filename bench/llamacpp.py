@@ -20,9 +20,11 @@ def add_peer(parser) -> None:
 
 
 @contextlib.contextmanager
-def llama_cpp(python: str, gguf: str, context: int, threads: int) -> Iterator[Callable]:
+def llama_cpp(python: str, gguf: str, context: int, threads: int,
+              exactly: bool = False) -> Iterator[Callable]:
     """Yield a function that sends a request, such as ask("prefill", n=128), and returns the answer.
-    Raises ValueError when llama.cpp cannot be had or its process is lost."""
+    Raises ValueError when llama.cpp cannot be had or its process is lost, or if it rounds up a
+    context that must be exactly this one."""
     if not Path(gguf).is_file():
         raise ValueError(f"--gguf {gguf}: no such file")
     settings = dict(gguf=gguf, context=context, threads=threads)
@@ -35,8 +37,7 @@ def llama_cpp(python: str, gguf: str, context: int, threads: int) -> Iterator[Ca
     def answer():
         line = process.stdout.readline()
         if not line:
-            raise ValueError(f"--llama-python {python}: llama.cpp's process ended, see above; it "
-                             "needs `pip install llama-cpp-python`")
+            raise ValueError(f"--llama-python {python}: llama.cpp's process ended, see above")
         return json.loads(line)
 
     def ask(do: str, **request):
@@ -45,7 +46,12 @@ def llama_cpp(python: str, gguf: str, context: int, threads: int) -> Iterator[Ca
         return answer()
 
     try:
-        answer()
+        begun = answer()
+        if "error" in begun:
+            raise ValueError(begun["error"])
+        if exactly and begun["context"] != context:
+            raise ValueError(f"--sink and --window are {context} together, which llama.cpp rounds "
+                             f"up to {begun['context']}; choose such a sum")
         yield ask
     finally:
         process.kill()

@@ -83,13 +83,26 @@ def prompt(n):
 ANSWERS = {"prefill": prefill, "decode": decode, "shift": shift, "peak_bytes": peak_bytes}
 
 
-def main():
-    import llama_cpp
-    settings = json.loads(sys.argv[1])
-    llm = llama_cpp.Llama(settings["gguf"], n_ctx=settings["context"], n_batch=512,
-                          n_threads=settings["threads"], n_threads_batch=settings["threads"],
-                          verbose=False, use_mmap=False)
+def open_model(settings):
+    """The model in llama.cpp. Prints the first answer: a version, or why there is no model."""
+    try:
+        import llama_cpp
+        llm = llama_cpp.Llama(settings["gguf"], n_ctx=settings["context"], n_batch=512,
+                              n_threads=settings["threads"], n_threads_batch=settings["threads"],
+                              verbose=False, use_mmap=False)
+    except ImportError as error:
+        print(json.dumps({"error": f"--llama-python {sys.executable}: {error}; "
+                                   "pip install llama-cpp-python"}))
+        sys.exit()
+    except ValueError as error:
+        print(json.dumps({"error": f"--gguf {settings['gguf']}: llama.cpp: {error}"}))
+        sys.exit()
     print(json.dumps({"version": llama_cpp.__version__, "context": llm.n_ctx()}), flush=True)
+    return llm
+
+
+def main():
+    llm = open_model(json.loads(sys.argv[1]))
     for line in sys.stdin:
         request = json.loads(line)
         print(json.dumps(ANSWERS[request.pop("do")](llm, **request)), flush=True)

@@ -89,7 +89,8 @@ def main():
                              f"S + W + 1 = {size + 1}")
         say("compiling")
         compile_all(model, cache)
-        with llama_cpp(args.llama_python, args.gguf, size, torch.get_num_threads()) as ask:
+        with llama_cpp(args.llama_python, args.gguf, size, torch.get_num_threads(),
+                       exactly=True) as ask:
             ours, theirs = measure(model, cache, ask, ids)
             record = {"tokens": len(ids) - 1, "context": size, "cache_bytes": cache.nbytes(),
                       "gpt-stream": dict(figures(*ours, size),

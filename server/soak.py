@@ -30,6 +30,8 @@ async def client(url: str, model: str, numbers: random.Random, until: float,
     while time.time() < until:
         messages = []
         for _ in range(numbers.randrange(1, 6)):
+            if time.time() >= until:
+                return
             text = " ".join(numbers.choices(WORDS, k=numbers.choice([1, 5, 20, 400])))
             messages.append({"role": "user", "content": text})
             content = {"model": model, "messages": messages, "stream": numbers.random() < 0.7,

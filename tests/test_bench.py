@@ -230,6 +230,13 @@ def test_a_row_that_cannot_be_is_refused(text):
         gpu_first.read_row(text)
 
 
+def test_what_is_for_a_gpu_needs_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    refused("bench", "--gpu", "limits", naming=["'cuda'", "0 CUDA devices"])
+    refused("bench.gpu_first", "--out", tmp_path / "new", naming=["'cuda:0'", "0 CUDA devices"])
+    assert not (tmp_path / "new").exists()
+
+
 def test_peers_in_turns(table, tmp_path):
     turns = write_turns(tmp_path / "turns.jsonl", 4)
     rows = table("peers", "--shape", "small", "--turns", turns, "--limit", 2,

@@ -20,7 +20,10 @@ V, calls = 4096, open(os.environ["CALLS"], "a")
 
 class Llama:
     ctx = "context"
-    def __init__(self, path, n_ctx, **settings): self.size = n_ctx
+    def __init__(self, path, n_ctx, **settings):
+        self.size = 256 if path.endswith("rounding.gguf") else n_ctx
+        if path.endswith("broken.gguf"):
+            raise ValueError("Failed to load model from file")
     def n_ctx(self): return self.size
     def n_vocab(self): return V
     def reset(self): pass
@@ -97,7 +100,25 @@ def test_duel_asks_both_for_the_same_and_draws(calls, monkeypatch):
     (["--gguf", "/no/such.gguf"], ["--gguf /no/such.gguf"]),
     (["--gguf", __file__, "--llama-python", "/no/python"], ["--llama-python /no/python"]),
     (["--gguf", __file__, "--llama-python", sys.executable], ["pip install llama-cpp-python"])])
-def test_a_peer_that_is_not_there(argv, naming, monkeypatch):
+def test_a_peer_that_is_not_there(argv, naming, monkeypatch, capfd):
     monkeypatch.setattr("bench.clocks.compile_model", lambda model: None)
     refused("bench.shift", "--checkpoint", TINY, *argv, "--text", TEXT, "--window", 60,
             "--max-tokens", 300, naming=naming)
+    assert "Traceback" not in capfd.readouterr().err  # of the peer's process
+
+
+def test_a_file_that_llama_cpp_does_not_take(calls, capfd):
+    broken = calls.parent / "broken.gguf"
+    broken.touch()
+    refused("bench.duel", "--checkpoint", TINY, "--gguf", broken, "--llama-python", sys.executable,
+            naming=[f"--gguf {broken}", "Failed to load"])
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_context_that_llama_cpp_rounds_up_is_not_compared(calls):
+    """It would see more than this engine."""
+    rounding = calls.parent / "rounding.gguf"
+    rounding.touch()
+    refused("bench.shift", "--checkpoint", TINY, "--gguf", rounding, "--llama-python",
+            sys.executable, "--text", TEXT, "--window", 60, "--max-tokens", 300,
+            naming=["--sink and --window are 64", "256"])

@@ -434,6 +434,16 @@ def test_cuda_without_a_number_is_the_present_gpu_and_stays_it(monkeypatch):
     assert not chosen
 
 
+@pytest.mark.parametrize("name, flags, missing", [
+    ("vocabularies", (), "ggml-vocab-*.gguf"), ("templates", (), "templates"),
+    ("gemma", ("--text", "x", "--parts"), "gemma3_270m*.whl")])
+def test_a_check_of_a_folder_without_what_it_checks_does_not_pass(tmp_path, name, flags, missing):
+    pytest.importorskip("transformers")
+    status, out, err = run(f"stress.{name}", *flags, tmp_path)
+    last = err.splitlines()[-1]
+    assert status == 2 and out == "" and str(tmp_path) in last and missing in last
+
+
 # ------------------------------------------------------------------------------ convert_hf
 
 

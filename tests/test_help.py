@@ -37,16 +37,15 @@ class Parsed(BaseException):
     """Ends a program where it reads its command line."""
 
 
-@pytest.fixture(scope="module")
-def parsers():
-    """Every program's parser, taken out of its main."""
+def parsers_of(names):
+    """Programs' parsers by name, each taken out of its main."""
     def take(parser):
         raise Parsed(parser)
 
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", take)
-        for name in PROGRAMS:
+        for name in names:
             if name.startswith("server"):
                 pytest.importorskip("fastapi")
                 pytest.importorskip("uvicorn")
@@ -54,6 +53,11 @@ def parsers():
                 importlib.import_module(name).main()
             found[name] = parsed.value.args[0]
     return found
+
+
+@pytest.fixture(scope="module")
+def parsers():
+    return parsers_of(PROGRAMS)
 
 
 def entries(parser):

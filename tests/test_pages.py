@@ -1,21 +1,35 @@
-"""What the pages mention exists: links and their headings, files, commands and their flags."""
+"""What pages and docstrings mention exists: links and headings, files, commands and their flags."""
 
+import ast
 import re
 import shlex
 
 import pytest
 
 from helpers import ROOT
-from test_help import PROGRAMS, parsers  # noqa: F401  (a fixture)
+from test_help import PROGRAMS, parsers, parsers_of  # noqa: F401  (a fixture)
 from test_readme import PAGES
 
 PAGES = [*PAGES, ROOT / "checkpoints" / "tiny" / "README.md"]
 ids = [str(page.relative_to(ROOT)) for page in PAGES]
 every_page = pytest.mark.parametrize("page", PAGES, ids=ids)
-# Flags of other people's programs, and of scripts that are not among test_help's.
+FILES = [path for path in sorted(ROOT.glob("**/*.py"))
+         if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)]
+# Programs whose --help is not held to test_help's rules, and those that take no flags or need what
+# the tests do without.
+MORE = ["bench.gpu_first", "checkpoints.tiny.train", "clients.run", "stress.gemma",
+        "stress.templates", "stress.vocabularies"]
+UNREAD = {"pytest", "cuda_case", "stress.ray_replicas", "tokenizers.export", "export"}
+# Flags of other people's programs.
 OTHERS = {"--nproc", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint",
-          "--interrupt_requests", "--help", "--valid", "--model_args", "--parts"}
+          "--interrupt_requests", "--help", "--model_args"}
 FOLDERS = "docs|tests|server|bench|examples|formats"
+
+
+@pytest.fixture(scope="module")
+def all_parsers(parsers):  # noqa: F811
+    pytest.importorskip("transformers")  # stress.templates compares with it
+    return parsers | parsers_of(MORE)
 
 
 def anchors(page):
@@ -39,24 +53,28 @@ def code(text):
 
 
 def commands(text):
-    """(program as test_help names it, its arguments) of each of our commands in a page."""
+    """(program as test_help names it, its arguments) of each of our commands in a page. What shows
+    several ways to call one, as [--flag], is none."""
     text = re.sub(r" \\\n\s*", " ", text)
     for line in code(text):
         for part in re.split(r" && |(?<= )# | \| ", line.removeprefix("$ ").removeprefix("> ")):
-            if not part.startswith(("python ", "torchrun ")) or "..." in part or "--help" in part:
-                continue
-            words = shlex.split(part.partition(" < ")[0], comments=True)
-            found = [n for n in range(len(words)) if module_of(words, n)]
-            if found:
-                yield module_of(words, found[0]), words[found[0] + 1:]
+            part = part.partition(" < ")[0]
+            if part.startswith(("python ", "torchrun ")) and not re.search(
+                    r"\.\.\.|--help|\[-|\w\|", part):
+                words = shlex.split(part, comments=True)
+                n = next((n for n, word in enumerate(words) if is_program(words, n)), None)
+                assert n, f"no program in: {part}"
+                yield module_name(words[n]), words[n + 1:]
 
 
-def module_of(words, n):
-    """The program that a word names, if it is one of ours."""
-    name = words[n].removesuffix(".py").replace("/", ".").removeprefix("tests.")
-    if n and words[n - 1] == "-m" and f"{name}.__main__" in PROGRAMS:
-        return f"{name}.__main__"
-    return name if name in PROGRAMS and (words[n].endswith(".py") or words[n - 1] == "-m") else None
+def module_name(word):
+    name = word.removesuffix(".py").replace("/", ".").removeprefix("tests.")
+    return f"{name}.__main__" if f"{name}.__main__" in PROGRAMS else name
+
+
+def is_program(words, n):
+    return (module_name(words[n]) in {*PROGRAMS, *MORE, *UNREAD}
+            and (words[n].endswith(".py") or n > 0 and words[n - 1] == "-m"))
 
 
 @every_page
@@ -81,31 +99,57 @@ def test_files_that_are_named_exist(page):
 
 
 @every_page
-def test_commands_are_understood(page, parsers):  # noqa: F811
-    for program, argv in commands(page.read_text()):
-        parsers[program].parse_args(argv)
+def test_commands_are_understood(page, all_parsers):
+    parse_commands(page.read_text(), all_parsers)
+
+
+def parse_commands(text, all_parsers):
+    for program, argv in commands(text):
+        if program not in UNREAD:
+            all_parsers[program].parse_args(argv)
 
 
 @every_page
-def test_flags_in_the_text_are_those_of_a_program(page, parsers):  # noqa: F811
-    known = {flag for parser in parsers.values() for flag in parser._option_string_actions}
+def test_no_two_commands_of_a_page_write_one_folder(page, all_parsers):
+    """The second would refuse to: a folder is written once."""
+    found = [str(all_parsers[program].parse_args(argv).out)
+             for program, argv in commands(page.read_text())
+             if program in ("quantize", "gptq", "convert_hf")]
+    assert len(found) == len(set(found)), found
+
+
+def test_commands_in_docstrings_are_understood(all_parsers):
+    """--help shows some of these docstrings, and a reader of a file copies from it."""
+    for path in FILES:
+        parse_commands(ast.get_docstring(ast.parse(path.read_text())) or "", all_parsers)
+
+
+@every_page
+def test_flags_in_the_text_are_those_of_a_program(page, all_parsers):
+    known = {flag for parser in all_parsers.values() for flag in parser._option_string_actions}
     for span in code(page.read_text()):
         if not span.startswith(("pip ", "ruff ", "serve ", "CMAKE", "apt ")):
             for flag in re.findall(r"(?<![\w\-])--[a-z][\w\-]*", span):
                 assert flag in known | OTHERS, f"{flag} in: {span}"
 
 
-def test_what_is_not_there_is_found(tmp_path, parsers):  # noqa: F811
+def test_what_is_not_there_is_found(tmp_path, all_parsers):
     page = tmp_path / "page.md"
     for text, test, needs in (("[a](no.md)", test_links_lead_somewhere, ()),
                               ("[a](#no)", test_links_lead_somewhere, ()),
                               ("`nothing.py`", test_files_that_are_named_exist, ()),
                               ("`tests/nothing`", test_files_that_are_named_exist, ()),
                               ("`--no-such-flag`",
-                               test_flags_in_the_text_are_those_of_a_program, (parsers,))):
+                               test_flags_in_the_text_are_those_of_a_program, (all_parsers,))):
         page.write_text(text)
         with pytest.raises(AssertionError):
             test(page, *needs)
-    page.write_text("    python generate.py --no-such-flag 3\n")
-    with pytest.raises(SystemExit):
-        test_commands_are_understood(page, parsers)
+    convert = "    python convert_hf.py a b\n"
+    page.write_text(2 * convert)
+    with pytest.raises(AssertionError):
+        test_no_two_commands_of_a_page_write_one_folder(page, all_parsers)
+    for command, found in (("generate.py --no-such-flag 3", SystemExit),
+                           ("generate.py    a story", SystemExit),
+                           ("-m bench.dule", AssertionError), ("generat.py", AssertionError)):
+        with pytest.raises(found):
+            parse_commands(f"    python {command}\n", all_parsers)

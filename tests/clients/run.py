@@ -1,7 +1,7 @@
 """Install the clients that people use, run them against a server, and print what works as a table.
 
     python tests/clients/run.py --checkpoint smollm2
-    python tests/clients/run.py --only openai litellm --keep /tmp/clients
+    python tests/clients/run.py --only openai_python litellm_python --keep path/to/environments
 
 Each client has an environment of its own, in a temporary folder (or in --keep, to run again). The
 network is needed for the packages only.

