@@ -283,8 +283,9 @@ class Transformer(nn.Module):
         self.compiled = None  # load.compile_model: `step` as graphs of this model alone
         # On the meta device, PyTorch imports its compiler, for a second, to draw normal numbers and
         # to compute the frequencies.
-        embed = torch.rand(config.vocab_size, config.dim)
-        self.embed = nn.Embedding.from_pretrained(embed, freeze=False)
+        embed = torch.empty(config.vocab_size, config.dim)
+        self.embed = nn.Embedding.from_pretrained(
+            embed if embed.is_meta else embed.normal_(), freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config)
         self.output = Linear(config.dim, -(-config.vocab_size // config.n_ranks), bias=False)
