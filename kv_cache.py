@@ -78,9 +78,10 @@ class KVCache:
 
     def mark_static(self) -> None:
         """CUDA graphs replay on fixed addresses: a tensor that is written in place disables them
-        unless it is marked."""
+        unless it is marked. This is what torch._dynamo.mark_static_address sets, without the import
+        of the compiler, which takes a second of every start."""
         for tensor in (*self.k, *self.v, self.length, *self.every_slot):
-            torch._dynamo.mark_static_address(tensor, guard=False)
+            tensor._dynamo_static_input_type = "unguarded"
 
     def check_static(self) -> None:
         """Raises RuntimeError unless every tensor is marked: a compiled step would write K and V to

@@ -418,7 +418,6 @@ ROW = {(kind, processor, layout): (uses.split(), functions)
        for kind in kinds.split() for processor in processors.split()}
 
 
-@torch.compiler.assume_constant_result
 def cpu_kind() -> str:
     """The instruction set that counts on this machine: "avx2", "avx512", "amx" or "generic". The
     environment variable GPT_STREAM_CPU says another. Nothing else asks about the processor."""
@@ -427,6 +426,11 @@ def cpu_kind() -> str:
             raise ValueError(f"GPT_STREAM_CPU is {asked!r}; it is one of {', '.join(CPUS.split())}")
         return asked
     return found_kind()
+
+
+# What torch.compiler.assume_constant_result sets. It imports the compiler, which takes a second of
+# every start, compiled or not.
+cpu_kind._dynamo_marked_constant = True
 
 
 @functools.cache  # to ask takes longer than a small product

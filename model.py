@@ -285,11 +285,16 @@ class Transformer(nn.Module):
         self.fingerprint = "random"  # load.fingerprint: says in saved sessions which model it is
         self.suggested = {}  # settings of sample.Sampling for this model, which programs heed
         self.compiled = None  # load.compile_model: `step` as graphs of this model alone
-        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        # On the meta device, PyTorch imports its compiler, for a second, to draw normal numbers and
+        # to compute the frequencies.
+        embed = torch.empty(config.vocab_size, config.dim)
+        self.embed = nn.Embedding.from_pretrained(
+            embed if embed.is_meta else embed.normal_(), freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config)
         self.output = Linear(config.dim, -(-config.vocab_size // config.n_ranks), bias=False)
-        self.register_buffer("frequencies", all_frequencies(config), persistent=False)
+        frequencies = all_frequencies(config, "cpu").to(self.embed.weight.device)
+        self.register_buffer("frequencies", frequencies, persistent=False)
         self.tie()
 
     def tie(self) -> None:

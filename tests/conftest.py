@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import sys
@@ -13,8 +14,14 @@ if hasattr(signal, "SIGHUP"):  # and under nohup with this one ignored
 # `pytest -n 2` tests two files at a time, each on one thread: more would wait for each other.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
+# Where triton is installed, every process that compiles would start others to compile GPU kernels.
+os.environ.setdefault("TORCH_WARM_POOL", "0")
+# The files that take most of the time, longest first.
+LONGEST = [f"test_{name}" for name in (
+    "compile", "ray", "tp", "speculate", "published", "server", "page", "examples", "cuda_graphs",
+    "families", "quantize", "linear", "terminal", "released", "kv_cache", "harness", "engine",
+    "fuzz", "hub", "errors")]
 # What is skipped without a word is never run: in CI, a skip fails unless a GPU is what lacks.
-LONGEST = ("test_tp", "test_terminal", "test_ray", "test_compile", "test_server", "test_fuzz")
 NOTHING_IS_MISSING = os.environ.get("CI") == "true"
 
 
@@ -43,6 +50,13 @@ def pytest_xdist_make_scheduler(config, log):
     return LoadFileScheduling(config, log)
 
 
+def pytest_collection_finish():
+    """What the tests have imported is no garbage, and to look through it again and again takes
+    longer than many a test."""
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(items):
     """The files that take longest come first, so that all workers end at about one time."""
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))

@@ -1,6 +1,6 @@
-"""One graph for a GPU that is not there (fake_cuda.py), in a process of its own: facts as JSON.
+"""Graphs for a GPU that is not there (fake_cuda.py), in a process of its own: facts as JSON.
 
-    python tests/cuda_case.py KIND ROWS TOKENS                  what is compiled for an H100
+    python tests/cuda_case.py KIND[,KIND...] ROWS TOKENS        what is compiled for an H100
     TRITON_INTERPRET=1 python tests/cuda_case.py KIND ROWS TOKENS[,TOKENS...]   and what it computes
 """
 
@@ -45,7 +45,8 @@ def compiled_facts(kind: str, rows: int, n_tokens: int) -> dict:
         cache = KVCache(LARGE, rows, 4, 508, 128, torch.bfloat16, DEVICE)
         compile_model(model, prefill=True)
         run_step(model, cache, torch.zeros(rows, n_tokens, dtype=torch.int64, device=DEVICE))
-    [call], [code] = fake_cuda.calls, fake_cuda.codes
+    call, code = fake_cuda.calls.pop(), fake_cuda.codes.pop()
+    assert not fake_cuda.calls and not fake_cuda.codes
     layer = code[code.index("def auto_functionalized_subgraph_0"):code.index("def partition_0")]
     elements = [int(n) for n in re.findall(r"triton_poi\w*\.run\(.*?, (\d+), stream", layer)]
     return dict(call, skips=fake_cuda.skips, kernels=layer.count(".run("),
@@ -54,8 +55,8 @@ def compiled_facts(kind: str, rows: int, n_tokens: int) -> dict:
 
 
 def small_model(kind: str):
-    mixed = dict(kinds=("sliding", "full"), sliding_window=8, sliding_theta=100.0)
-    model = random_model(dim=64, head_dim=16, ffn_dim=96, **mixed if kind == "mixed" else {}).eval()
+    mixed = dict(kinds=("sliding", "full"), sliding_window=3, sliding_theta=100.0)
+    model = random_model(head_dim=16, **mixed if kind == "mixed" else {}).eval()
     for block in model.layers if kind == "int8" else ():
         for parent, name in ((block.attention, "qkv"), (block.attention, "out"),
                              (block.feed_forward, "gate_up"), (block.feed_forward, "down")):
@@ -77,7 +78,8 @@ def computed_facts(kind: str, rows: int, steps: list[int]) -> dict:
     """How far steps of a small model in float32, as the kernels compute them, are from the same
     model on the CPU: the logits, and what is in the cache."""
     model, on_gpu = small_model(kind), small_model(kind)
-    plain = KVCache(model.config, rows, 2, 12, 16)
+    sizes = model.config, rows, 2, 4, max(steps)  # a ring that is written over after a few steps
+    plain = KVCache(*sizes)
     generator = torch.Generator().manual_seed(0)
     tokens = [torch.randint(0, 64, (rows, n), generator=generator) for n in steps]
     expected = torch.cat([model(part, plain) for part in tokens], dim=1)
@@ -89,7 +91,7 @@ def computed_facts(kind: str, rows: int, steps: list[int]) -> dict:
             module._buffers.update({name: fake_copy(buffer)
                                     for name, buffer in module._buffers.items()
                                     if buffer is not None})
-        cache = KVCache(model.config, rows, 2, 12, 16, device=DEVICE)
+        cache = KVCache(*sizes, device=DEVICE)
         for tensor in (*cache.k, *cache.v, cache.length):
             fake_cuda.set_numbers(tensor, 0)
         for slots in cache.every_slot:
@@ -110,6 +112,10 @@ def computed_facts(kind: str, rows: int, steps: list[int]) -> dict:
 
 
 if __name__ == "__main__":
-    kind, rows, steps = sys.argv[1], int(sys.argv[2]), [int(n) for n in sys.argv[3].split(",")]
-    facts = computed_facts if fake_cuda.INTERPRETED else compiled_facts
-    print(json.dumps(facts(kind, rows, steps if fake_cuda.INTERPRETED else steps[0])))
+    kinds, rows = sys.argv[1].split(","), int(sys.argv[2])
+    steps = [int(n) for n in sys.argv[3].split(",")]
+    if fake_cuda.INTERPRETED:
+        facts = {kind: computed_facts(kind, rows, steps) for kind in kinds}
+    else:
+        facts = {kind: compiled_facts(kind, rows, steps[0]) for kind in kinds}
+    print(json.dumps(facts))

@@ -228,6 +228,8 @@ class Kernel:
         sizes = dict(zip(names, args))  # xnumel and r0_numel among them
         # Small blocks, so that loops and masks have several steps; a tl.dot takes no smaller ones.
         blocks = dict.fromkeys(names[len(args):], 16)
+        if "tl.dot" not in self.source and sizes.get("xnumel", 16) < 16:
+            blocks["XBLOCK"] = 1 << (sizes["xnumel"] - 1).bit_length()  # no rows for nothing
         grid = tuple(-(-sizes.get(f"{axis}numel", 1) // blocks.get(f"{axis.upper()}BLOCK", 1))
                      for axis in "xyz")
         self.function[grid](*args, **blocks)

@@ -63,25 +63,26 @@ class Stream:
         out = []
         for head in range(c.n_heads):
             group = head // (c.n_heads // c.n_kv_heads)
-            query = self.rotate(q[head], len(held) - 1, kind) * c.query_scale
-            scores = torch.stack([query @ self.rotate(k[group], position, kind)
-                                  for position, (k, _) in enumerate(held)]) / D ** 0.5
+            query = self.rotate(q[head], torch.tensor(len(held) - 1), kind) * c.query_scale
+            keys = torch.stack([k[group] for k, _ in held])  # (n, D)
+            scores = self.rotate(keys, torch.arange(len(held)), kind) @ query / D ** 0.5
             values = torch.stack([v[group] for _, v in held])
             out.append(scores.softmax(0) @ values)
         return self.linear(torch.cat(out), f"layers.{i}.attention.out")
 
     def rotate(self, x, position, kind):
+        """x (..., D) at positions (...)."""
         if kind == "unrotated":
             return x
-        half, amplitude = (self.config.rotary_dim or len(x)) // 2, 1
+        half, amplitude = (self.config.rotary_dim or x.shape[-1]) // 2, 1
         theta = (kind == "sliding" and self.config.sliding_theta) or self.config.rope_theta
         frequencies = theta ** (-torch.arange(half, dtype=torch.float64) / half)
         if self.rotary:
             frequencies, amplitude = self.rotary[kind]
-        angle = position * frequencies.double()
-        turned = torch.complex(x[:half], x[half:2 * half]) * torch.polar(
+        angle = position[..., None] * frequencies.double()
+        turned = torch.complex(x[..., :half], x[..., half:2 * half]) * torch.polar(
             torch.full_like(angle, amplitude), angle)
-        return torch.cat([turned.real, turned.imag, x[2 * half:]])
+        return torch.cat([turned.real, turned.imag, x[..., 2 * half:]], dim=-1)
 
     def norm(self, x, name):
         if name not in self.w:

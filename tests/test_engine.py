@@ -304,7 +304,9 @@ def test_make_cache_sizes_are_refused_by_name(loaded):
 def test_nothing_is_compiled_once_it_is_warm():
     """Answers alone, side by side, past the window, gone on with, of many settings, and prompts
     whose log-probabilities are asked for."""
-    engine = Engine(*load(TINY, device="cpu", compile=True), batch_size=3, window=60)
+    # The sizes of test_compile.py, whose graphs need not be compiled anew.
+    loaded = load(TINY.parent / "tiny-draft", device="cpu", dtype=torch.float32, compile=True)
+    engine = Engine(*loaded, batch_size=3, window=28)
     engine.warm()
     before = dict(torch._dynamo.utils.counters["stats"])
     assert before["unique_graphs"] > 0

@@ -1,5 +1,6 @@
 """eval.py --tasks: lm-evaluation-harness's own `hf` model on the same folder is the oracle."""
 
+import functools
 import json
 import math
 import shutil
@@ -16,6 +17,18 @@ from test_errors import refused
 
 TASKS = ROOT / "tests" / "tasks"
 NAMES = ["gpt_stream_questions", "gpt_stream_texts", "gpt_stream_endings"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def indexed_once():
+    """The harness reads the thousands of files of its own tasks once, not for every command."""
+    manager = pytest.importorskip("lm_eval.tasks.manager")
+    build = manager.TaskIndex.build
+    index_of = functools.cache(lambda folder: build([folder]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manager.TaskIndex, "build", lambda self, folders: {
+            name: entry for folder in folders for name, entry in index_of(folder).items()})
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +75,7 @@ def evaluated(folder):
     from lm_eval.tasks import TaskManager
 
     from evaluation.harness import harness_model
-    manager = TaskManager(include_path=str(TASKS))
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False)
     ours = load(folder, device="cpu", dtype=torch.float32)
     models = (harness_model(*ours, 4, 252, batch_size=3),
               HFLM(str(folder), dtype="float32", device="cpu", batch_size=2))
@@ -220,7 +233,8 @@ def test_over_http_the_harness_finds_the_same(folder, evaluated, tokens):
             base_url=f"http://127.0.0.1:{server.port}/v1/completions", model=folder.name,
             tokenizer=str(folder), tokenizer_backend=tokens, add_bos_token=True, batch_size=3)
         over_http = simple_evaluate(lm, tasks=NAMES[:2],
-                                    task_manager=TaskManager(include_path=str(TASKS)))
+                                    task_manager=TaskManager(include_path=str(TASKS),
+                                                             include_defaults=False))
     finally:
         assert server.end() == 0
     for name in NAMES[:2]:

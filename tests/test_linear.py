@@ -82,17 +82,20 @@ def test_training_has_gradients_on_every_processor(dtype, monkeypatch):
 @pytest.mark.parametrize("processor", [p for p in PROCESSORS if p != "amx"])  # it has avx512's rows
 @pytest.mark.parametrize("x_shape", [(1, 1), (1, 7), (2, 6), (1, 40)], ids=str)
 def test_every_layout_equals_float64_in_a_graph(processor, x_shape, monkeypatch):
-    """All kinds of weight and sizes in one graph, so that little is compiled."""
+    """All kinds of weight and sizes in one graph, so that little is compiled. (A bias after a
+    library's product is a kernel to compile, so one size has one.)"""
     monkeypatch.setenv("GPT_STREAM_CPU", processor)
-    cases = []
+    cases = {}
     for large in (1 << 60, 0):
         monkeypatch.setattr(linear, "LARGE", large)
         for dtype in DTYPES:
             for N, K in SHAPES[:3]:
-                layer = layer_of(N, K, dtype)
+                layer = layer_of(N, K, dtype, bias=N == 33)
                 x = torch.randn(*x_shape, K, generator=torch.Generator().manual_seed(N)).to(dtype)
-                cases.append((layer, layer.weight.clone(), x))
+                weight = layer.weight.clone()
                 layer.pack(compiled=True)
+                cases[layer.layout, dtype, N] = layer, weight, x  # small and large may be one
+    cases = list(cases.values())
     torch._dynamo.reset()
     run = torch.compile(lambda xs: [layer(x) for (layer, *_), x in zip(cases, xs)],
                         fullgraph=True, dynamic=False)
@@ -112,6 +115,14 @@ def test_every_processor_has_a_layout_and_products_for_every_kind(monkeypatch):
                     weight = torch.empty(size, dtype=torch.uint8)
                     layout = linear.layout_of(kind, weight, compiled)
                     assert len(linear.ROW[kind, processor, layout][1]) == 2 * len(linear.TOKENS) + 2
+
+
+def test_a_graph_takes_the_processor_for_a_constant():
+    @torch.compiler.assume_constant_result
+    def constant():
+        pass
+
+    assert constant.__dict__ and constant.__dict__ == cpu_kind.__dict__
 
 
 def test_an_environment_variable_says_which_processor(monkeypatch):

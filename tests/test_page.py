@@ -75,7 +75,7 @@ class Page:
         deadline = time.time() + seconds
         while not (found := holds()):
             assert time.time() < deadline, (self.turns(), self.text("status"), self.text("error"))
-            time.sleep(0.02)
+            time.sleep(0.05)  # to ask takes Chromium and its driver more time than the page takes
         return found
 
     def send(self, text):

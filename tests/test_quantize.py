@@ -64,17 +64,20 @@ def test_int4_is_within_a_step_and_better_than_rounding_the_full_range(group_siz
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode, group_size", KINDS)
 @pytest.mark.parametrize("tokens", [1, 6, 40])
-def test_kernels_equal_explicit_dequantization(mode, group_size, tokens):
-    parts = quantize_weight(random_weight(), {"mode": mode, "group_size": group_size})
-    layer, x = linear_of(parts, group_size), torch.randn(1, tokens, 256)
-    expected = F.linear(x.double(), dequantize(parts).double())
-    compiled = torch.compile(layer, dynamic=False)
+def test_kernels_equal_explicit_dequantization(tokens):
+    """All kinds in one graph, so that little is compiled."""
+    stored = [quantize_weight(random_weight(), {"mode": mode, "group_size": group_size})
+              for mode, group_size in KINDS]
+    layers = [linear_of(parts, group_size) for parts, (_, group_size) in zip(stored, KINDS)]
+    compiled = torch.compile(lambda x: [layer(x) for layer in layers], dynamic=False)
+    x = torch.randn(1, tokens, 256)
     with torch.no_grad():
-        for y in (layer(x), compiled(x)):
-            assert y.shape == (1, tokens, 48)
-            assert (y - expected).abs().max() < 1e-4
+        for parts, layer, in_graph in zip(stored, layers, compiled(x)):
+            expected = F.linear(x.double(), dequantize(parts).double())
+            for y in (layer(x), in_graph):
+                assert y.shape == (1, tokens, 48)
+                assert (y - expected).abs().max() < 1e-4
 
 
 # (mode, N, K, group size): rows in no 16s, K in no 4s, one group, groups in no 8s.
@@ -129,16 +132,19 @@ def test_every_layout_and_number_of_tokens_equals_dequantization(processor, comp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layer", LAYERS[1:], ids=str)
-def test_graphs_for_avx2_equal_dequantization(layer, monkeypatch):
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+def test_graphs_for_avx2_equal_dequantization(tokens, monkeypatch):
+    """All kinds and sizes in one graph, so that little is compiled."""
     monkeypatch.setenv("GPT_STREAM_CPU", "avx2")
     torch._dynamo.reset()
-    module, weight = packed_layer(*layer, compiled=True)
-    graph = torch.compile(module, fullgraph=True, dynamic=False)
-    for tokens in (1, 3, 9):
-        x = torch.randn(1, tokens, layer[2], generator=torch.Generator().manual_seed(tokens))
-        with torch.no_grad():
-            assert is_product(graph(x), x, weight)
+    modules, weights = zip(*[packed_layer(*layer, compiled=True) for layer in LAYERS[1:]])
+    xs = [torch.randn(1, tokens, K, generator=torch.Generator().manual_seed(tokens))
+          for _, _, K, _ in LAYERS[1:]]
+    graph = torch.compile(lambda xs: [module(x) for module, x in zip(modules, xs)],
+                          fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        for y, x, weight in zip(graph(xs), xs, weights):
+            assert is_product(y, x, weight)
 
 
 def test_layouts_for_avx2_are_no_second_copy_and_are_copied_as_any_tensor(monkeypatch):

@@ -795,27 +795,25 @@ def test_after_the_grace_answers_are_cut_with_an_error():
 
 
 def test_random_clients_that_join_leave_and_send_rubbish_leave_nothing_behind(server):
-    done = subprocess.run(
-        [sys.executable, "-m", "server.soak", "--url", f"http://127.0.0.1:{server.port}/v1",
-         "--model", "tiny", "--seconds", "2", "--pid", str(server.process.pid)],
-        cwd=ROOT, capture_output=True, text=True)
-    end = json.loads(done.stdout.splitlines()[-1])
-    assert done.returncode == 0, done.stdout + done.stderr
+    status, out, err = run("server.soak", "--url", f"http://127.0.0.1:{server.port}/v1", "--model",
+                           "tiny", "--seconds", 2, "--pid", server.process.pid)
+    end = json.loads(out.splitlines()[-1])
+    assert status == 0, out + err
     assert end["answered"] > 10 and end["left"] > 5 and end["400"] > 3 and end["memory_mb"] > 50
     assert end["end"] == ["gpt_stream_rows_busy 0.0", "gpt_stream_queue 0.0"]
 
 
 def test_the_measuring_client_counts_what_the_server_counts(server, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "Hello there"}\n{"turns": ["Who?", "Why?"]}\n')
-    argv = [sys.executable, "-m", "server.measure", "--url", f"http://127.0.0.1:{server.port}/v1",
-            "--model", "tiny", "--prompts", str(tmp_path / "p.jsonl"), "--max-new-tokens", "9"]
+    argv = ["--url", f"http://127.0.0.1:{server.port}/v1", "--model", "tiny", "--prompts",
+            tmp_path / "p.jsonl", "--max-new-tokens", 9]
     for more in (["--clients", "1,2"], ["--clients", "2", "--stream"],
                  ["--turns", "4", "--plot", str(tmp_path / "kept.png")],
                  ["--clients", "1", "--stream", "--beside", "500"]):
         before = server.figures()['tokens_total{kind="generated"}']
-        done = subprocess.run([*argv, *more], cwd=ROOT, capture_output=True, text=True)
-        lines = [json.loads(line) for line in done.stdout.splitlines()]
-        assert done.returncode == 0, done.stderr
+        status, out, err = run("server.measure", *argv, *more)
+        lines = [json.loads(line) for line in out.splitlines()]
+        assert status == 0, err
         generated = server.figures()['tokens_total{kind="generated"}'] - before
         if "--turns" in more:
             assert [line["turn"] for line in lines] == [2, 4]

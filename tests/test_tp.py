@@ -187,7 +187,7 @@ def until(done, seconds=30):
     deadline = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.1)  # a ps takes some of it
 
 
 def is_running(pid):
