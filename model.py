@@ -391,12 +391,12 @@ class Transformer(nn.Module):
                       in_use: list[Tensor] | None) -> dict[str, Step]:
         """The Step of each kind of layers, for the next n_tokens of each row."""
         config, steps = self.config, {}
+        positions = None if cache is None else cache.positions(n_tokens)  # (B, T)
         for kind, frequencies in zip(config.distinct_kinds, self.frequencies):
             if cache is None:
                 steps[kind] = sequence_step(config, kind, n_tokens, frequencies)
                 continue
             geometry = cache.of_layer[config.layer_kinds.index(kind)]
-            positions = cache.positions(n_tokens)  # (B, T)
             slots = in_use[cache.geometries.index(geometry)]
             mask = cache.mask(geometry, positions, slots)  # (B, T, n)
             groups, amplitude = config.n_heads // config.n_kv_heads, rope_amplitude(config, kind)
