@@ -197,6 +197,11 @@ def int8_one_pass(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return (matvec(x, weight) * scale).type_as(x)
 
 
+def int8_few_passes(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x W^T of a few tokens, in a graph, as few_passes computes it."""
+    return (few_passes(x.float(), weight) * scale).type_as(x)
+
+
 # For AVX2, inductor's code loads floats fast and narrow integers slowly, since it copies them to
 # the stack first. So a graph reads W as float32 words, which hold four int8 or eight nibbles each.
 
@@ -231,6 +236,26 @@ def int8_words(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         terms = [field * row for field, row in zip(fields, inputs)]
         sums.append((terms[0] + terms[1] + terms[2] + terms[3]).sum(-1))
     return ((torch.cat(sums) - more) * scale).view(*x.shape[:-1], -1).type_as(x)
+
+
+def int8_few_words(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x W^T of a few tokens, in a graph, as few_passes computes it, with rows of W in words as
+    int8_words reads them."""
+    (N, words), T = weight.shape, x.numel() // x.shape[-1]
+    n_passes = math.ceil(T / 4)
+    at_once = math.ceil(T / n_passes)  # tokens
+    R = math.gcd(N, 32)
+    tokens = F.pad(x.reshape(T, -1).float(), (0, 0, 0, n_passes * at_once - T))
+    inputs = materialize(word_inputs(tokens, 4).transpose(1, 2).contiguous())  # (., 4, words)
+    inputs = inputs.view(n_passes, at_once, 1, 4, words)
+    more = materialize(128 * tokens.unflatten(-1, (words, 4))[..., :3].sum((1, 2)))
+    rows = weight.view(torch.int32).view(N // R, 1, R, words) ^ 0x808080
+    sums = []  # of each of the tokens that a pass is for: (N / R, n_passes, R)
+    for i in range(at_once):
+        a, b, c, d = (field * inputs[:, i, :, j] for j, field in enumerate(word_fields(rows, 8)))
+        sums.append((a + b + c + d).sum(-1))
+    y = torch.stack(sums).permute(2, 0, 1, 3).reshape(-1, N)[:T]
+    return ((y - more[:T, None]) * scale).view(*x.shape[:-1], N).type_as(x)
 
 
 def to_lanes(rows: Tensor) -> Tensor:
@@ -400,10 +425,11 @@ TABLE = {
     ("bf16 fp16 fp32", "cuda", ROWS, ALL): 8 * [gpu_linear],
 
     ("int8", "avx2", WORDS, "small large"):
-        (int8_words, int8_few, int8_few, int8_in_float32, *3 * [int8_few], int8_in_float32),
+        (int8_words, int8_few_words, int8_few, int8_in_float32, *3 * [int8_few], int8_in_float32),
     ("int8", "avx2", ROWS, "eager"): 2 * [*3 * [int8_few], int8_in_float32],
     ("int8", "avx512 amx generic", ROWS, ALL):
-        (int8_one_pass, *2 * [int8_kernel], int8_in_parts, *3 * [int8_kernel], int8_in_parts),
+        (int8_one_pass, int8_few_passes, int8_kernel, int8_in_parts,
+         *3 * [int8_kernel], int8_in_parts),
     ("int8", "cuda", ROWS, ALL): 8 * [gpu_int8],
     ("int4 grouped_int8", "avx2", LANES, "small large"):
         (*3 * [lane_sums], *5 * [lanes_in_parts]),
