@@ -122,3 +122,16 @@ def test_a_context_that_llama_cpp_rounds_up_is_not_compared(calls):
     refused("bench.shift", "--checkpoint", TINY, "--gguf", rounding, "--llama-python",
             sys.executable, "--text", TEXT, "--window", 60, "--max-tokens", 300,
             naming=["--sink and --window are 64", "256"])
+
+
+def test_calls_are_counted_in_steps_of_one_row(monkeypatch):
+    monkeypatch.setattr("bench.calls.keep_threads", lambda: None)
+    monkeypatch.setattr("load.compile_model", lambda model, prefill: None)
+    status, out, err = run("bench.calls", "--checkpoint", TINY, "--rounds", 1, "--calls", 1,
+                           "--json")
+    step, *others = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and step["what"] == "a step" and step["steps"] == 1, err
+    assert [other["what"] for other in others] == [
+        "8 rows", "6 tokens", "eager step", "prompt of 10", "prompt of 128"]
+    for other in others:
+        assert other["steps"] == pytest.approx(other["seconds"] / step["seconds"])

@@ -18,7 +18,7 @@ from helpers import TINY, random_model
 ROOT = TINY.parent.parent
 PROGRAMS = ["generate", "chat", "batch", "eval", "quantize", "gptq", "convert_hf",
             "formats.hub", "bench.__main__", "server.__main__", "server.measure", "server.soak",
-            "bench.duel", "bench.shift",
+            "bench.calls", "bench.duel", "bench.shift",
             *sorted(f"examples.{path.stem}" for path in ROOT.glob("examples/[a-z]*.py")),
             "stress.fuzz", "stress.kills", "stress.disks", "stress.endless",
             "stress.structured"]
