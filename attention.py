@@ -21,9 +21,9 @@ from linear import materialize
 
 
 def attend(q_sink: Tensor, q_recent: Tensor, k: Tensor, v: Tensor, at) -> Tensor:
-    """Attention over a cache -> (B, T, heads, D). q_sink and q_recent (B, T, heads, D) are one
-    query, rotated for the sinks and for the ring; k and v are (B, kv_heads, S + R, D); `at` is the
-    model's Step, of which the mask, n_sink and window are used."""
+    """Attention over a cache -> (B, T, heads, D). q_sink and q_recent (B, T, heads, D) float32 are
+    one query, rotated for the sinks and for the ring; k and v are (B, kv_heads, S + R, D); `at` is
+    the model's Step, of which the mask, n_sink and window are used."""
     one_compiled = q_recent.shape[1] == 1 and torch.compiler.is_compiling()
     if one_compiled and not k.is_cuda:
         return attend_in_sums(q_sink, q_recent, k, v, at.mask, at.n_sink)

@@ -454,7 +454,7 @@ def cpu_kind() -> str:
     return found_kind()
 
 
-# What torch.compiler.assume_constant_result sets. It imports the compiler, which takes a second of
+# What torch.compiler.assume_constant_result sets. To call it imports the compiler, for a second of
 # every start, compiled or not.
 cpu_kind._dynamo_marked_constant = True
 

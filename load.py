@@ -47,8 +47,8 @@ from tokenizer import Tokenizer
 log = logging.getLogger("gpt_stream")
 # Whether compiling for a GPU searches for the fastest blocks, which takes most of its time.
 TUNE = os.environ.get("GPT_STREAM_TUNE", "1") != "0"
-# What a vector of int4 weights meets (linear.lane_sums) is one long expression. By its defaults
-# inductor would write it to memory before it is summed.
+# What linear.lane_sums sums over a row is one long expression. With its default limits inductor
+# would write that to memory first, and then sum it.
 CPU_OPTIONS = {"realize_acc_reads_threshold": 32, "realize_opcount_threshold": 120}
 
 

@@ -31,29 +31,30 @@ HELD = 32  # tokens in a cache before its first timed call
 
 
 def feed(model: Transformer, cache: KVCache, n_tokens: int) -> None:
-    """Feed n_tokens to every row."""
-    model(torch.full((cache.batch_size, n_tokens), 5), cache)
+    """Feed n_tokens to every row, and wait for what the last ones say."""
+    tokens = torch.full((cache.batch_size, n_tokens), 5, device=cache.length.device)
+    model(tokens, cache)[:, -1].argmax(-1).tolist()
 
 
 def read(model: Transformer, cache: KVCache, n_tokens: int) -> None:
-    """Read a prompt of n_tokens from the beginning."""
+    """Read a prompt of n_tokens from the beginning, and wait for what it says."""
     cache.reset()
-    prefill(model, cache, list(range(n_tokens)))
+    prefill(model, cache, list(range(n_tokens))).argmax(-1).tolist()
 
 
 def all_calls(model: Transformer, eager: Transformer, window: int | None) -> dict[str, Callable]:
     """What is timed, by name; the step of one row comes first."""
-    caches = {}
+    calls = {}
     for name, m, n_rows, n_tokens in (("a step", model, 1, 1), ("8 rows", model, 8, 1),
                                       ("6 tokens", model, 1, 6), ("eager step", eager, 1, 1)):
         cache = make_cache(m, window=window, batch_size=n_rows)
         for _ in range(HELD // n_tokens):
             feed(m, cache, n_tokens)
-        caches[name] = partial(feed, m, cache, n_tokens)
+        calls[name] = partial(feed, m, cache, n_tokens)
     for n_tokens in (10, 128):
-        caches[f"prompt of {n_tokens}"] = partial(
+        calls[f"prompt of {n_tokens}"] = partial(
             read, model, make_cache(model, window=window), n_tokens)
-    return caches
+    return calls
 
 
 @torch.no_grad()

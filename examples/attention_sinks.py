@@ -7,7 +7,7 @@ wrapper sees every layer's queries and keys, and writes softmax(q k^T) out besid
 
 docs/attention_sinks.png is SmolLM2's: once the window slides, the very first token gets 0.29 to
 0.68 of all attention in each layer from 12 on (one key of 256), and the other sinks nearly nothing.
-Without sinks that share has to go elsewhere, and perplexity collapses (docs/performance.md). The
+Without sinks that share has to go elsewhere, and perplexity jumps up (docs/performance.md). The
 embedded model has no sinks: each gets 0.004 at most.
 """
 
